@@ -1,0 +1,745 @@
+//! Something that happened, once, at a time; never edited.
+//!
+//! The envelope is fixed; `body` is JSON by kind and is kept as it was sent, so that a collector stores, shows,
+//! counts and alerts on kinds it does not know. One more kind is one struct and one line in the list below.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::finding::{Finding, Vantage};
+use crate::identity::SpiffeId;
+use crate::time::Timestamp;
+
+/// How much an event matters. Ordered: a full spool drops the lowest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// Worth keeping.
+    #[default]
+    Info,
+    /// Worth reading the next day.
+    Notice,
+    /// Worth an alert.
+    Warning,
+    /// Worth waking somebody.
+    Critical,
+}
+
+impl Severity {
+    /// All of them, lowest first.
+    pub const ALL: [Severity; 4] = [Severity::Info, Severity::Notice, Severity::Warning, Severity::Critical];
+
+    /// The word in files, metrics and tables.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Severity::Info => "info",
+            Severity::Notice => "notice",
+            Severity::Warning => "warning",
+            Severity::Critical => "critical",
+        }
+    }
+
+    /// Position in [`Severity::ALL`].
+    pub const fn rank(self) -> usize {
+        self as usize
+    }
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+impl std::str::FromStr for Severity {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Severity, String> {
+        Severity::ALL
+            .into_iter()
+            .find(|s| s.word() == word)
+            .ok_or_else(|| format!("`{word}` is no severity: info, notice, warning, critical"))
+    }
+}
+
+/// One event, owned. Agent, epoch and workload stand once in the batch that carries it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Position in the agent's epoch: 1, 2, 3, … with no holes. 0 until the spool has sealed it.
+    #[serde(default)]
+    pub seq: u64,
+    /// When it happened, by the agent's clock.
+    pub at_us: Timestamp,
+    /// What it is, for example `connection.refused`.
+    pub kind: Cow<'static, str>,
+    /// How much it matters.
+    pub severity: Severity,
+    /// One line for a person, complete without the body.
+    pub summary: String,
+    /// The details, by kind.
+    pub body: Box<RawValue>,
+}
+
+/// The same, borrowed from the text of a batch: what a collector decodes of every event.
+#[derive(Clone, Debug, Deserialize)]
+pub struct EventRef<'a> {
+    /// See [`Event::seq`].
+    #[serde(default)]
+    pub seq: u64,
+    /// See [`Event::at_us`].
+    pub at_us: Timestamp,
+    /// See [`Event::kind`].
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    /// See [`Event::severity`].
+    #[serde(default, deserialize_with = "unknown_severity_is_warning")]
+    pub severity: Severity,
+    /// See [`Event::summary`].
+    #[serde(borrow)]
+    pub summary: Cow<'a, str>,
+    /// See [`Event::body`].
+    #[serde(borrow)]
+    pub body: &'a RawValue,
+}
+
+/// A severity from a newer agent counts as a warning: seen, never dropped first.
+fn unknown_severity_is_warning<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Severity, D::Error> {
+    let word = Cow::<str>::deserialize(d)?;
+    Ok(word.parse().unwrap_or(Severity::Warning))
+}
+
+impl Event {
+    /// An event of `body`'s kind.
+    pub fn new(at: Timestamp, severity: Severity, summary: impl Into<String>, body: &Body) -> Event {
+        Event { seq: 0, at_us: at, kind: Cow::Borrowed(body.kind()), severity, summary: summary.into(), body: body.to_raw() }
+    }
+
+    /// The details, when this program knows the kind.
+    pub fn body(&self) -> Result<Option<Body>, serde_json::Error> {
+        Body::from_raw(&self.kind, &self.body)
+    }
+}
+
+impl EventRef<'_> {
+    /// The details, when this program knows the kind.
+    pub fn body(&self) -> Result<Option<Body>, serde_json::Error> {
+        Body::from_raw(&self.kind, self.body)
+    }
+
+    /// The same, owned.
+    pub fn to_owned(&self) -> Event {
+        Event {
+            seq: self.seq,
+            at_us: self.at_us,
+            kind: Cow::Owned(self.kind.to_string()),
+            severity: self.severity,
+            summary: self.summary.to_string(),
+            body: self.body.to_owned(),
+        }
+    }
+}
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $kind:literal),* $(,)?) => {
+        /// The details of an event, by kind.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Body { $($(#[$doc])* $name($name),)* }
+
+        /// Every kind this version knows.
+        pub const KINDS: &[&str] = &[$($kind),*];
+
+        impl Body {
+            /// The name of its kind.
+            pub fn kind(&self) -> &'static str {
+                match self { $(Body::$name(_) => $kind,)* }
+            }
+
+            /// Its JSON.
+            pub fn to_raw(&self) -> Box<RawValue> {
+                let raw = match self { $(Body::$name(body) => serde_json::value::to_raw_value(body),)* };
+                raw.expect("bodies have string keys and no failing serializer")
+            }
+
+            /// Reads the body of an event of `kind`; `None` for a kind this version does not know.
+            pub fn from_raw(kind: &str, raw: &RawValue) -> Result<Option<Body>, serde_json::Error> {
+                Ok(Some(match kind {
+                    $($kind => Body::$name(serde_json::from_str(raw.get())?),)*
+                    _ => return Ok(None),
+                }))
+            }
+        }
+
+        $(impl From<$name> for Body { fn from(body: $name) -> Body { Body::$name(body) } })*
+    };
+}
+
+kinds! {
+    /// An agent began to watch.
+    AgentStarted = "agent.started",
+    /// An agent ends of its own will.
+    AgentStopping = "agent.stopping",
+    /// The whole posture at once: after a start, and after events were lost.
+    PostureBaseline = "posture.baseline",
+    /// A verdict changed.
+    VerdictChanged = "verdict.changed",
+    /// A connection was not let through. Repeats within a window are counted in one event.
+    ConnectionRefused = "connection.refused",
+    /// A peer was seen for the first time.
+    PeerFirstSeen = "peer.first_seen",
+    /// What one pair of peers did in a window.
+    ConnectionsSummary = "connections.summary",
+    /// Live connections were ended because they are no longer allowed.
+    ConnectionEnded = "connection.ended",
+    /// Somebody came into the container from outside (docker exec, nsenter).
+    ProcessEntered = "process.entered",
+    /// The workload started a shell.
+    ProcessShell = "process.shell",
+    /// Tasks were created that lived too briefly to be seen.
+    ProcessMissed = "process.missed",
+    /// A port of the workload can be reached from outside without TLS.
+    ListenerExposed = "listener.exposed",
+    /// The agent has a new certificate.
+    IdentityRenewed = "identity.renewed",
+    /// Renewing failed; the old certificate is still in use.
+    IdentityRenewalFailed = "identity.renewal_failed",
+    /// The workload that `exec` wraps came to its end.
+    WorkloadExited = "workload.exited",
+    /// Part of the spool was unreadable and set aside.
+    SpoolDamaged = "spool.damaged",
+    /// Events were dropped on the agent, counted here.
+    EventsLost = "events.lost",
+    /// A collector began to serve.
+    CollectorStarted = "collector.started",
+    /// The collector's clock, so that time is part of the history.
+    ClockTick = "clock.tick",
+    /// An agent was given its first certificate, or a next one.
+    CertificateIssued = "certificate.issued",
+    /// A request for a certificate was refused.
+    EnrolmentRefused = "enrolment.refused",
+    /// An agent's session began.
+    AgentConnected = "agent.connected",
+    /// An agent's session ended.
+    AgentDisconnected = "agent.disconnected",
+    /// A connection to the collector was refused.
+    IngestRefused = "ingest.refused",
+    /// An enrolment token was made.
+    TokenCreated = "token.created",
+    /// An alert began to fire.
+    AlertFiring = "alert.firing",
+    /// An alert ended.
+    AlertResolved = "alert.resolved",
+}
+
+/// How an agent stands beside its workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// A container of its own that shares the workload's PID and network namespace.
+    Sidecar,
+    /// PID 1 of the workload's container, or the parent of its command.
+    Exec,
+}
+
+impl Mode {
+    /// The word in files and tables.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Mode::Sidecar => "sidecar",
+            Mode::Exec => "exec",
+        }
+    }
+}
+
+/// Body of `agent.started`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentStarted {
+    /// The agent's version.
+    pub version: String,
+    /// How it stands beside its workload.
+    pub mode: Mode,
+    /// What it is able to see.
+    pub vantage: Vantage,
+    /// Whether the run before ended in order. False after a kill: events of its last moments may be missing.
+    pub clean: bool,
+    /// Seconds between two keepalives, by which a collector knows that it fell silent.
+    #[serde(default)]
+    pub heartbeat_secs: u32,
+}
+
+/// Body of `agent.stopping`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentStopping {
+    /// Why, for example `SIGTERM`.
+    pub reason: String,
+}
+
+/// Body of `posture.baseline`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PostureBaseline {
+    /// One finding for each check.
+    pub findings: Vec<Finding>,
+}
+
+/// Body of `verdict.changed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VerdictChanged {
+    /// The word of the verdict before; empty if there was none.
+    #[serde(default)]
+    pub before: String,
+    /// What is true now.
+    pub finding: Finding,
+}
+
+/// Which way a connection goes, seen from the workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// Somebody connects to the workload.
+    Inbound,
+    /// The workload connects to somebody.
+    Outbound,
+}
+
+impl Direction {
+    /// The word in metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Direction::Inbound => "inbound",
+            Direction::Outbound => "outbound",
+        }
+    }
+}
+
+/// Why a connection was not let through: a closed list, used as a metric label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalReason {
+    /// The bytes were not TLS.
+    Plaintext,
+    /// Somebody reached for the workload's own port, past the agent.
+    DirectToService,
+    /// TLS 1.1, 1.0, SSL 3 or SSL 2.
+    ProtocolVersion,
+    /// The peer sent no certificate.
+    NoCertificate,
+    /// The peer's certificate was signed by a CA we do not trust.
+    UnknownCa,
+    /// The peer's certificate has run out, or is not valid yet.
+    Expired,
+    /// The peer's certificate breaks a rule (no SPIFFE ID, wrong usage, a CA as leaf, …).
+    BadCertificate,
+    /// The peer is on the deny list.
+    Revoked,
+    /// The peer is who it says, but policy does not allow it.
+    NotAllowed,
+    /// The peer is not the one that was asked for.
+    WrongPeer,
+    /// The handshake broke some other way.
+    HandshakeFailed,
+    /// The handshake took too long.
+    HandshakeTimeout,
+    /// The other side refused us.
+    RefusedByPeer,
+    /// Nobody answered at the address.
+    Unreachable,
+    /// The workload's own port did not answer.
+    WorkloadUnreachable,
+    /// A limit on connections or handshakes was reached.
+    LimitReached,
+    /// The agent has no valid identity of its own yet.
+    NoIdentity,
+}
+
+impl RefusalReason {
+    /// The word in metrics and tables; the same as in JSON.
+    pub const fn word(self) -> &'static str {
+        match self {
+            RefusalReason::Plaintext => "plaintext",
+            RefusalReason::DirectToService => "direct_to_service",
+            RefusalReason::ProtocolVersion => "protocol_version",
+            RefusalReason::NoCertificate => "no_certificate",
+            RefusalReason::UnknownCa => "unknown_ca",
+            RefusalReason::Expired => "expired",
+            RefusalReason::BadCertificate => "bad_certificate",
+            RefusalReason::Revoked => "revoked",
+            RefusalReason::NotAllowed => "not_allowed",
+            RefusalReason::WrongPeer => "wrong_peer",
+            RefusalReason::HandshakeFailed => "handshake_failed",
+            RefusalReason::HandshakeTimeout => "handshake_timeout",
+            RefusalReason::RefusedByPeer => "refused_by_peer",
+            RefusalReason::Unreachable => "unreachable",
+            RefusalReason::WorkloadUnreachable => "workload_unreachable",
+            RefusalReason::LimitReached => "limit_reached",
+            RefusalReason::NoIdentity => "no_identity",
+        }
+    }
+
+    /// What an operator should look at first.
+    pub const fn hint(self) -> &'static str {
+        match self {
+            RefusalReason::Plaintext => "the client speaks no TLS: give it an agent, or point it at its own agent's port",
+            RefusalReason::DirectToService => "somebody reached past the agent for the service's own port: find out who has this address",
+            RefusalReason::ProtocolVersion => "the client offers nothing newer than TLS 1.1: update it, TLS 1.2 is the floor",
+            RefusalReason::NoCertificate => "the client showed no certificate: it has no agent, or its agent has no identity",
+            RefusalReason::UnknownCa => "the certificate is from a CA that this trust domain does not know: a foreign client, or an agent enrolled elsewhere",
+            RefusalReason::Expired => "the certificate is outside its validity: look at that agent's renewals, and at both clocks",
+            RefusalReason::BadCertificate => "the certificate breaks a rule of X.509-SVID: have it issued anew",
+            RefusalReason::Revoked => "the certificate was revoked: see the deny list for who did it and why",
+            RefusalReason::NotAllowed => "add the peer to `allow` of this listener if it should get in",
+            RefusalReason::WrongPeer => "another workload answers at this address: check `to` and `peer` of the route, and DNS",
+            RefusalReason::HandshakeFailed => "the TLS handshake broke: compare versions, groups and ciphers of both sides",
+            RefusalReason::HandshakeTimeout => "the client opened a connection and did not finish its handshake in time",
+            RefusalReason::RefusedByPeer => "the peer's agent refused us: its own event says why",
+            RefusalReason::Unreachable => "no answer at the address: is the peer's agent up, does the name resolve?",
+            RefusalReason::WorkloadUnreachable => "the service does not accept on its own port: is it up, does it listen on 127.0.0.1?",
+            RefusalReason::LimitReached => "raise the limit if this load is expected",
+            RefusalReason::NoIdentity => "the agent has no certificate: see its enrolment",
+        }
+    }
+}
+
+impl fmt::Display for RefusalReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// Body of `connection.refused`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionRefused {
+    /// Which way it went.
+    pub direction: Direction,
+    /// Why, from a closed list.
+    pub reason: RefusalReason,
+    /// What exactly happened, for example `offered TLS 1.1`.
+    pub detail: String,
+    /// What to look at first.
+    pub hint: String,
+    /// The listener it came to, or the route it took, as `host:port`.
+    pub listener: String,
+    /// The address of the other side.
+    pub source: String,
+    /// Who the peer said it is, when a certificate was seen. Not verified unless `reason` is `not_allowed` or `revoked`.
+    #[serde(default)]
+    pub peer: String,
+    /// How many connections like this one are counted here.
+    pub count: u64,
+}
+
+/// Body of `peer.first_seen`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerFirstSeen {
+    /// Which way.
+    pub direction: Direction,
+    /// Its verified identity.
+    pub peer: String,
+    /// Its address.
+    pub address: String,
+    /// `TLSv1_3` or `TLSv1_2`.
+    pub tls_version: String,
+    /// The key exchange group, for example `X25519MLKEM768`.
+    pub group: String,
+}
+
+/// Body of `connections.summary`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionsSummary {
+    /// Which way.
+    pub direction: Direction,
+    /// The verified identity of the other side.
+    pub peer: String,
+    /// The listener or route.
+    pub listener: String,
+    /// Connections that were opened in the window.
+    pub opened: u64,
+    /// Connections that ended in the window.
+    pub closed: u64,
+    /// Of those, how many ended without a proper close of TLS.
+    #[serde(default)]
+    pub truncated: u64,
+    /// Bytes from the peer to the workload.
+    pub bytes_in: u64,
+    /// Bytes from the workload to the peer.
+    pub bytes_out: u64,
+    /// Length of the window.
+    pub window_secs: u32,
+}
+
+/// Body of `connection.ended`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionEnded {
+    /// Which way.
+    pub direction: Direction,
+    /// The other side.
+    pub peer: String,
+    /// Why, for example `revoked`, `expired`, `not_allowed`, `maximum_age`.
+    pub reason: String,
+    /// How many.
+    pub count: u64,
+}
+
+/// A process, as it is told in events. Command lines are masked before they leave the container.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// Its PID in the agent's PID namespace.
+    pub pid: i32,
+    /// Its parent there; 0 for one that came from outside.
+    pub ppid: i32,
+    /// Its real user id.
+    pub uid: u32,
+    /// Its name, at most 15 bytes.
+    pub name: String,
+    /// Its command line, masked and cut to 256 bytes.
+    pub command: String,
+    /// Its parent's name, if the parent is still there.
+    #[serde(default)]
+    pub parent: String,
+}
+
+/// Body of `process.entered`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessEntered {
+    /// Who came in.
+    pub process: ProcessInfo,
+    /// It runs as root while the workload does not.
+    pub as_root: bool,
+    /// It has capabilities that the workload does not have.
+    pub privileged: bool,
+}
+
+/// Body of `process.shell`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessShell {
+    /// The shell.
+    pub process: ProcessInfo,
+}
+
+/// Body of `process.missed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessMissed {
+    /// Tasks (processes and threads) created in the window that were never seen.
+    pub missed: u64,
+    /// Tasks created in the window.
+    pub created: u64,
+    /// Length of the window.
+    pub window_secs: u32,
+}
+
+/// Body of `listener.exposed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListenerExposed {
+    /// Its address, as `host:port`.
+    pub address: String,
+    /// What is known about it.
+    pub detail: String,
+}
+
+/// Body of `identity.renewed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IdentityRenewed {
+    /// Serial number of the new certificate, in hex.
+    pub serial: String,
+    /// Its end.
+    pub not_after_us: Timestamp,
+}
+
+/// Body of `identity.renewal_failed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IdentityRenewalFailed {
+    /// What went wrong.
+    pub error: String,
+    /// Until when the present certificate holds.
+    pub not_after_us: Timestamp,
+}
+
+/// Body of `workload.exited`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkloadExited {
+    /// Its exit code, 128 and the signal's number when a signal ended it.
+    pub code: i32,
+}
+
+/// Body of `spool.damaged`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpoolDamaged {
+    /// Where the unreadable part was put.
+    pub quarantined: String,
+    /// How many bytes.
+    pub bytes: u64,
+    /// What was wrong.
+    pub detail: String,
+}
+
+/// Body of `events.lost`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EventsLost {
+    /// First sequence number lost.
+    pub first_seq: u64,
+    /// Last sequence number lost.
+    pub last_seq: u64,
+    /// How many of each severity, lowest first; all zero where that is not known.
+    pub by_severity: [u32; 4],
+    /// Why.
+    pub reason: String,
+}
+
+/// Body of `collector.started`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CollectorStarted {
+    /// The collector's version.
+    pub version: String,
+    /// Whether this start made the trust domain: a new CA, a new store.
+    pub first: bool,
+}
+
+/// Body of `clock.tick`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClockTick {}
+
+/// Body of `certificate.issued`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CertificateIssued {
+    /// For whom.
+    pub workload: SpiffeId,
+    /// For which instance of it.
+    pub instance: String,
+    /// Serial number, in hex.
+    pub serial: String,
+    /// SHA-256 of the public key (SPKI), in hex.
+    pub spki: String,
+    /// Its end.
+    pub not_after_us: Timestamp,
+    /// `token`, `renewal` or `grace`.
+    pub by: String,
+}
+
+/// Body of `enrolment.refused`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EnrolmentRefused {
+    /// The address it came from.
+    pub source: String,
+    /// What it asked for; not verified.
+    pub workload: String,
+    /// Why, for example `token is used up`.
+    pub reason: String,
+}
+
+/// Body of `agent.connected`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentConnected {
+    /// Who.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: String,
+    /// From where.
+    pub source: String,
+    /// `quic` or `tcp`.
+    pub transport: String,
+    /// The agent's version.
+    pub version: String,
+}
+
+/// Body of `agent.disconnected`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentDisconnected {
+    /// Who.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: String,
+    /// Why, for example `agent stopped`, `connection lost: timed out`.
+    pub reason: String,
+    /// The agent said goodbye.
+    pub clean: bool,
+}
+
+/// Body of `ingest.refused`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IngestRefused {
+    /// The address it came from.
+    pub source: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Body of `token.created`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenCreated {
+    /// The token's public half.
+    pub id: String,
+    /// The workload, or pattern of workloads, it is good for.
+    pub workload: String,
+    /// How often it can be used.
+    pub uses: u32,
+    /// When it ends.
+    pub expires_us: Timestamp,
+}
+
+/// Body of `alert.firing` and `alert.resolved`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AlertChanged {
+    /// The rule's name.
+    pub alert: String,
+    /// What tells this alert from others of the rule.
+    pub labels: std::collections::BTreeMap<String, String>,
+    /// When the condition began.
+    pub since_us: Timestamp,
+}
+
+/// Body of `alert.firing`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AlertFiring(pub AlertChanged);
+
+/// Body of `alert.resolved`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AlertResolved(pub AlertChanged);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused() -> Body {
+        Body::from(ConnectionRefused {
+            direction: Direction::Inbound,
+            reason: RefusalReason::Plaintext,
+            detail: "GET / HTTP/1.1".into(),
+            hint: RefusalReason::Plaintext.hint().into(),
+            listener: "0.0.0.0:8443".into(),
+            source: "172.18.0.1:4711".into(),
+            peer: String::new(),
+            count: 1,
+        })
+    }
+
+    #[test]
+    fn an_event_survives_json_with_its_body() {
+        let sent = Event::new(Timestamp(7), Severity::Warning, "plaintext refused", &refused());
+        let json = serde_json::to_string(&sent).unwrap();
+        let got: EventRef<'_> = serde_json::from_str(&json).unwrap();
+        assert_eq!(got.kind, "connection.refused");
+        assert_eq!(got.body().unwrap(), Some(refused()));
+    }
+
+    #[test]
+    fn an_unknown_kind_is_kept_as_sent() {
+        let json = r#"{"seq":3,"at_us":9,"kind":"weather.changed","severity":"info","summary":"rain","body":{"mm": 4}}"#;
+        let got: EventRef<'_> = serde_json::from_str(json).unwrap();
+        assert!(got.body().unwrap().is_none());
+        assert_eq!(got.body.get(), r#"{"mm": 4}"#);
+    }
+
+    #[test]
+    fn a_severity_from_the_future_is_a_warning() {
+        let json = r#"{"seq":3,"at_us":9,"kind":"x","severity":"catastrophic","summary":"","body":{}}"#;
+        assert_eq!(serde_json::from_str::<EventRef<'_>>(json).unwrap().severity, Severity::Warning);
+    }
+
+    #[test]
+    fn refusal_words_are_those_of_the_json() {
+        for reason in [RefusalReason::DirectToService, RefusalReason::ProtocolVersion, RefusalReason::UnknownCa] {
+            assert_eq!(serde_json::to_string(&reason).unwrap(), format!("\"{}\"", reason.word()));
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! What agent and collector say to each other, and the rules both must keep alike.
+//!
+//! Almost everything here is data in, data out: no sockets, no clock. Read in this order.
+
+pub mod event;
+pub mod finding;
+pub mod identity;
+pub mod secret;
+pub mod time;

@@ -1,0 +1,1 @@
+//! Agent and collector together.
