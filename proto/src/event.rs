@@ -114,7 +114,14 @@ fn unknown_severity_is_warning<'de, D: serde::Deserializer<'de>>(d: D) -> Result
 impl Event {
     /// An event of `body`'s kind.
     pub fn new(at: Timestamp, severity: Severity, summary: impl Into<String>, body: &Body) -> Event {
-        Event { seq: 0, at_us: at, kind: Cow::Borrowed(body.kind()), severity, summary: summary.into(), body: body.to_raw() }
+        Event {
+            seq: 0,
+            at_us: at,
+            kind: Cow::Borrowed(body.kind()),
+            severity,
+            summary: summary.into(),
+            body: body.to_raw(),
+        }
     }
 
     /// The details, when this program knows the kind.
@@ -380,21 +387,41 @@ impl RefusalReason {
     /// What an operator should look at first.
     pub const fn hint(self) -> &'static str {
         match self {
-            RefusalReason::Plaintext => "the client speaks no TLS: give it an agent, or point it at its own agent's port",
-            RefusalReason::DirectToService => "somebody reached past the agent for the service's own port: find out who has this address",
-            RefusalReason::ProtocolVersion => "the client offers nothing newer than TLS 1.1: update it, TLS 1.2 is the floor",
-            RefusalReason::NoCertificate => "the client showed no certificate: it has no agent, or its agent has no identity",
-            RefusalReason::UnknownCa => "the certificate is from a CA that this trust domain does not know: a foreign client, or an agent enrolled elsewhere",
-            RefusalReason::Expired => "the certificate is outside its validity: look at that agent's renewals, and at both clocks",
+            RefusalReason::Plaintext => {
+                "the client speaks no TLS: give it an agent, or point it at its own agent's port"
+            }
+            RefusalReason::DirectToService => {
+                "somebody reached past the agent for the service's own port: find out who has this address"
+            }
+            RefusalReason::ProtocolVersion => {
+                "the client offers nothing newer than TLS 1.1: update it, TLS 1.2 is the floor"
+            }
+            RefusalReason::NoCertificate => {
+                "the client showed no certificate: it has no agent, or its agent has no identity"
+            }
+            RefusalReason::UnknownCa => {
+                "the certificate is from a CA that this trust domain does not know: a foreign client, or an agent enrolled elsewhere"
+            }
+            RefusalReason::Expired => {
+                "the certificate is outside its validity: look at that agent's renewals, and at both clocks"
+            }
             RefusalReason::BadCertificate => "the certificate breaks a rule of X.509-SVID: have it issued anew",
             RefusalReason::Revoked => "the certificate was revoked: see the deny list for who did it and why",
             RefusalReason::NotAllowed => "add the peer to `allow` of this listener if it should get in",
-            RefusalReason::WrongPeer => "another workload answers at this address: check `to` and `peer` of the route, and DNS",
-            RefusalReason::HandshakeFailed => "the TLS handshake broke: compare versions, groups and ciphers of both sides",
-            RefusalReason::HandshakeTimeout => "the client opened a connection and did not finish its handshake in time",
+            RefusalReason::WrongPeer => {
+                "another workload answers at this address: check `to` and `peer` of the route, and DNS"
+            }
+            RefusalReason::HandshakeFailed => {
+                "the TLS handshake broke: compare versions, groups and ciphers of both sides"
+            }
+            RefusalReason::HandshakeTimeout => {
+                "the client opened a connection and did not finish its handshake in time"
+            }
             RefusalReason::RefusedByPeer => "the peer's agent refused us: its own event says why",
             RefusalReason::Unreachable => "no answer at the address: is the peer's agent up, does the name resolve?",
-            RefusalReason::WorkloadUnreachable => "the service does not accept on its own port: is it up, does it listen on 127.0.0.1?",
+            RefusalReason::WorkloadUnreachable => {
+                "the service does not accept on its own port: is it up, does it listen on 127.0.0.1?"
+            }
             RefusalReason::LimitReached => "raise the limit if this load is expected",
             RefusalReason::NoIdentity => "the agent has no certificate: see its enrolment",
         }
@@ -724,7 +751,8 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_kept_as_sent() {
-        let json = r#"{"seq":3,"at_us":9,"kind":"weather.changed","severity":"info","summary":"rain","body":{"mm": 4}}"#;
+        let json =
+            r#"{"seq":3,"at_us":9,"kind":"weather.changed","severity":"info","summary":"rain","body":{"mm": 4}}"#;
         let got: EventRef<'_> = serde_json::from_str(json).unwrap();
         assert!(got.body().unwrap().is_none());
         assert_eq!(got.body.get(), r#"{"mm": 4}"#);

@@ -100,7 +100,9 @@ impl FromStr for SpiffeId {
             return fault("it is longer than 2048 bytes");
         }
         let Some(rest) = text.strip_prefix("spiffe://") else { return fault("it must begin with spiffe://") };
-        let Some(slash) = rest.find('/') else { return fault("it names no workload: a path must follow the trust domain") };
+        let Some(slash) = rest.find('/') else {
+            return fault("it names no workload: a path must follow the trust domain");
+        };
         rest[..slash].parse::<TrustDomain>()?;
         for segment in rest[slash + 1..].split('/') {
             if segment.is_empty() {
@@ -384,7 +386,8 @@ fn read_name(cert: &X509Certificate<'_>) -> Result<PeerName, LeafFault> {
         .map_err(|e| LeafFault::Unreadable(e.to_string()))?
         .map(|san| san.value.general_names.as_slice())
         .unwrap_or_default();
-    let uris: Vec<&str> = names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
+    let uris: Vec<&str> =
+        names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
     match uris[..] {
         [id] => Ok(PeerName::Spiffe(id.parse()?)),
         [] => dns_names(names),
@@ -396,7 +399,8 @@ fn dns_names(names: &[GeneralName<'_>]) -> Result<PeerName, LeafFault> {
     let mut found = Vec::new();
     for name in names {
         let GeneralName::DNSName(dns) = name else { continue };
-        if dns.is_empty() || dns.len() > 253 || !dns.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._*".contains(&b)) {
+        if dns.is_empty() || dns.len() > 253 || !dns.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._*".contains(&b))
+        {
             return Err(LeafFault::BadDns);
         }
         found.push(dns.to_ascii_lowercase());
@@ -419,10 +423,26 @@ mod tests {
         check_id("spiffe://shop.example/shop/orders", true);
         check_id("spiffe://td/a", true);
         for bad in [
-            "", "spiffe://", "spiffe://td", "spiffe://td/", "spiffe://td/a/", "spiffe://td//a", "spiffe://TD/a",
-            "spiffe://td:443/a", "spiffe://user@td/a", "spiffe://td/a?b", "spiffe://td/a#b", "spiffe://td/%41",
-            "spiffe://td/..", "spiffe://td/./a", "SPIFFE://td/a", "https://td/a", "spiffe://td/a b", "spiffe://td/a\0",
-            "spiffe:///a", "spiffe://td/ä",
+            "",
+            "spiffe://",
+            "spiffe://td",
+            "spiffe://td/",
+            "spiffe://td/a/",
+            "spiffe://td//a",
+            "spiffe://TD/a",
+            "spiffe://td:443/a",
+            "spiffe://user@td/a",
+            "spiffe://td/a?b",
+            "spiffe://td/a#b",
+            "spiffe://td/%41",
+            "spiffe://td/..",
+            "spiffe://td/./a",
+            "SPIFFE://td/a",
+            "https://td/a",
+            "spiffe://td/a b",
+            "spiffe://td/a\0",
+            "spiffe:///a",
+            "spiffe://td/ä",
         ] {
             check_id(bad, false);
         }

@@ -2,8 +2,11 @@
 //!
 //! Almost everything here is data in, data out: no sockets, no clock. Read in this order.
 
+pub mod batch;
 pub mod event;
 pub mod finding;
 pub mod identity;
 pub mod secret;
+pub mod session;
 pub mod time;
+pub mod wire;
