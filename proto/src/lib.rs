@@ -3,6 +3,7 @@
 //! Almost everything here is data in, data out: no sockets, no clock. Read in this order.
 
 pub mod batch;
+pub mod config;
 pub mod directive;
 pub mod enrol;
 pub mod event;

@@ -672,7 +672,7 @@ pub(crate) mod tests {
         let client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(Floor::Tls12.versions())
             .unwrap()
-            .with_root_certificates(root_store(&[ca.root.clone()]).unwrap())
+            .with_root_certificates(root_store(std::slice::from_ref(&ca.root)).unwrap())
             .with_no_client_auth();
         let mut client = rustls::ClientConnection::new(Arc::new(client), "peer".try_into().unwrap()).unwrap();
         let server = server_config(&ca.issue(ORDERS), &ca.trust(), Floor::Tls12, &[]).unwrap();
