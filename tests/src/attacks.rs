@@ -87,26 +87,30 @@ fn alert(code: u8) -> String {
     name.to_owned()
 }
 
-/// A TLS 1.3 client with a certificate that says what a good one says, from a CA that it made itself.
-pub fn foreign_certificate(addr: SocketAddr, claims: &str, dir: &Path) -> Result<String> {
-    std::fs::create_dir_all(dir)?;
-    forge(claims, dir).context("making the foreign CA")?;
+/// A TLS 1.3 client with the certificate that [`forge`] put into `dir`.
+pub fn foreign_certificate(addr: SocketAddr, dir: &Path) -> Result<String> {
     let client = run("openssl", ["s_client", "-connect", &addr.to_string(), "-tls1_3", "-ign_eof"])
         .args(["-cert", "leaf.pem", "-key", "leaf.key"])
         .current_dir(dir)
         .input("GET /orders HTTP/1.1\r\nHost: orders\r\n\r\n")
         .limit(PATIENCE)
         .finish()?;
-    let complaint = client.stderr.lines().find_map(|line| line.split_once(" alert ").map(|(_, alert)| alert));
-    Ok(match complaint {
-        Some(alert) => format!("a fatal TLS alert: {}", alert.split(':').next().unwrap_or(alert).replace(' ', "_")),
-        None if client.stdout.contains("HTTP/1.") => "an answer of the service".into(),
-        None => "the connection closed, not a byte came back".into(),
-    })
+    Ok(told_by_openssl(&client.stdout, &client.stderr))
 }
 
-/// `ca.pem`, and `leaf.pem` with `leaf.key` signed by it.
-fn forge(claims: &str, dir: &Path) -> Result<()> {
+/// OpenSSL tells of an alert by its number: `… SSL alert number 48`.
+fn told_by_openssl(stdout: &str, stderr: &str) -> String {
+    let number = stderr.rsplit_once("alert number ").and_then(|(_, rest)| rest.lines().next()?.trim().parse().ok());
+    match number {
+        Some(code) => describe(&[21, 3, 3, 0, 2, 2, code]),
+        None if stdout.contains("HTTP/1.") => "an answer of the service".into(),
+        None => describe(&[]),
+    }
+}
+
+/// Makes a CA of the attacker's own in `dir`, and a certificate of it that says what a good one says.
+pub fn forge(claims: &str, dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir)?;
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"];
     let req = |args: &[&str]| run("openssl", ["req", "-x509"]).args(key).args(args).current_dir(dir).output();
     req(&["-days", "1", "-subj", "/CN=not your CA", "-keyout", "ca.key", "-out", "ca.pem"])?;
@@ -133,6 +137,28 @@ mod tests {
         assert_eq!(&hello[5..9], [1, 0, 0, u8::try_from(hello.len() - 9).unwrap()]);
         assert_eq!(&hello[9..11], [3, 2]);
         assert_eq!(hello.len(), 9 + 2 + 32 + 1 + 2 + 8 + 2);
+    }
+
+    #[test]
+    fn what_openssl_says_of_an_alert_is_told_by_its_name() {
+        let error = "00CE:error:0A000418:SSL routines:ssl3_read_bytes:tlsv1 alert unknown ca:../s3.c:1:SSL alert number 48\n";
+        for (stdout, stderr, expected) in [
+            ("", error, "a fatal TLS alert: unknown_ca"),
+            ("HTTP/1.1 200 OK", "", "an answer of the service"),
+            ("CONNECTED", "", "the connection closed, not a byte came back"),
+        ] {
+            assert_eq!(told_by_openssl(stdout, stderr), expected);
+        }
+    }
+
+    #[test]
+    fn a_forged_certificate_says_what_a_good_one_says() {
+        let dir = tempfile::tempdir().unwrap();
+        forge("spiffe://t/shop/web", dir.path()).unwrap();
+        let text = run("openssl", ["x509", "-noout", "-text", "-in", "leaf.pem"]).current_dir(dir.path()).output().unwrap();
+        for part in ["URI:spiffe://t/shop/web", "Digital Signature", "TLS Web Client Authentication", "CN = not your CA"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 
     #[test]
