@@ -119,7 +119,16 @@ pub fn forge(claims: &str, dir: &Path) -> Result<()> {
     let purpose = "extendedKeyUsage=serverAuth,clientAuth";
     req(&["-days", "1", "-subj", "/CN=somebody else", "-CA", "ca.pem", "-CAkey", "ca.key"]
         .iter()
-        .chain(&["-addext", &name, "-addext", usage, "-addext", purpose, "-addext", "basicConstraints=critical,CA:FALSE"])
+        .chain(&[
+            "-addext",
+            &name,
+            "-addext",
+            usage,
+            "-addext",
+            purpose,
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ])
         .chain(&["-keyout", "leaf.key", "-out", "leaf.pem"])
         .copied()
         .collect::<Vec<_>>())?;
@@ -141,7 +150,8 @@ mod tests {
 
     #[test]
     fn what_openssl_says_of_an_alert_is_told_by_its_name() {
-        let error = "00CE:error:0A000418:SSL routines:ssl3_read_bytes:tlsv1 alert unknown ca:../s3.c:1:SSL alert number 48\n";
+        let error =
+            "00CE:error:0A000418:SSL routines:ssl3_read_bytes:tlsv1 alert unknown ca:../s3.c:1:SSL alert number 48\n";
         for (stdout, stderr, expected) in [
             ("", error, "a fatal TLS alert: unknown_ca"),
             ("HTTP/1.1 200 OK", "", "an answer of the service"),
@@ -155,8 +165,11 @@ mod tests {
     fn a_forged_certificate_says_what_a_good_one_says() {
         let dir = tempfile::tempdir().unwrap();
         forge("spiffe://t/shop/web", dir.path()).unwrap();
-        let text = run("openssl", ["x509", "-noout", "-text", "-in", "leaf.pem"]).current_dir(dir.path()).output().unwrap();
-        for part in ["URI:spiffe://t/shop/web", "Digital Signature", "TLS Web Client Authentication", "CN = not your CA"] {
+        let text =
+            run("openssl", ["x509", "-noout", "-text", "-in", "leaf.pem"]).current_dir(dir.path()).output().unwrap();
+        for part in
+            ["URI:spiffe://t/shop/web", "Digital Signature", "TLS Web Client Authentication", "CN = not your CA"]
+        {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

@@ -133,7 +133,8 @@ impl Run {
             let said = scope.spawn(move || read_all(stdout.as_mut()));
             let complained = scope.spawn(move || {
                 let mut all = String::new();
-                for text in stderr.into_iter().flat_map(|pipe| BufReader::new(pipe).split(b'\n').map_while(Result::ok)) {
+                for text in stderr.into_iter().flat_map(|pipe| BufReader::new(pipe).split(b'\n').map_while(Result::ok))
+                {
                     let text = String::from_utf8_lossy(&text).into_owned();
                     line(&text);
                     all.push_str(&text);

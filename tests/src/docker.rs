@@ -106,9 +106,7 @@ fn start(root: Root) -> Result<()> {
     }
     let limit = Duration::from_secs(60);
     let up = interrupt::poll(limit, Duration::from_millis(200), || Docker::find().map(|_| ()))?;
-    up.with_context(|| {
-        format!("dockerd did not answer within {limit:?}; its log is {}", log_path().display())
-    })
+    up.with_context(|| format!("dockerd did not answer within {limit:?}; its log is {}", log_path().display()))
 }
 
 fn start_dockerd(root: Root) -> Result<()> {
@@ -154,9 +152,12 @@ mod tests {
     fn images_never_lie_on_an_overlay() {
         let target = Path::new("/t");
         let ours = Some(PathBuf::from("/t/demo/docker"));
-        for (kind, expected) in
-            [(Some(EXT4_SUPER_MAGIC), None), (None, None), (Some(OVERLAYFS_SUPER_MAGIC), ours.clone()), (Some(TMPFS_MAGIC), ours)]
-        {
+        for (kind, expected) in [
+            (Some(EXT4_SUPER_MAGIC), None),
+            (None, None),
+            (Some(OVERLAYFS_SUPER_MAGIC), ours.clone()),
+            (Some(TMPFS_MAGIC), ours),
+        ] {
             assert_eq!(data_root(kind, target), expected);
         }
     }

@@ -188,7 +188,9 @@ mod tests {
     fn an_event_belongs_to_its_workload_only() {
         let event: Event = serde_json::from_str(LINE).unwrap();
         assert_eq!(event.text("reason"), "r");
-        for (name, of) in [("shop/orders", true), ("op/orders", false), ("shop/db", false), ("spiffe://t/shop/orders", true)] {
+        for (name, of) in
+            [("shop/orders", true), ("op/orders", false), ("shop/db", false), ("spiffe://t/shop/orders", true)]
+        {
             assert_eq!(event.of(name), of, "{name}");
         }
     }

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::command::run;
 use crate::docker::Docker;
 use crate::packages::Root;
-use crate::progress::Detail;
 use crate::programs::Programs;
+use crate::progress::Detail;
 use crate::workspace;
 
 /// The recipe of [`SERVICES`], run as root.
@@ -122,6 +123,27 @@ fn label_of(docker: &Docker, image: &str, label: &str) -> String {
     found.unwrap_or_default().trim().to_owned()
 }
 
+/// The regular files of `image`, with mode and owner; those that the engine puts into every container left out.
+pub fn files(docker: &Docker, image: &str) -> Result<Vec<String>> {
+    let container = docker.run(["create", image]).output()?.trim().to_owned();
+    let tar = workspace::folder("images")?.join(format!("{container}.tar"));
+    let exported = docker.run(["export", &container, "--output"]).args([&tar]).output();
+    docker.run(["rm", &container]).despite_interrupt().output()?;
+    exported?;
+    let list = run("tar", ["--list", "--verbose", "--numeric-owner", "--file"]).args([&tar]).output()?;
+    std::fs::remove_file(&tar)?;
+    Ok(list.lines().filter_map(regular_file).collect())
+}
+
+/// `-rwxr-xr-x 0/0 12345 2026-01-01 00:00 usr/bin/x` without size and time.
+fn regular_file(line: &str) -> Option<String> {
+    const OF_THE_ENGINE: [&str; 5] = [".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "dev/console"];
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [mode, owner, _size, _day, _time, name] = fields[..] else { return None };
+    let ours = mode.starts_with('-') && !OF_THE_ENGINE.contains(&name);
+    ours.then(|| format!("{mode} {owner} {name}"))
+}
+
 fn fingerprint(of: &impl Hash) -> String {
     let mut hasher = DefaultHasher::new();
     of.hash(&mut hasher);
@@ -131,6 +153,18 @@ fn fingerprint(of: &impl Hash) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_are_listed_without_what_the_engine_adds() {
+        for (line, expected) in [
+            ("-rwx--x--x 0/0 10 2026-01-01 00:00 usr/bin/a", Some("-rwx--x--x 0/0 usr/bin/a")),
+            ("-rwxr-xr-x 0/0 0 2026-01-01 00:00 .dockerenv", None),
+            ("drwxr-xr-x 0/0 0 2026-01-01 00:00 usr/", None),
+            ("", None),
+        ] {
+            assert_eq!(regular_file(line).as_deref(), expected, "{line}");
+        }
+    }
 
     #[test]
     fn the_servers_are_of_this_machines_debian() {

@@ -12,10 +12,13 @@ pub mod metrics;
 pub mod scene;
 pub mod wire;
 
+pub mod stage;
+
 pub mod docker;
 pub mod images;
 pub mod packages;
 pub mod programs;
+pub mod suite;
 pub mod workspace;
 
 pub mod command;

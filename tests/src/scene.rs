@@ -52,6 +52,11 @@ impl Ports {
     pub fn free() -> Result<Ports> {
         Ok(Ports { page: free(7444)?, metrics: free(7445)?, alertmanager: free(9093)? })
     }
+
+    /// Any: for tests, of which several may run.
+    pub fn any() -> Result<Ports> {
+        Ok(Ports { page: free(0)?, metrics: free(0)?, alertmanager: free(0)? })
+    }
 }
 
 fn free(usual: u16) -> Result<u16> {
@@ -189,7 +194,8 @@ impl Scene {
         open_to_agents(&self.tokens().join(name))?;
         self.issue_token(name)?;
         let config = workspace::root().join(format!("deploy/scene/{name}.toml"));
-        let mounts = [bind(&config, "/etc/sidewarden/agent.toml:ro"), bind(&self.tokens().join(name), "/run/sidewarden")];
+        let mounts =
+            [bind(&config, "/etc/sidewarden/agent.toml:ro"), bind(&self.tokens().join(name), "/run/sidewarden")];
         let network = format!("{}_shop", self.project);
         let create = self
             .docker

@@ -178,7 +178,8 @@ pub fn play(number: usize, step: &Step, scene: &Scene, events: &Events) -> Resul
             println!("     alert        {:>6}   {}: {summary}", millis(after), step.alert.name);
             outcome.alert = Some((after, step.alert.name.to_owned()));
         }
-        let counted = poll(PATIENCE, Duration::from_millis(20), || count(scene, &step.metric).ok().filter(|n| *n > before))?;
+        let counted =
+            poll(PATIENCE, Duration::from_millis(20), || count(scene, &step.metric).ok().filter(|n| *n > before))?;
         if let Some(now) = counted {
             println!("     metric                {}: {before} -> {now}", step.metric.text());
             outcome.counted = true;
@@ -269,7 +270,8 @@ fn enter_as_root(scene: &Scene) -> Result<String> {
 }
 
 fn slip_in_a_command(scene: &Scene) -> Result<String> {
-    let answered = |logs: String| logs.lines().rev().find_map(|l| l.split_once("/export").map(|(_, rest)| rest.to_owned()));
+    let answered =
+        |logs: String| logs.lines().rev().find_map(|l| l.split_once("/export").map(|(_, rest)| rest.to_owned()));
     scene.visit("/export?name=today%3B%20id")?;
     let answer = poll(PATIENCE, Duration::from_millis(50), || answered(scene.logs("visitor")))?;
     let answer = answer.context("the visitor had no answer")?;

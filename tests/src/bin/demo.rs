@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
-use sidewarden_tests::docker::Docker;
 use sidewarden_tests::events::Events;
 use sidewarden_tests::progress::Progress;
 use sidewarden_tests::scene::{self, Ports, Scene};
 use sidewarden_tests::story::{self, Outcome};
-use sidewarden_tests::{images, interrupt, packages, programs, wire};
+use sidewarden_tests::{interrupt, packages, stage, wire};
 
 /// Builds Sidewarden, starts a small shop in containers with an agent beside each, and attacks it.
 #[derive(Debug, Parser)]
@@ -41,7 +40,7 @@ fn main() -> ExitCode {
 fn demo(arguments: &Arguments) -> Result<ExitCode> {
     let progress = Progress::start();
     progress.note("Sidewarden: a shop in containers, every hop between them in mutual TLS, and an attack on it.\n");
-    let docker = prepare(&progress)?;
+    let docker = stage::provide(packages::DEMO, &progress)?;
     if arguments.images {
         progress.note("\nThe images are there; deploy/compose.yaml uses them.");
         return Ok(ExitCode::SUCCESS);
@@ -59,23 +58,6 @@ fn demo(arguments: &Arguments) -> Result<ExitCode> {
     }
     progress.step("taking everything down", |_| scene.clear())?;
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Packages, engine, programs, images. The two long pieces, cargo and debootstrap, go on side by side.
-fn prepare(progress: &Progress) -> Result<Docker> {
-    packages::provide(packages::DEMO, progress)?;
-    let docker = Docker::provide(progress)?;
-    let programs = std::thread::scope(|scope| {
-        let servers = scope.spawn(|| {
-            let title = "the shop's servers, from Debian's packages";
-            progress.step(title, |detail| images::services(&docker, detail))
-        });
-        let programs = progress.step("the agent and the collector, release build, static", programs::build);
-        servers.join().unwrap_or_else(|_| Err(anyhow::anyhow!("making the image broke")))?;
-        programs
-    })?;
-    progress.step("their images, FROM scratch", |detail| images::programs(&docker, &programs, detail))?;
-    Ok(docker)
 }
 
 /// Looks at the packets between the containers, where we may.
