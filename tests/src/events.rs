@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -26,6 +26,8 @@ pub struct Event {
     /// The details, by kind.
     #[serde(default)]
     pub body: Value,
+    /// When the collector had it, by its clock, in microseconds.
+    pub received_us: u64,
 }
 
 /// Who sent it.
@@ -43,19 +45,15 @@ impl Event {
         self.agent.workload.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('/'))
     }
 
+    /// When the collector had it. Its clock is ours: it runs on this machine.
+    pub fn received(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_micros(self.received_us)
+    }
+
     /// A text of its body, empty if there is none.
     pub fn text(&self, key: &str) -> &str {
         self.body.get(key).and_then(Value::as_str).unwrap_or_default()
     }
-}
-
-/// An event, and when its line reached us.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// By our clock.
-    pub at: Instant,
-    /// What it says.
-    pub event: Event,
 }
 
 /// The stream of events, from now on.
@@ -73,7 +71,7 @@ struct Log {
 
 #[derive(Debug, Default)]
 struct Entries {
-    seen: Vec<Seen>,
+    seen: Vec<Event>,
     /// Why no more will come.
     ended: Option<String>,
 }
@@ -101,11 +99,11 @@ impl Events {
     }
 
     /// The first event after `mark` that `is` what is looked for; `None` when it does not come within `limit`.
-    pub fn wait(&self, mark: usize, limit: Duration, is: impl Fn(&Event) -> bool) -> Result<Option<Seen>> {
+    pub fn wait(&self, mark: usize, limit: Duration, is: impl Fn(&Event) -> bool) -> Result<Option<Event>> {
         let end = Instant::now() + limit;
         let mut entries = self.log.entries();
         loop {
-            if let Some(found) = entries.seen.iter().skip(mark).find(|seen| is(&seen.event)) {
+            if let Some(found) = entries.seen.iter().skip(mark).find(|event| is(event)) {
                 return Ok(Some(found.clone()));
             }
             if let Some(why) = &entries.ended {
@@ -121,7 +119,7 @@ impl Events {
     }
 
     /// Everything after `mark`.
-    pub fn since(&self, mark: usize) -> Vec<Seen> {
+    pub fn since(&self, mark: usize) -> Vec<Event> {
         self.log.entries().seen.iter().skip(mark).cloned().collect()
     }
 }
@@ -142,21 +140,20 @@ impl Log {
     /// Takes lines in until there are no more, and says why there are no more.
     fn read(&self, lines: impl BufRead) -> String {
         for line in lines.lines() {
-            let at = Instant::now();
             let line = match line {
                 Ok(line) => line,
                 Err(error) => return error.to_string(),
             };
             match serde_json::from_str(&line) {
-                Ok(event) => self.push(Seen { at, event }),
+                Ok(event) => self.push(event),
                 Err(error) => return format!("not an event: {error}: {line}"),
             }
         }
         "end of output".into()
     }
 
-    fn push(&self, seen: Seen) {
-        self.entries().seen.push(seen);
+    fn push(&self, event: Event) {
+        self.entries().seen.push(event);
         self.changed.notify_all();
     }
 
