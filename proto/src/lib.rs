@@ -3,10 +3,14 @@
 //! Almost everything here is data in, data out: no sockets, no clock. Read in this order.
 
 pub mod batch;
+pub mod config;
+pub mod directive;
+pub mod enrol;
 pub mod event;
 pub mod finding;
 pub mod identity;
 pub mod secret;
 pub mod session;
 pub mod time;
+pub mod tls;
 pub mod wire;

@@ -1,0 +1,797 @@
+//! The one place that decides how TLS is spoken: provider, versions, groups, verifiers, ALPN. Resumption is off.
+//!
+//! A resumed handshake does not run the verifier, so it would let in a peer that was revoked or has expired since;
+//! every mutually authenticated handshake here is a full one. A change of key, roots or floor makes a whole new config.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion,
+};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::event::RefusalReason;
+use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_leaf};
+use crate::time::Timestamp;
+
+/// Most certificates of a presented chain: building paths costs time, and an attacker chooses the chain.
+const MAX_CHAIN: usize = 6;
+
+/// The lowest version spoken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Floor {
+    /// TLS 1.2 with ECDHE and AEAD, and 1.3.
+    #[default]
+    Tls12,
+    /// TLS 1.3 only. QUIC needs it.
+    Tls13,
+}
+
+static FROM_1_2: [&SupportedProtocolVersion; 2] = [&rustls::version::TLS13, &rustls::version::TLS12];
+
+impl Floor {
+    fn versions(self) -> &'static [&'static SupportedProtocolVersion] {
+        match self {
+            Floor::Tls12 => &FROM_1_2,
+            Floor::Tls13 => &FROM_1_2[..1],
+        }
+    }
+}
+
+/// What is wrong with our own side: a key, a certificate, a set of roots.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A PEM file that holds no certificate, no key, or something else.
+    #[error("the PEM cannot be read: {0}")]
+    Pem(String),
+    /// A key that does not belong to its certificate.
+    #[error("the private key does not belong to the certificate")]
+    KeyMismatch,
+    /// Our own leaf breaks a rule.
+    #[error("our certificate cannot be used: {0}")]
+    Leaf(#[from] LeafFault),
+    /// A root that is none.
+    #[error("the trust bundle cannot be used: {0}")]
+    Roots(String),
+    /// Anything else that rustls says.
+    #[error(transparent)]
+    Rustls(#[from] rustls::Error),
+}
+
+/// aws-lc-rs with the groups in our order, the post-quantum hybrid first.
+///
+/// The groups are listed, because the order that rustls chooses by itself depends on its features.
+pub fn provider() -> Arc<CryptoProvider> {
+    let groups = {
+        use aws_lc_rs::kx_group::{SECP256R1, SECP384R1, X25519, X25519MLKEM768};
+        vec![X25519MLKEM768, X25519, SECP256R1, SECP384R1]
+    };
+    Arc::new(CryptoProvider { kx_groups: groups, ..aws_lc_rs::default_provider() })
+}
+
+/// The name every collector of `domain` bears. Nothing under `sidewarden/` is given to agents.
+pub fn collector_id(domain: &TrustDomain) -> SpiffeId {
+    domain.workload("sidewarden/collector").expect("the path is a constant that follows the rules")
+}
+
+/// A key with its certificate chain.
+#[derive(Clone)]
+pub struct Credential {
+    key: Arc<CertifiedKey>,
+    peer: Arc<Peer>,
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Credential({}, serial {})", self.peer.name, self.peer.serial)
+    }
+}
+
+impl Credential {
+    /// From PEM: a chain, leaf first, and its private key.
+    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Credential, TlsError> {
+        let chain = certificates(chain)?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| TlsError::Pem(format!("private key: {e}")))?;
+        Credential::from_der(chain, key)
+    }
+
+    /// From a chain, leaf first, and its private key. The key must fit and the leaf must keep the rules.
+    pub fn from_der(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Credential, TlsError> {
+        let Some(leaf) = chain.first() else { return Err(TlsError::Pem("there is no certificate in it".into())) };
+        let peer = Arc::new(judge_leaf(leaf, Usage::Client).or_else(|_| judge_leaf(leaf, Usage::Server))?);
+        let key = provider().key_provider.load_private_key(key)?;
+        let key = CertifiedKey::new(chain, key);
+        key.keys_match().map_err(|_| TlsError::KeyMismatch)?;
+        Ok(Credential { key: Arc::new(key), peer })
+    }
+
+    /// The chain, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.key.cert
+    }
+
+    /// Whom the leaf names, and until when.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Signs `message`: ECDSA P-256 with SHA-256.
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, TlsError> {
+        let signer = self.key.key.choose_scheme(&[SignatureScheme::ECDSA_NISTP256_SHA256]);
+        Ok(signer.ok_or_else(|| TlsError::Pem("only a P-256 key can sign here".into()))?.sign(message)?)
+    }
+
+    fn resolver(&self) -> Arc<SingleCertAndKey> {
+        Arc::new(SingleCertAndKey::from(self.key.clone()))
+    }
+}
+
+/// Every certificate of a PEM text; an error if there is none.
+pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let found = read.map_err(|e| TlsError::Pem(e.to_string()))?;
+    if found.is_empty() { Err(TlsError::Pem("there is no certificate in it".into())) } else { Ok(found) }
+}
+
+/// Whom we trust to say who somebody is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// The roots of each trust domain. A SPIFFE ID counts only under the roots of its own domain.
+    pub domains: BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>,
+    /// The roots for peers that have DNS names and no SPIFFE ID. Empty: there are none.
+    pub dns_roots: Vec<CertificateDer<'static>>,
+}
+
+impl Trust {
+    /// One domain with its roots.
+    pub fn single(domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Trust {
+        Trust { domains: BTreeMap::from([(domain, roots)]), dns_roots: Vec::new() }
+    }
+}
+
+fn root_store(roots: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone()).map_err(|e| TlsError::Roots(e.to_string()))?;
+    }
+    if store.is_empty() { Err(TlsError::Roots("it is empty".into())) } else { Ok(store) }
+}
+
+/// Whom a client wants to reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// One workload.
+    Workload(SpiffeId),
+    /// Any of these.
+    AnyOf(Vec<SpiffeId>),
+    /// A foreign server by its DNS name.
+    Dns(String),
+}
+
+impl Expect {
+    fn is_met_by(&self, name: &PeerName) -> bool {
+        match (self, name) {
+            (Expect::Workload(id), PeerName::Spiffe(name)) => id == name,
+            (Expect::AnyOf(ids), PeerName::Spiffe(name)) => ids.contains(name),
+            (Expect::Dns(host), PeerName::Dns(names)) => names.iter().any(|name| dns_matches(name, host)),
+            _ => false,
+        }
+    }
+}
+
+/// Whether the DNS name of a certificate covers `host`; a wildcard stands for one whole leftmost label (RFC 9525).
+pub fn dns_matches(name: &str, host: &str) -> bool {
+    let (name, host) = (name.trim_end_matches('.'), host.trim_end_matches('.'));
+    if name.eq_ignore_ascii_case(host) {
+        return !name.contains('*');
+    }
+    let (Some(suffix), Some((label, rest))) = (name.strip_prefix("*."), host.split_once('.')) else { return false };
+    !label.is_empty() && suffix.contains('.') && !suffix.contains('*') && suffix.eq_ignore_ascii_case(rest)
+}
+
+/// Why a peer's certificate was not accepted, beyond what webpki says.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerFault {
+    /// The leaf breaks a rule.
+    #[error(transparent)]
+    Leaf(#[from] LeafFault),
+    /// Nobody vouches for this trust domain, or for DNS names.
+    #[error("no root is known for {0}")]
+    UnknownDomain(String),
+    /// Somebody else answers.
+    #[error("{found} answers where {expected} was expected")]
+    WrongPeer {
+        /// Who.
+        found: String,
+        /// Whom we wanted.
+        expected: String,
+    },
+    /// Too many certificates.
+    #[error("a chain of {0} certificates is longer than {MAX_CHAIN}")]
+    LongChain(usize),
+    /// The pinned CA is not in the chain.
+    #[error("the collector's CA is not the pinned one: this is another collector, or the token is for another one")]
+    PinMismatch,
+}
+
+impl From<PeerFault> for rustls::Error {
+    fn from(fault: PeerFault) -> rustls::Error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(fault))))
+    }
+}
+
+/// The fault of ours inside a rustls error, if there is one.
+pub fn fault_of(error: &rustls::Error) -> Option<&PeerFault> {
+    let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) = error else { return None };
+    inner.downcast_ref()
+}
+
+/// The closed word for a failed handshake.
+pub fn refusal_of(error: &rustls::Error) -> RefusalReason {
+    use rustls::{AlertDescription as Alert, Error, PeerIncompatible as Peer};
+    if let Some(fault) = fault_of(error) {
+        return match fault {
+            PeerFault::UnknownDomain(_) | PeerFault::PinMismatch => RefusalReason::UnknownCa,
+            PeerFault::WrongPeer { .. } => RefusalReason::WrongPeer,
+            PeerFault::Leaf(_) | PeerFault::LongChain(_) => RefusalReason::BadCertificate,
+        };
+    }
+    match error {
+        Error::NoCertificatesPresented => RefusalReason::NoCertificate,
+        Error::InvalidCertificate(fault) => certificate_refusal(fault),
+        Error::AlertReceived(Alert::ProtocolVersion) => RefusalReason::ProtocolVersion,
+        Error::AlertReceived(_) => RefusalReason::RefusedByPeer,
+        Error::PeerIncompatible(Peer::ServerDoesNotSupportTls12Or13 | Peer::Tls12NotOffered) => {
+            RefusalReason::ProtocolVersion
+        }
+        Error::PeerIncompatible(Peer::Tls13RequiredForQuic | Peer::SupportedVersionsExtensionRequired) => {
+            RefusalReason::ProtocolVersion
+        }
+        _ => RefusalReason::HandshakeFailed,
+    }
+}
+
+fn certificate_refusal(fault: &CertificateError) -> RefusalReason {
+    use CertificateError as Fault;
+    match fault {
+        Fault::UnknownIssuer | Fault::BadSignature => RefusalReason::UnknownCa,
+        Fault::Expired | Fault::ExpiredContext { .. } | Fault::NotValidYet | Fault::NotValidYetContext { .. } => {
+            RefusalReason::Expired
+        }
+        Fault::Revoked => RefusalReason::Revoked,
+        _ => RefusalReason::BadCertificate,
+    }
+}
+
+/// Judges a presented chain: length, leaf rules, and a path to a root of the leaf's own trust domain.
+///
+/// `chain` is leaf first. The key's possession is proven elsewhere: by the handshake, or by a signature.
+pub fn verify_chain(
+    chain: &[CertificateDer<'_>],
+    trust: &Trust,
+    usage: Usage,
+    now: Timestamp,
+) -> Result<Peer, rustls::Error> {
+    let Some((leaf, rest)) = chain.split_first() else { return Err(rustls::Error::NoCertificatesPresented) };
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now.as_secs()).unwrap_or(0)));
+    let anchors = Anchors::new(trust).map_err(|e| rustls::Error::General(e.to_string()))?;
+    anchors.verify(leaf, rest, usage, now)
+}
+
+/// [`Trust`], made ready for many handshakes.
+#[derive(Debug)]
+struct Anchors {
+    domains: BTreeMap<TrustDomain, Roots>,
+    dns: Option<Roots>,
+    provider: Arc<CryptoProvider>,
+}
+
+/// The roots of one domain, as each end needs them.
+#[derive(Debug)]
+struct Roots {
+    store: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+}
+
+impl Roots {
+    fn new(roots: &[CertificateDer<'static>]) -> Result<Roots, TlsError> {
+        let store = Arc::new(root_store(roots)?);
+        let clients = WebPkiClientVerifier::builder_with_provider(store.clone(), provider()).build();
+        Ok(Roots { store, clients: clients.map_err(|e| TlsError::Roots(e.to_string()))? })
+    }
+}
+
+impl Anchors {
+    fn new(trust: &Trust) -> Result<Anchors, TlsError> {
+        let domain = |(name, roots): (&TrustDomain, &Vec<_>)| Ok::<_, TlsError>((name.clone(), Roots::new(roots)?));
+        let dns = (!trust.dns_roots.is_empty()).then(|| Roots::new(&trust.dns_roots)).transpose()?;
+        Ok(Anchors { domains: trust.domains.iter().map(domain).collect::<Result<_, _>>()?, dns, provider: provider() })
+    }
+
+    fn roots_for(&self, name: &PeerName) -> Result<&Roots, PeerFault> {
+        let roots = match name {
+            PeerName::Spiffe(id) => self.domains.get(&id.trust_domain()),
+            PeerName::Dns(_) => self.dns.as_ref(),
+        };
+        roots.ok_or_else(|| PeerFault::UnknownDomain(domain_word(name)))
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        usage: Usage,
+        now: UnixTime,
+    ) -> Result<Peer, rustls::Error> {
+        if rest.len() >= MAX_CHAIN {
+            return Err(PeerFault::LongChain(rest.len() + 1).into());
+        }
+        let peer = judge_leaf(leaf, usage).map_err(PeerFault::from)?;
+        let roots = self.roots_for(&peer.name)?;
+        match usage {
+            Usage::Client => {
+                roots.clients.verify_client_cert(leaf, rest, now)?;
+            }
+            Usage::Server => {
+                let algorithms = self.provider.signature_verification_algorithms.all;
+                let leaf = ParsedCertificate::try_from(leaf)?;
+                verify_server_cert_signed_by_trust_anchor(&leaf, &roots.store, rest, now, algorithms)?;
+            }
+        }
+        Ok(peer)
+    }
+}
+
+fn domain_word(name: &PeerName) -> String {
+    match name {
+        PeerName::Spiffe(id) => format!("trust domain {}", id.trust_domain()),
+        PeerName::Dns(_) => "peers with DNS names".into(),
+    }
+}
+
+/// Whom a chain that was verified names.
+pub fn peer_of(chain: &[CertificateDer<'_>], usage: Usage) -> Result<Peer, LeafFault> {
+    let leaf = chain.first().ok_or_else(|| LeafFault::Unreadable("there is none".into()))?;
+    judge_leaf(leaf, usage)
+}
+
+/// Whether `signature` (ECDSA P-256, SHA-256, DER) is the leaf's over `message`.
+pub fn verify_signature(leaf: &CertificateDer<'_>, message: &[u8], signature: &[u8]) -> Result<(), LeafFault> {
+    use ::aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+    let (_, cert) = X509Certificate::from_der(leaf).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    let key = &cert.public_key().subject_public_key.data;
+    let check = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key).verify(message, signature);
+    check.map_err(|_| LeafFault::Unreadable("its signature does not fit".into()))
+}
+
+/// SHA-256 of the public key (SPKI) of a certificate: what a pin is.
+pub fn spki_of(cert: &CertificateDer<'_>) -> Result<Sha256, LeafFault> {
+    let (_, cert) = X509Certificate::from_der(cert).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    Ok(Sha256::of(&[cert.public_key().raw]))
+}
+
+/// A server whose clients must show a certificate that `trust` verifies.
+pub fn server_config(
+    credential: &Credential,
+    trust: &Trust,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider() };
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(floor.versions())?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(credential.resolver());
+    Ok(finish_server(config, alpn))
+}
+
+/// A server whose clients show no certificate: enrolment and the HTTPS API, which know their callers by a token.
+pub fn server_config_without_client(
+    credential: &Credential,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(floor.versions())?
+        .with_no_client_auth()
+        .with_cert_resolver(credential.resolver());
+    Ok(finish_server(config, alpn))
+}
+
+fn finish_server(mut config: ServerConfig, alpn: &[&[u8]]) -> Arc<ServerConfig> {
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+/// A client that shows `credential` and accepts nobody but `expect`.
+pub fn client_config(
+    credential: &Credential,
+    trust: &Trust,
+    expect: Expect,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, provider: provider() };
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(floor.versions())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_client_cert_resolver(credential.resolver());
+    Ok(finish_client(config, alpn))
+}
+
+/// A client without a certificate that knows the collector by the hash of its root CA's public key.
+pub fn pinned_client_config(pin: Sha256, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(Floor::Tls13.versions())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(PinnedServer { pin, provider: provider() }))
+        .with_no_client_auth();
+    Ok(finish_client(config, alpn))
+}
+
+fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+/// Accepts clients that [`verify_chain`] accepts.
+#[derive(Debug)]
+struct StrictClients {
+    anchors: Anchors,
+    provider: Arc<CryptoProvider>,
+}
+
+/// Accepts the one server that is expected.
+#[derive(Debug)]
+struct StrictServer {
+    anchors: Anchors,
+    expect: Expect,
+    provider: Arc<CryptoProvider>,
+}
+
+/// Accepts a collector under the pinned root.
+#[derive(Debug)]
+struct PinnedServer {
+    pin: Sha256,
+    provider: Arc<CryptoProvider>,
+}
+
+/// The part of a verifier that is always the same: the handshake's own signature.
+macro_rules! handshake_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            let algorithms = &self.provider.signature_verification_algorithms;
+            rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            let algorithms = &self.provider.signature_verification_algorithms;
+            rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.provider.signature_verification_algorithms.supported_schemes()
+        }
+    };
+}
+
+impl ClientCertVerifier for StrictClients {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.anchors.verify(leaf, rest, Usage::Client, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    handshake_signatures!();
+}
+
+impl ServerCertVerifier for StrictServer {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let peer = self.anchors.verify(leaf, rest, Usage::Server, now)?;
+        if self.expect.is_met_by(&peer.name) {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(PeerFault::WrongPeer { found: peer.name.to_string(), expected: format!("{:?}", self.expect) }.into())
+    }
+
+    handshake_signatures!();
+}
+
+impl ServerCertVerifier for PinnedServer {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let root = rest.iter().find(|cert| spki_of(cert).is_ok_and(|spki| spki == self.pin));
+        let root = root.ok_or(PeerFault::PinMismatch)?.clone().into_owned();
+        let named = judge_leaf(leaf, Usage::Server).map_err(PeerFault::from)?;
+        let PeerName::Spiffe(id) = &named.name else {
+            return Err(PeerFault::UnknownDomain(domain_word(&named.name)).into());
+        };
+        let trust = Trust::single(id.trust_domain(), vec![root]);
+        let anchors = Anchors::new(&trust).map_err(|e| rustls::Error::General(e.to_string()))?;
+        let peer = anchors.verify(leaf, rest, Usage::Server, now)?;
+        let expected = collector_id(&id.trust_domain());
+        if peer.name == PeerName::Spiffe(expected.clone()) {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(PeerFault::WrongPeer { found: peer.name.to_string(), expected: expected.to_string() }.into())
+    }
+
+    handshake_signatures!();
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::io::{Read, Write};
+
+    use rcgen::{
+        BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    };
+
+    use super::*;
+
+    /// A root with its key.
+    pub(crate) struct Authority {
+        domain: TrustDomain,
+        root: CertificateDer<'static>,
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    impl Authority {
+        pub(crate) fn new(domain: &str) -> Authority {
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+            let key = KeyPair::generate().unwrap();
+            let root = params.self_signed(&key).unwrap().der().clone();
+            Authority { domain: domain.parse().unwrap(), root, issuer: Issuer::new(params, key) }
+        }
+
+        pub(crate) fn trust(&self) -> Trust {
+            Trust::single(self.domain.clone(), vec![self.root.clone()])
+        }
+
+        pub(crate) fn issue(&self, uri: &str) -> Credential {
+            self.issue_with(uri, |_| {})
+        }
+
+        fn issue_with(&self, uri: &str, change: impl Fn(&mut CertificateParams)) -> Credential {
+            let mut params = CertificateParams::default();
+            params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+            change(&mut params);
+            let key = KeyPair::generate().unwrap();
+            let leaf = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+            let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+            Credential::from_der(vec![leaf, self.root.clone()], key).unwrap()
+        }
+    }
+
+    const WEB: &str = "spiffe://td/shop/web";
+    const ORDERS: &str = "spiffe://td/shop/orders";
+
+    fn expect(id: &str) -> Expect {
+        Expect::Workload(id.parse().unwrap())
+    }
+
+    /// A handshake in memory; on failure the side that noticed first and its error.
+    fn shake(
+        client: Arc<ClientConfig>,
+        server: Arc<ServerConfig>,
+    ) -> Result<(rustls::ClientConnection, rustls::ServerConnection), (&'static str, rustls::Error)> {
+        let mut client = rustls::ClientConnection::new(client, "peer".try_into().unwrap()).unwrap();
+        let mut server = rustls::ServerConnection::new(server).unwrap();
+        for _ in 0..6 {
+            let mut wire = Vec::new();
+            client.write_tls(&mut wire).unwrap();
+            server.read_tls(&mut wire.as_slice()).unwrap();
+            server.process_new_packets().map_err(|e| ("server", e))?;
+            let mut wire = Vec::new();
+            server.write_tls(&mut wire).unwrap();
+            client.read_tls(&mut wire.as_slice()).unwrap();
+            client.process_new_packets().map_err(|e| ("client", e))?;
+        }
+        Ok((client, server))
+    }
+
+    fn check(
+        client: &Credential,
+        theirs: &Trust,
+        wants: Expect,
+        server: &Credential,
+        ours: &Trust,
+    ) -> Option<RefusalReason> {
+        let client = client_config(client, theirs, wants, Floor::Tls12, &[]).unwrap();
+        let server = server_config(server, ours, Floor::Tls12, &[]).unwrap();
+        shake(client, server).err().map(|(_, error)| refusal_of(&error))
+    }
+
+    #[test]
+    fn two_workloads_of_one_domain_meet() {
+        let ca = Authority::new("td");
+        assert_eq!(check(&ca.issue(WEB), &ca.trust(), expect(ORDERS), &ca.issue(ORDERS), &ca.trust()), None);
+    }
+
+    #[test]
+    fn everybody_else_is_refused_with_a_reason() {
+        use RefusalReason as Why;
+        let (ca, foreign, other) = (Authority::new("td"), Authority::new("td"), Authority::new("other"));
+        let (web, orders, trust) = (ca.issue(WEB), ca.issue(ORDERS), ca.trust());
+        let refused = |client: &Credential| check(client, &trust, expect(ORDERS), &orders, &trust);
+        assert_eq!(refused(&foreign.issue(WEB)), Some(Why::UnknownCa), "same name, foreign CA");
+        assert_eq!(refused(&other.issue("spiffe://other/a")), Some(Why::UnknownCa), "unknown domain");
+        let expired = ca.issue_with(WEB, |p| p.not_after = rcgen::date_time_ymd(2020, 1, 1));
+        assert_eq!(refused(&expired), Some(Why::Expired));
+        let early = ca.issue_with(WEB, |p| p.not_before = rcgen::date_time_ymd(2999, 1, 1));
+        assert_eq!(refused(&early), Some(Why::Expired));
+        let server_only = ca.issue_with(WEB, |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]);
+        assert_eq!(refused(&server_only), Some(Why::BadCertificate));
+        assert_eq!(check(&web, &trust, expect(WEB), &orders, &trust), Some(Why::WrongPeer));
+        assert_eq!(check(&web, &foreign.trust(), expect(ORDERS), &orders, &trust), Some(Why::UnknownCa));
+    }
+
+    #[test]
+    fn a_right_name_under_another_domains_root_is_refused() {
+        let (ca, other) = (Authority::new("td"), Authority::new("other"));
+        let mut trust = ca.trust();
+        trust.domains.extend(other.trust().domains);
+        let impostor = other.issue(WEB);
+        let reason = check(&impostor, &trust, expect(ORDERS), &ca.issue(ORDERS), &trust);
+        assert_eq!(reason, Some(RefusalReason::UnknownCa));
+    }
+
+    #[test]
+    fn a_client_without_a_certificate_is_refused() {
+        let ca = Authority::new("td");
+        let client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(Floor::Tls12.versions())
+            .unwrap()
+            .with_root_certificates(root_store(std::slice::from_ref(&ca.root)).unwrap())
+            .with_no_client_auth();
+        let mut client = rustls::ClientConnection::new(Arc::new(client), "peer".try_into().unwrap()).unwrap();
+        let server = server_config(&ca.issue(ORDERS), &ca.trust(), Floor::Tls12, &[]).unwrap();
+        let mut server = rustls::ServerConnection::new(server).unwrap();
+        let mut wire = Vec::new();
+        client.write_tls(&mut wire).unwrap();
+        server.read_tls(&mut wire.as_slice()).unwrap();
+        server.process_new_packets().unwrap();
+        assert!(server.is_handshaking(), "nothing but a certificate ends the handshake");
+        assert_eq!(refusal_of(&rustls::Error::NoCertificatesPresented), RefusalReason::NoCertificate);
+    }
+
+    #[test]
+    fn a_second_handshake_is_a_full_one_in_both_versions() {
+        let ca = Authority::new("td");
+        let server = server_config(&ca.issue(ORDERS), &ca.trust(), Floor::Tls12, &[]).unwrap();
+        for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+            // A client that would resume if it could: the server must be the one that does not.
+            let verifier = StrictServer {
+                anchors: Anchors::new(&ca.trust()).unwrap(),
+                expect: expect(ORDERS),
+                provider: provider(),
+            };
+            let client = ClientConfig::builder_with_provider(provider())
+                .with_protocol_versions(&[version])
+                .unwrap()
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(verifier))
+                .with_client_cert_resolver(ca.issue(WEB).resolver());
+            let client = Arc::new(client);
+            for round in 0..2 {
+                let (mut one, mut two) = shake(client.clone(), server.clone()).unwrap();
+                one.writer().write_all(b"hello").unwrap();
+                let mut wire = Vec::new();
+                one.write_tls(&mut wire).unwrap();
+                two.read_tls(&mut wire.as_slice()).unwrap();
+                two.process_new_packets().unwrap();
+                let mut got = [0; 5];
+                two.reader().read_exact(&mut got).unwrap();
+                assert_eq!(two.handshake_kind(), Some(rustls::HandshakeKind::Full), "{version:?}, round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_post_quantum_group_is_chosen() {
+        let ca = Authority::new("td");
+        let client = client_config(&ca.issue(WEB), &ca.trust(), expect(ORDERS), Floor::Tls12, &[]).unwrap();
+        let server = server_config(&ca.issue(ORDERS), &ca.trust(), Floor::Tls12, &[]).unwrap();
+        let (client, _) = shake(client, server).unwrap();
+        let group = client.negotiated_key_exchange_group().unwrap().name();
+        assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+    }
+
+    #[test]
+    fn a_pin_finds_its_collector_and_nobody_else() {
+        let (ca, foreign) = (Authority::new("td"), Authority::new("td"));
+        let enrol = |pin: &Authority, server: Credential| {
+            let client = pinned_client_config(spki_of(&pin.root).unwrap(), &[]).unwrap();
+            let server = server_config_without_client(&server, Floor::Tls13, &[]).unwrap();
+            shake(client, server).err().map(|(_, error)| fault_of(&error).cloned())
+        };
+        let collector = "spiffe://td/sidewarden/collector";
+        assert_eq!(enrol(&ca, ca.issue(collector)), None);
+        assert_eq!(enrol(&foreign, ca.issue(collector)), Some(Some(PeerFault::PinMismatch)));
+        assert!(
+            matches!(enrol(&ca, ca.issue(WEB)), Some(Some(PeerFault::WrongPeer { .. }))),
+            "an agent is no collector"
+        );
+    }
+
+    #[test]
+    fn wildcards_cover_one_label() {
+        for (name, host, covers) in [
+            ("api.shop", "API.shop", true),
+            ("*.shop.example", "a.shop.example", true),
+            ("*.shop.example", "a.b.shop.example", false),
+            ("*.shop.example", "shop.example", false),
+            ("*.example", "shop.example", false),
+            ("*", "example", false),
+            ("a*.shop.example", "ab.shop.example", false),
+        ] {
+            assert_eq!(dns_matches(name, host), covers, "{name} {host}");
+        }
+    }
+
+    #[test]
+    fn our_own_side_is_judged_too() {
+        let (ca, other) = (Authority::new("td"), KeyPair::generate().unwrap());
+        let chain = ca.issue(WEB).chain().to_vec();
+        let stranger = PrivateKeyDer::try_from(other.serialize_der()).unwrap();
+        assert!(matches!(Credential::from_der(chain, stranger), Err(TlsError::KeyMismatch)));
+        assert!(matches!(Credential::from_pem(b"nothing", b""), Err(TlsError::Pem(_))));
+        let empty = Trust::single("td".parse().unwrap(), vec![]);
+        assert!(matches!(server_config(&ca.issue(WEB), &empty, Floor::Tls12, &[]), Err(TlsError::Roots(_))));
+        let shown = format!("{:?}", ca.issue(WEB));
+        assert!(shown.starts_with("Credential(spiffe://td/shop/web"), "{shown}");
+    }
+}
