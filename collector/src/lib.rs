@@ -1,7 +1,8 @@
 //! The collector: takes the events of all agents in, keeps them, and knows what is true now.
 //!
 //! Read in this order: how it is put together (`app`, `config`), what is true (`state`), how an event gets to disk
-//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`).
+//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`),
+//! and the commands that ask a running collector (`client`, `table`).
 
 pub mod app;
 pub mod config;
@@ -14,6 +15,9 @@ pub mod state;
 pub mod ca;
 pub mod fleet;
 pub mod ingest;
+
+pub mod client;
+pub mod table;
 
 /// Fills `bytes` from the system's randomness.
 ///
