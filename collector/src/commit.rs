@@ -645,3 +645,255 @@ fn committed(stored: &Stored, events: &[EventRef<'_>]) -> Committed {
         what,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    use sidewarden_proto::event::AgentStopping;
+    use sidewarden_proto::identity::Sha256;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::log::{Extent, SqliteLog};
+
+    /// A log whose disk can be made full.
+    struct Moody {
+        log: Box<dyn Log>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Log for Moody {
+        fn append(&mut self, entries: &[Entry]) -> Result<u64, LogError> {
+            if self.full.load(Ordering::SeqCst) { Err(LogError::Full) } else { self.log.append(entries) }
+        }
+        fn read_from(&self, position: u64, limit: usize) -> Result<Vec<Stored>, LogError> {
+            self.log.read_from(position, limit)
+        }
+        fn cursor(&self, agent: &AgentId, epoch: Epoch) -> Result<Cursor, LogError> {
+            self.log.cursor(agent, epoch)
+        }
+        fn last_epoch(&self, agent: &AgentId) -> Result<Option<Epoch>, LogError> {
+            self.log.last_epoch(agent)
+        }
+        fn extent(&self) -> Result<Extent, LogError> {
+            self.log.extent()
+        }
+        fn trim(&mut self, keep: Keep) -> Result<u64, LogError> {
+            self.log.trim(keep)
+        }
+        fn save_snapshot(&mut self, position: u64, state: &[u8]) -> Result<(), LogError> {
+            self.log.save_snapshot(position, state)
+        }
+        fn snapshot(&self) -> Result<Option<(u64, Vec<u8>)>, LogError> {
+            self.log.snapshot()
+        }
+        fn reader(&self) -> Result<Box<dyn Log>, LogError> {
+            self.log.reader()
+        }
+    }
+
+    struct World {
+        dir: TempDir,
+        commits: Committer,
+        thread: std::thread::JoinHandle<()>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl World {
+        fn new() -> World {
+            World::at(tempfile::tempdir().unwrap(), 1 << 30)
+        }
+
+        fn at(dir: TempDir, keep_bytes: u64) -> World {
+            let full = Arc::new(AtomicBool::new(false));
+            let log = Box::new(SqliteLog::open(&dir.path().join("log.db")).unwrap());
+            let parts = Parts {
+                log: Box::new(Moody { log, full: full.clone() }),
+                index: Writer::open(&dir.path().join("index.db")).unwrap(),
+                own: "spiffe://x.example/sidewarden/collector#k".parse().unwrap(),
+                new_epoch: Epoch([7; 16]),
+                keep_for: Duration::from_secs(1000),
+                keep_bytes,
+            };
+            let (commits, thread) = start(parts).unwrap();
+            World { dir, commits, thread, full }
+        }
+
+        fn end(self) -> TempDir {
+            drop(self.commits);
+            self.thread.join().unwrap();
+            self.dir
+        }
+
+        async fn give(&self, agent: &str, link: Link) -> watch::Receiver<Progress> {
+            let (progress, heard) = watch::channel(Progress::Committed(Cursor::START));
+            self.give_with(agent, link, &progress).await;
+            heard
+        }
+
+        async fn give_with(&self, agent: &str, link: Link, progress: &watch::Sender<Progress>) {
+            self.commits.link(agent_id(agent), Timestamp::from_secs(5), link, progress.clone()).await.unwrap();
+        }
+
+        fn log(&self) -> Vec<Stored> {
+            SqliteLog::open(&self.dir.path().join("log.db")).unwrap().read_from(0, usize::MAX).unwrap()
+        }
+    }
+
+    fn agent_id(name: &str) -> Arc<AgentId> {
+        Arc::new(format!("spiffe://x.example/shop/{name}#c1").parse().unwrap())
+    }
+
+    fn event(summary: &str) -> Event {
+        let body = Body::from(AgentStopping { reason: "x".into() });
+        Event::new(Timestamp::from_secs(5), Severity::Info, summary, &body)
+    }
+
+    fn links(count: usize) -> Vec<Link> {
+        let mut at = Cursor::START;
+        let next = |_| {
+            let link = Link::Batch(Batch::seal(Epoch([1; 16]), at.seq + 1, at.hash, &mut [event("x")]).unwrap());
+            at = Cursor { seq: link.last_seq(), hash: link.hash() };
+            link
+        };
+        (0..count).map(next).collect()
+    }
+
+    fn seq(progress: &watch::Receiver<Progress>) -> Option<u64> {
+        match &*progress.borrow() {
+            Progress::Committed(cursor) => Some(cursor.seq),
+            Progress::Failed(_) => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_link_that_comes_twice_is_stored_once_and_acknowledged_twice() {
+        let (world, links) = (World::new(), links(2));
+        for _ in 0..3 {
+            let first = world.give("web", links[0].clone()).await;
+            let second = world.give("web", links[1].clone()).await;
+            world.commits.flush().await.unwrap();
+            assert!(seq(&first) >= Some(1) && seq(&second) == Some(2));
+        }
+        assert_eq!(world.log().len(), 2);
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn what_does_not_follow_is_refused_with_its_reason() {
+        let (world, links) = (World::new(), links(3));
+        let gap = world.give("web", links[1].clone()).await;
+        let Link::Batch(mut other) = links[0].clone() else { unreachable!() };
+        other.header.prev = Sha256([1; 32]);
+        let broken = world.give("web", Link::Batch(other.clone())).await;
+        other.header.prev = Sha256::ZERO;
+        other.body.truncate(3);
+        let malformed = world.give("web", Link::Batch(other)).await;
+        world.commits.flush().await.unwrap();
+        assert_eq!(*gap.borrow(), Progress::Failed(Fault::Gap { after: 0 }));
+        assert_eq!(*broken.borrow(), Progress::Failed(Fault::ChainBroken { after: 0 }));
+        assert!(matches!(&*malformed.borrow(), Progress::Failed(Fault::Malformed(_))));
+        assert!(world.log().is_empty());
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn after_a_failure_nothing_more_of_that_session_is_taken() {
+        let (world, links) = (World::new(), links(2));
+        let (progress, heard) = watch::channel(Progress::Committed(Cursor::START));
+        world.give_with("web", links[1].clone(), &progress).await;
+        world.give_with("web", links[0].clone(), &progress).await;
+        world.commits.flush().await.unwrap();
+        assert_eq!((seq(&heard), world.log().len()), (None, 0));
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
+        let (world, links) = (World::new(), links(2));
+        world.full.store(true, Ordering::SeqCst);
+        world.commits.own(event("while the disk is full")).await.unwrap();
+        let refused = world.give("web", links[0].clone()).await;
+        world.commits.flush().await.unwrap();
+        assert!(matches!(&*refused.borrow(), Progress::Failed(Fault::Store(_))));
+        assert_eq!((world.commits.stats().store_up.get(), world.commits.state().position), (0, 0));
+        world.full.store(false, Ordering::SeqCst);
+        let again = world.give("web", links[0].clone()).await;
+        world.commits.flush().await.unwrap();
+        assert_eq!((seq(&again), world.commits.stats().store_up.get()), (Some(1), 1));
+        let own = world.log().into_iter().filter(|s| s.entry.agent.workload.path() == "sidewarden/collector");
+        assert_eq!(own.count(), 1, "the collector's own event waited");
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn who_is_told_finds_it_in_state_and_index() {
+        let world = World::new();
+        let mut listener = world.commits.subscribe();
+        world.commits.own(event("hello")).await.unwrap();
+        let told = listener.recv().await.unwrap();
+        assert_eq!((told.position, told.events()[0].summary.as_str()), (1, "hello"));
+        assert_eq!(world.commits.state().position, 1);
+        let reader = SqliteLog::open(&world.dir.path().join("log.db")).unwrap().reader().unwrap();
+        let index = crate::index::Index::open(&world.dir.path().join("index.db"), reader).unwrap();
+        assert_eq!(index.query_now(&Default::default()).unwrap().events.len(), 1);
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn a_slow_listener_is_told_what_it_lost_and_delays_nobody() {
+        let world = World::new();
+        let mut slow = world.commits.subscribe();
+        for link in links(LISTENERS_LAG + 10) {
+            world.give("web", link).await;
+        }
+        world.commits.flush().await.unwrap();
+        assert!(matches!(slow.recv().await, Err(broadcast::error::RecvError::Lagged(10))));
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn retention_leaves_state_and_chains_as_they_were() {
+        let world = World::at(tempfile::tempdir().unwrap(), 1);
+        let links = links(50);
+        for link in &links[..49] {
+            world.give("web", link.clone()).await;
+        }
+        world.commits.flush().await.unwrap();
+        let before = { world.commits.state().agents[&*agent_id("web")].events };
+        for _ in 0..3 {
+            world.commits.tick(Timestamp::from_secs(100)).await.unwrap();
+            world.commits.flush().await.unwrap();
+        }
+        assert!(world.log().len() <= 3, "{} links are left", world.log().len());
+        let world = World::at(world.end(), 1);
+        assert_eq!(world.commits.state().agents[&*agent_id("web")].events, before);
+        let next = world.give("web", links[49].clone()).await;
+        world.commits.flush().await.unwrap();
+        assert_eq!(seq(&next), Some(50));
+        world.end();
+    }
+
+    #[tokio::test]
+    async fn the_state_is_the_same_from_a_snapshot_and_from_the_whole_log() {
+        let world = World::new();
+        for link in links(20) {
+            world.give("web", link).await;
+        }
+        world.commits.tick(Timestamp::from_secs(100)).await.unwrap();
+        world.commits.own(event("after the snapshot")).await.unwrap();
+        world.commits.flush().await.unwrap();
+        let saved = serde_json::to_value(&*world.commits.state()).unwrap();
+        let dir = world.end();
+        let db = rusqlite::Connection::open(dir.path().join("log.db")).unwrap();
+        for spoil in
+            ["UPDATE snapshot SET position = position", "UPDATE snapshot SET state = x'78'", "DELETE FROM snapshot"]
+        {
+            db.execute(spoil, []).unwrap();
+            let log = SqliteLog::open(&dir.path().join("log.db")).unwrap();
+            assert_eq!(serde_json::to_value(restore(&log).unwrap().0).unwrap(), saved, "{spoil}");
+        }
+    }
+}
