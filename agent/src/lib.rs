@@ -1,3 +1,5 @@
 //! See main.rs.
 
+pub mod cis;
 pub mod facts;
+pub mod watch;

@@ -16,12 +16,13 @@ use std::path::Path;
 use sidewarden_proto::event::Mode;
 use sidewarden_proto::finding::Vantage;
 
-pub use container::{Container, Device, Namespace};
+pub(crate) use container::may_be_run;
+pub use container::{Container, Cpu, Device, Namespace};
 pub use machine::Machine;
 pub use parse::{Limit, Listener, Mount};
 pub use process::{Process, ProcessId, Role};
 pub use seen::{Hidden, Seen, Why};
-pub use subject::{Ourselves, Subject, has_strangers, select};
+pub use subject::{Ourselves, Subject, containers, has_strangers, select};
 
 /// CAP_SYS_PTRACE in a capability set.
 const CAP_SYS_PTRACE: u64 = 1 << 19;
@@ -86,7 +87,7 @@ pub fn observe(root: &Path, subject: &Subject) -> Facts {
         Ok(scene) => (scene.blind(), scene.vanished, scene.members),
         Err(why) => (why, 0, Vec::new()),
     };
-    let members: Vec<Process> = members.into_iter().filter(|p| !p.is_runtime()).collect();
+    let members: Vec<Process> = members.into_iter().filter(|p| !p.is_runtime() && !p.zombie).collect();
     let containers: Vec<Container> =
         subject::containers(&members).iter().map(|c| Container::observe(&machine, subject.mode, c)).collect();
     Facts {
@@ -145,7 +146,7 @@ pub fn look_around(machine: &Machine, subject: &Subject) -> Result<Scene, String
     let read: Vec<Result<Process, Hidden>> = pids.into_iter().map(|pid| Process::read(machine, pid, own_net)).collect();
     let vanished = u32::try_from(read.iter().filter(|r| r.is_err()).count()).unwrap_or(u32::MAX);
     let all: Vec<Process> = read.into_iter().flatten().collect();
-    let members = select(subject, &ourselves, &all)?;
+    let members = select(subject, &ourselves, &all.iter().collect::<Vec<_>>())?;
     Ok(Scene { ourselves, all, members, vanished })
 }
 

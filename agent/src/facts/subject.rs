@@ -36,7 +36,7 @@ pub struct Ourselves {
 }
 
 /// The workload's processes, oldest first, each with its [`Role`]; an error says why they cannot be told.
-pub fn select(subject: &Subject, ourselves: &Ourselves, all: &[Process]) -> Result<Vec<Process>, String> {
+pub fn select(subject: &Subject, ourselves: &Ourselves, all: &[&Process]) -> Result<Vec<Process>, String> {
     let mut members = closure(subject, ourselves, all)?;
     members.sort_by_key(|p| p.id);
     let roles = roles(subject.mode, ourselves, &members);
@@ -48,34 +48,33 @@ pub fn select(subject: &Subject, ourselves: &Ourselves, all: &[Process]) -> Resu
 
 /// Whether `all` shows processes that are neither ours nor the workload's, so that a count of forks in the PID namespace
 /// says nothing about the workload.
-pub fn has_strangers(ourselves: &Ourselves, all: &[Process], members: &[Process]) -> bool {
+pub fn has_strangers(ourselves: &Ourselves, all: &[&Process], members: &[Process]) -> bool {
     let known: BTreeSet<ProcessId> = members.iter().map(|p| p.id).collect();
-    let stranger = |p: &&Process| !known.contains(&p.id) && !p.zombie && !p.is_runtime();
+    let stranger = |p: &&&Process| !known.contains(&p.id) && !p.zombie && !p.is_runtime();
     all.iter().filter(stranger).any(|p| p.id.pid != ourselves.pid && !p.cgroup.is_within(&ourselves.cgroup))
 }
 
-fn closure(subject: &Subject, ourselves: &Ourselves, all: &[Process]) -> Result<Vec<Process>, String> {
+fn closure(subject: &Subject, ourselves: &Ourselves, all: &[&Process]) -> Result<Vec<Process>, String> {
     let seed = seed(subject, ourselves)?;
     let mut chosen: BTreeSet<i32> = all.iter().filter(|p| seed(p)).map(|p| p.id.pid).collect();
     // `runc` is in the container's namespaces for a moment before it is in its cgroup.
-    let settled = all.iter().filter(|p| chosen.contains(&p.id.pid) && !p.is_runtime() && !p.cgroup.is_root());
+    let settled =
+        all.iter().filter(|p| chosen.contains(&p.id.pid) && !p.is_runtime() && !p.zombie && !p.cgroup.is_root());
     let cgroups: BTreeSet<&Cgroup> = settled.map(|p| &p.cgroup).collect();
     let ours =
         |p: &Process| p.id.pid == ourselves.pid || (subject.mode == Mode::Sidecar && p.cgroup == ourselves.cgroup);
     chosen.extend(all.iter().filter(|p| !ours(p) && cgroups.contains(&p.cgroup)).map(|p| p.id.pid));
     // Children of members are members, however deep.
-    loop {
-        let more: Vec<i32> = all
-            .iter()
-            .filter(|p| !chosen.contains(&p.id.pid) && chosen.contains(&p.ppid) && !ours(p))
-            .map(|p| p.id.pid)
-            .collect();
-        if more.is_empty() {
-            break;
-        }
-        chosen.extend(more);
+    let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+    for p in all.iter().filter(|p| !ours(p)) {
+        children.entry(p.ppid).or_default().push(p.id.pid);
     }
-    Ok(all.iter().filter(|p| chosen.contains(&p.id.pid) && !p.zombie).cloned().collect())
+    let mut parents: Vec<i32> = chosen.iter().copied().collect();
+    while let Some(parent) = parents.pop() {
+        let born = children.get(&parent).into_iter().flatten().copied();
+        parents.extend(born.filter(|pid| chosen.insert(*pid)));
+    }
+    Ok(all.iter().filter(|p| chosen.contains(&p.id.pid)).map(|p| (*p).clone()).collect())
 }
 
 /// The rule by which a process belongs to the workload by itself.
@@ -124,7 +123,8 @@ fn is_outsider(ourselves: &Ourselves, members: &BTreeSet<i32>, p: &Process) -> b
 }
 
 fn first(mode: Mode, container: &[&Process], outsider: &dyn Fn(&Process) -> bool) -> Option<ProcessId> {
-    let oldest = |from_outside: bool| container.iter().filter(|p| outsider(p) == from_outside).map(|p| p.id).min();
+    let oldest =
+        |from_outside: bool| container.iter().filter(|p| !p.zombie && outsider(p) == from_outside).map(|p| p.id).min();
     match mode {
         // What we did not start ourselves came in later.
         Mode::Exec => oldest(false),
@@ -132,15 +132,22 @@ fn first(mode: Mode, container: &[&Process], outsider: &dyn Fn(&Process) -> bool
     }
 }
 
-/// The members by container. A cgroup below another one belongs to that container.
+/// The members by container. A cgroup below another one belongs to that container, and so does a child of its processes.
 pub fn containers(members: &[Process]) -> Vec<Vec<&Process>> {
     let mut groups: Vec<Vec<&Process>> = Vec::new();
+    let mut cgroups: Vec<(&Cgroup, usize)> = Vec::new();
+    let mut homes: BTreeMap<i32, usize> = BTreeMap::new();
     for p in members {
-        let home = groups.iter_mut().find(|g| g.iter().any(|q| p.cgroup.is_within(&q.cgroup) || p.ppid == q.id.pid));
-        match home {
-            Some(group) => group.push(p),
-            None => groups.push(vec![p]),
+        let by_cgroup = cgroups.iter().find(|(cgroup, _)| p.cgroup.is_within(cgroup)).map(|(_, home)| *home);
+        let home = by_cgroup.or_else(|| homes.get(&p.ppid).copied()).unwrap_or(groups.len());
+        if home == groups.len() {
+            groups.push(Vec::new());
         }
+        if by_cgroup.is_none() && !p.zombie {
+            cgroups.push((&p.cgroup, home));
+        }
+        homes.insert(p.id.pid, home);
+        groups[home].push(p);
     }
     groups
 }
@@ -170,7 +177,8 @@ mod tests {
     }
 
     fn check(what: &str, mode: Mode, ourselves: &Ourselves, all: &[Process], expected: &[(i32, Role)]) {
-        let got = select(&Subject { mode, cgroup: None }, ourselves, all).unwrap();
+        let all: Vec<&Process> = all.iter().collect();
+        let got = select(&Subject { mode, cgroup: None }, ourselves, &all).unwrap();
         let got: Vec<(i32, Role)> = got.iter().map(|p| (p.id.pid, p.role)).collect();
         assert_eq!(got, expected, "{what}");
     }
@@ -312,6 +320,7 @@ mod tests {
     fn where_it_cannot_be_told_the_operator_is_asked() {
         let us = Ourselves { pid: 9, cgroup: cgroup("/us"), host_pids: true, host_net: true };
         let all = [process(1, 0, "/init", true), process(5, 1, "/docker/cafe", true), process(9, 1, "/us", true)];
+        let all: Vec<&Process> = all.iter().collect();
         let blind = select(&Subject { mode: Mode::Sidecar, cgroup: None }, &us, &all);
         assert!(blind.unwrap_err().contains("`subject`"));
         let told = select(&Subject { mode: Mode::Sidecar, cgroup: Some("cafe".into()) }, &us, &all).unwrap();
@@ -322,7 +331,8 @@ mod tests {
     fn strangers_are_those_that_are_neither_ours_nor_the_workloads() {
         let us = Ourselves { pid: 9, cgroup: cgroup("/us"), ..Ourselves::default() };
         let ours_and_theirs = [process(1, 0, "/w", true), process(9, 0, "/us", true), process(10, 9, "/us", true)];
-        assert!(!has_strangers(&us, &ours_and_theirs, &ours_and_theirs[..1]));
-        assert!(has_strangers(&us, &ours_and_theirs, &[]));
+        let all: Vec<&Process> = ours_and_theirs.iter().collect();
+        assert!(!has_strangers(&us, &all, &ours_and_theirs[..1]));
+        assert!(has_strangers(&us, &all, &[]));
     }
 }
