@@ -2,4 +2,5 @@
 
 pub mod cis;
 pub mod facts;
+pub mod init;
 pub mod watch;

@@ -41,11 +41,7 @@ fn judge(case: &Case<'_>) -> Answer {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
                 let fits =
                     |dir: &&str| parent == *dir || parent.strip_prefix(*dir).is_some_and(|rest| rest.starts_with('/'));
-                Ok(if expected.iter().any(|dir| fits(&dir)) {
-                    Judgement::pass(evidence)
-                } else {
-                    Judgement::fail(evidence)
-                })
+                Ok(if expected.iter().any(fits) { Judgement::pass(evidence) } else { Judgement::fail(evidence) })
             }
             _ => Err(Unseen::new(DOCKER_API).with(evidence)),
         }

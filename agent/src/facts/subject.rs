@@ -77,8 +77,11 @@ fn closure(subject: &Subject, ourselves: &Ourselves, all: &[&Process]) -> Result
     Ok(all.iter().filter(|p| chosen.contains(&p.id.pid)).map(|p| (*p).clone()).collect())
 }
 
+/// Whether a process belongs to the workload by itself.
+type Rule<'a> = Box<dyn Fn(&Process) -> bool + 'a>;
+
 /// The rule by which a process belongs to the workload by itself.
-fn seed<'a>(subject: &'a Subject, ourselves: &'a Ourselves) -> Result<Box<dyn Fn(&Process) -> bool + 'a>, String> {
+fn seed<'a>(subject: &'a Subject, ourselves: &'a Ourselves) -> Result<Rule<'a>, String> {
     let ours = |p: &Process| p.id.pid == ourselves.pid || p.cgroup.is_within(&ourselves.cgroup);
     if let Some(part) = &subject.cgroup {
         return Ok(Box::new(move |p| p.cgroup.names(part) && p.id.pid != ourselves.pid));
@@ -163,6 +166,9 @@ impl Process {
 mod tests {
     use super::*;
 
+    /// What it is, who we are, every process, and the workload's with their roles.
+    type Row = (&'static str, Ourselves, Vec<Process>, Vec<(i32, Role)>);
+
     fn cgroup(path: &str) -> Cgroup {
         Cgroup::parse(&format!("0::{path}")).unwrap()
     }
@@ -189,7 +195,7 @@ mod tests {
         let us = |pid| Ourselves { pid, cgroup: cgroup("/docker/us"), ..Ourselves::default() };
         let (w, u) = ("/docker/w", "/docker/us");
         let host = Ourselves { host_pids: true, ..us(900) };
-        let rows: [(&str, Ourselves, Vec<Process>, Vec<(i32, Role)>); 8] = [
+        let rows: [Row; 8] = [
             (
                 "workload is PID 1",
                 us(9),
@@ -267,7 +273,7 @@ mod tests {
     fn in_exec_mode_the_workload_is_what_we_started_and_who_came_in() {
         use Role::{Entered, First, Inside};
         let us = |pid, path: &str, host_pids| Ourselves { pid, cgroup: cgroup(path), host_pids, host_net: false };
-        let rows: [(&str, Ourselves, Vec<Process>, Vec<(i32, Role)>); 4] = [
+        let rows: [Row; 4] = [
             (
                 "we are PID 1 of a private cgroup namespace",
                 us(1, "/", false),

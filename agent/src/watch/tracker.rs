@@ -42,6 +42,9 @@ pub struct Normal {
     pub shells: Vec<String>,
 }
 
+/// The workload's processes by PID.
+type Family<'a> = BTreeMap<i32, &'a Process>;
+
 /// What was told about each process of the workload, and what is still to be told.
 #[derive(Debug)]
 pub struct Tracker {
@@ -102,12 +105,13 @@ impl Tracker {
     /// Compares the workload's processes, each with its role, with the last look.
     pub fn look(&mut self, members: &[Process], at: Timestamp) -> Vec<Event> {
         let mut events = self.forget(members, at);
+        let family: Family<'_> = members.iter().map(|p| (p.id.pid, p)).collect();
         for group in containers(members) {
             let first = group.iter().find(|p| p.role == Role::First).copied();
             for p in &group {
                 self.note(p, at);
-                events.extend(self.entered(p, first, members, at));
-                events.extend(self.shell(p, members, at));
+                events.extend(self.entered(p, first, &family, at));
+                events.extend(self.shell(p, &family, at));
             }
         }
         self.started = true;
@@ -178,8 +182,8 @@ impl Tracker {
         events
     }
 
-    fn entered(&mut self, p: &Process, first: Option<&Process>, members: &[Process], at: Timestamp) -> Option<Event> {
-        let from_entered = members.iter().any(|q| q.id.pid == p.ppid && q.role == Role::Entered);
+    fn entered(&mut self, p: &Process, first: Option<&Process>, family: &Family<'_>, at: Timestamp) -> Option<Event> {
+        let from_entered = family.get(&p.ppid).is_some_and(|parent| parent.role == Role::Entered);
         let known = self.known.get_mut(&p.id)?;
         let waiting = p.is_runtime() && at.since(known.since) < RUNTIME_GRACE;
         if p.role != Role::Entered || from_entered || known.entry_told || waiting || p.zombie {
@@ -217,14 +221,14 @@ impl Tracker {
         Event::new(at, severity, summary, &Body::from(ProcessEntered { process, as_root, privileged: more != 0 }))
     }
 
-    fn shell(&mut self, p: &Process, members: &[Process], at: Timestamp) -> Option<Event> {
-        let parent = members.iter().find(|q| q.id.pid == p.ppid);
-        let normal = begins_with_one_of(&p.command(), &self.normal.shells) || is_entry_point(p, parent, members);
+    fn shell(&mut self, p: &Process, family: &Family<'_>, at: Timestamp) -> Option<Event> {
         let known = self.known.get_mut(&p.id)?;
         if p.role != Role::Inside || known.shell_told || !is_shell(p) {
             return None;
         }
         known.shell_told = true;
+        let parent = family.get(&p.ppid).copied();
+        let normal = begins_with_one_of(&p.command(), &self.normal.shells) || is_entry_point(p, parent, family);
         if normal || !self.started {
             return None;
         }
@@ -296,9 +300,9 @@ fn is_shell(p: &Process) -> bool {
 }
 
 /// Behind an init the entry point is its oldest child.
-fn is_entry_point(p: &Process, parent: Option<&Process>, members: &[Process]) -> bool {
+fn is_entry_point(p: &Process, parent: Option<&Process>, family: &Family<'_>) -> bool {
     let behind_init = parent.is_some_and(|q| q.role == Role::First && INITS.contains(&q.name.as_str()));
-    behind_init && !members.iter().any(|q| q.ppid == p.ppid && q.id < p.id && q.role == Role::Inside)
+    behind_init && !family.values().any(|q| q.ppid == p.ppid && q.id < p.id && q.role == Role::Inside)
 }
 
 #[cfg(test)]
