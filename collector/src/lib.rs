@@ -1,1 +1,3 @@
 //! See main.rs.
+
+pub mod alert;
