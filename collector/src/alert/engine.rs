@@ -32,11 +32,17 @@ pub struct Settings {
     pub hold: Duration,
     /// How long a resolved alert is still shown, and still told to sinks that want repeats.
     pub keep_resolved: Duration,
+    /// After this long a silent agent is gone, and nothing about its instance is true any more.
+    pub gone_after: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings { hold: Duration::from_secs(600), keep_resolved: Duration::from_secs(900) }
+        Settings {
+            hold: Duration::from_secs(600),
+            keep_resolved: Duration::from_secs(900),
+            gone_after: Duration::from_secs(24 * 3600),
+        }
     }
 }
 
@@ -268,10 +274,13 @@ impl Engine {
         self.pass(now);
         self.changes.clear();
         let mut told = self.told.take().unwrap_or_default();
-        for alert in self.alerts.values_mut().filter(|alert| alert.status == Status::Firing) {
-            match told.remove(&alert.labels()) {
-                Some(since) => alert.since = alert.since.min(since),
-                None => self.changes.push(Change::Firing(alert.clone())),
+        for alert in self.alerts.values_mut().filter(|alert| alert.since <= now) {
+            match (alert.status, told.remove(&alert.labels())) {
+                (Status::Resolved, Some(_)) => self.changes.push(Change::Resolved(alert.clone())),
+                // Told before, and it holds again or still: it goes on without waiting once more.
+                (_, Some(since)) => (alert.status, alert.since) = (Status::Firing, alert.since.min(since)),
+                (Status::Firing, None) => self.changes.push(Change::Firing(alert.clone())),
+                (_, None) => {}
             }
         }
         let called_off = told.into_iter().filter_map(|(labels, since)| ended_meanwhile(&labels, since, now));
@@ -381,6 +390,7 @@ impl Engine {
             .filter(|(key, alert)| key.rule == SILENT && alert.status == Status::Firing)
             .map(|(key, _)| key.subject.clone())
             .collect();
+        self.give_up(now);
         for (key, alert) in &mut self.alerts {
             let silent = key.rule != SILENT && key.subject.is_some() && silent.contains(&key.subject);
             self.changes.extend(fire(alert, now, silent));
@@ -388,6 +398,16 @@ impl Engine {
         }
         let keep = self.settings.keep_resolved;
         self.alerts.retain(|_, alert| alert.ended.is_none_or(|ended| now < ended.plus(keep)));
+    }
+
+    fn give_up(&mut self, now: Timestamp) {
+        let gone_after = self.settings.gone_after;
+        let gone = |alert: &&Alert| alert.rule == SILENT && now >= alert.since.plus(gone_after);
+        let subjects: Vec<Option<Subject>> =
+            self.alerts.values().filter(gone).filter(|a| a.ended.is_none()).map(|a| a.subject.clone()).collect();
+        for subject in subjects.into_iter().flatten() {
+            self.apply(&RULES[0], Signal::Gone(subject), now);
+        }
     }
 }
 
@@ -590,6 +610,34 @@ mod tests {
             (32, Some(changed("docker-socket", Verdict::Fail)), &[]),
             (33, Some(connected()), &["-AgentSilent", "+CheckFailed"]),
         ]);
+    }
+
+    #[test]
+    fn an_agent_that_stays_silent_for_a_day_is_gone_with_everything_about_it() {
+        play(vec![
+            (1, Some(changed("docker-socket", Verdict::Fail)), &["+CheckFailed"]),
+            (2, Some(disconnected(false)), &[]),
+            (32, None, &["+AgentSilent"]),
+            (86_401, None, &[]),
+            (86_402, None, &["-AgentSilent", "-CheckFailed"]),
+        ]);
+    }
+
+    #[test]
+    fn a_silence_that_was_told_goes_on_over_a_restart() {
+        let mut before = live();
+        see(&mut before, 1, &disconnected(false));
+        before.advance(at(40));
+        let labels = before.alerts().next().unwrap().labels();
+        let mut after = Engine::new(Settings::default());
+        see(&mut after, 40, &told(true, labels, 1));
+        let case = rule::not_back(&orders(), at(100));
+        after.raise(rule::by_name(SILENT).unwrap(), case, at(1));
+        after.settle(at(101));
+        assert!(after.advance(at(101)).is_empty());
+        assert_eq!(after.alerts().next().unwrap().status, Status::Firing);
+        see(&mut after, 102, &connected());
+        assert_eq!(names(&after.advance(at(102))), ["-AgentSilent"]);
     }
 
     #[test]

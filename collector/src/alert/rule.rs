@@ -503,13 +503,13 @@ fn exposed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
-fn checks(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+fn checks(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     match seen.body {
-        Some(Body::VerdictChanged(body)) => finding(rule, seen, &body.finding).into_iter().collect(),
+        Some(Body::VerdictChanged(body)) => finding(seen, &body.finding).into_iter().collect(),
         Some(Body::PostureBaseline(body)) => {
             let mentioned = body.findings.iter().map(|f| word(&f.check)).collect();
             let mut signals = vec![Signal::Only(seen.agent.into(), mentioned)];
-            signals.extend(body.findings.iter().filter_map(|f| finding(rule, seen, f)));
+            signals.extend(body.findings.iter().filter_map(|f| finding(seen, f)));
             signals
         }
         _ => Vec::new(),
@@ -517,20 +517,27 @@ fn checks(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 }
 
 /// `unknown` neither begins nor ends an alert: what was broken and can no longer be seen is not mended.
-fn finding(rule: &Rule, seen: &Seen<'_>, finding: &Finding) -> Option<Signal> {
-    let check = word(&finding.check);
-    match finding.verdict {
-        Verdict::Unknown { .. } => None,
-        Verdict::Fail if finding.severity >= Severity::Warning => {
-            let mut case = case(seen, rule, failed_in_words(finding));
-            case.apart = Some(("check", check));
-            case.severity = Some(finding.severity);
-            case.evidence = finding.evidence.iter().map(|e| format!("{}: {}", e.source, e.line)).collect();
-            case.what_to_do = remedy(finding).unwrap_or_else(|| rule.what_to_do.to_owned());
-            Some(Signal::Raise(case))
-        }
-        _ => Some(Signal::Clear(Some(seen.agent.into()), Some(check))),
+fn finding(seen: &Seen<'_>, finding: &Finding) -> Option<Signal> {
+    match (&finding.verdict, broken(seen.agent, finding)) {
+        (Verdict::Unknown { .. }, _) => None,
+        (_, Some(case)) => Some(Signal::Raise(case)),
+        (_, None) => Some(Signal::Clear(Some(seen.agent.into()), Some(word(&finding.check)))),
     }
+}
+
+/// The case of a finding, if it is a failure that deserves an alert.
+pub fn broken(agent: &AgentId, finding: &Finding) -> Option<Case> {
+    if finding.verdict != Verdict::Fail || finding.severity < Severity::Warning {
+        return None;
+    }
+    let mut case = about(agent, "apply the remedy that stands with the check, or waive it", failed_in_words(finding));
+    case.apart = Some(("check", word(&finding.check)));
+    case.severity = Some(finding.severity);
+    case.evidence = finding.evidence.iter().map(|e| format!("{}: {}", e.source, e.line)).collect();
+    if let Some(remedy) = remedy(finding) {
+        case.what_to_do = remedy;
+    }
+    Some(case)
 }
 
 fn failed_in_words(finding: &Finding) -> String {
@@ -566,20 +573,14 @@ fn silence(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     }
 }
 
-/// The case for an agent that was connected when the collector went down, and has not come back since.
+/// The case for an agent that was not there when the collector began to serve, and has not come back since.
 pub fn not_back(agent: &AgentId, since: Timestamp) -> Case {
-    let rule = by_name(SILENT).expect("it is in the table above");
-    Case {
-        subject: Some(agent.into()),
-        apart: None,
-        severity: None,
-        due: Some(since),
-        what: "the agent did not come back after the collector's restart".to_owned(),
-        source: String::new(),
-        evidence: vec![format!("the collector began to serve at {since}")],
-        what_to_do: rule.what_to_do.to_owned(),
-        count: 1,
-    }
+    let what = "the agent is silent: it did not come back after the collector's restart".to_owned();
+    let mut case =
+        about(agent, "is the container up, is the agent, does the network let it reach the collector?", what);
+    case.due = Some(since);
+    case.evidence = vec![format!("not heard since {since}")];
+    case
 }
 
 fn killed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
@@ -608,28 +609,42 @@ fn damaged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
-fn issued(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+fn issued(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::CertificateIssued(body)) = seen.body else { return Vec::new() };
     let life = body.not_after_us.since(seen.at);
-    let mut case = case(seen, rule, format!("the certificate ends at {} and was not renewed", body.not_after_us));
+    let mut case = expiring(seen.agent, body.not_after_us, body.not_after_us.minus(life / 4));
     case.subject = Some(subject(&body.workload, &body.instance));
-    case.due = Some(body.not_after_us.minus(life / 4));
     case.evidence = lines([("serial", &body.serial), ("issued by", &body.by)]);
     vec![Signal::Raise(case)]
 }
 
-fn renewal(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+/// The case of a certificate that ends at `not_after` and should have been renewed by `due`.
+pub fn expiring(agent: &AgentId, not_after: Timestamp, due: Timestamp) -> Case {
+    let what = format!("the certificate ends at {not_after} and was not renewed");
+    let mut case = about(agent, "read why renewing fails in the agent's log, or enrol it anew", what);
+    case.due = Some(due);
+    case
+}
+
+fn renewal(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     match seen.body {
         Some(Body::IdentityRenewalFailed(body)) => {
-            let what = format!("renewing fails; the certificate in use ends at {}", body.not_after_us);
-            let mut case = case(seen, rule, what);
-            case.evidence = lines([("error", &body.error)]);
+            let mut case = not_renewed(seen.agent, &body.error);
+            case.evidence.push(format!("the certificate in use ends at {}", body.not_after_us));
             vec![Signal::Raise(case)]
         }
         Some(Body::IdentityRenewed(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
         Some(Body::CertificateIssued(body)) => vec![Signal::Clear(Some(subject(&body.workload, &body.instance)), None)],
         _ => Vec::new(),
     }
+}
+
+/// The case of an agent whose last renewal failed with `error`.
+pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
+    let what = format!("renewing the certificate fails: {}", short(error, 200));
+    let mut case = about(agent, "the error says why; the certificate in use holds until its end", what);
+    case.evidence = lines([("error", &error.to_owned())]);
+    case
 }
 
 /// What was asked for is not verified, so it stays out of the labels.
@@ -699,15 +714,19 @@ fn unknown(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 }
 
 fn case(seen: &Seen<'_>, rule: &Rule, what: String) -> Case {
+    about(seen.agent, rule.what_to_do, what)
+}
+
+fn about(agent: &AgentId, what_to_do: &str, what: String) -> Case {
     Case {
-        subject: Some(seen.agent.into()),
+        subject: Some(agent.into()),
         apart: None,
         severity: None,
         due: None,
         what,
         source: String::new(),
         evidence: Vec::new(),
-        what_to_do: rule.what_to_do.to_owned(),
+        what_to_do: what_to_do.to_owned(),
         count: 1,
     }
 }
