@@ -17,6 +17,9 @@ pub mod fleet;
 pub mod ingest;
 
 pub mod alert;
+pub mod api;
+pub mod metrics;
+pub mod page;
 
 /// Fills `bytes` from the system's randomness.
 ///

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus::{IntCounterVec, IntGaugeVec, Opts};
+use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
@@ -28,6 +28,8 @@ pub struct Stats {
     pub notifications: IntCounterVec,
     /// Notices that wait, by sink.
     pub waiting: IntGaugeVec,
+    /// Alerts that were not raised because there were too many.
+    pub over_limit: IntGauge,
 }
 
 impl Default for Stats {
@@ -41,11 +43,21 @@ impl Default for Stats {
         Stats {
             notifications: IntCounterVec::new(notifications, &["sink", "outcome"]).expect("the names are constants"),
             waiting: IntGaugeVec::new(waiting, &["sink"]).expect("the names are constants"),
+            over_limit: IntGauge::new(
+                "sidewarden_collector_alerts_over_limit",
+                "Alerts not raised since the start because there were too many.",
+            )
+            .expect("the name is a constant"),
         }
     }
 }
 
 impl Stats {
+    /// All of them, to be registered.
+    pub fn collectors(&self) -> Vec<Box<dyn prometheus::core::Collector>> {
+        vec![Box::new(self.notifications.clone()), Box::new(self.waiting.clone()), Box::new(self.over_limit.clone())]
+    }
+
     fn count(&self, sink: &dyn Sink, outcome: &str) {
         self.notifications.with_label_values(&[sink.name(), outcome]).inc();
     }
@@ -98,6 +110,11 @@ impl Outbox {
             }
             self.stats.waiting.with_label_values(&[sink.name()]).set((QUEUE - queue.capacity()) as i64);
         }
+    }
+
+    /// What delivering did, in numbers.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 
     /// Waits until everything queued is delivered or given up, but no longer than `limit`.

@@ -675,6 +675,7 @@ fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::IngestRefused(body)) = seen.body else { return Vec::new() };
     let mut case = case(seen, rule, format!("a connection to the collector was refused: {}", body.reason));
     case.subject = None;
+    case.apart = Some(("reason", word(&first_word(&body.reason))));
     case.source = host_of(&body.source).to_owned();
     vec![Signal::Raise(case)]
 }
@@ -900,7 +901,10 @@ mod tests {
                 .into(),
                 &["EnrolmentRefused[token_used_up]"],
             ),
-            (IngestRefused { source: "10.0.0.9:1".into(), reason: "garbage".into() }.into(), &["IngestRefused"]),
+            (
+                IngestRefused { source: "10.0.0.9:1".into(), reason: "garbage".into() }.into(),
+                &["IngestRefused[garbage]"],
+            ),
             (
                 VerdictChanged {
                     before: "pass".into(),

@@ -167,6 +167,7 @@ impl Watcher {
     async fn tell(&mut self) {
         let now = (self.parts.now)();
         let changes = self.engine.advance(now);
+        self.outbox.stats().over_limit.set(i64::try_from(self.engine.over_limit()).unwrap_or(i64::MAX));
         if changes.is_empty() && self.show.borrow().is_empty() && self.engine.alerts().next().is_none() {
             return;
         }
