@@ -296,7 +296,7 @@ impl Agent {
 }
 
 /// Kinds that change more than counters, and who may say them.
-fn is_of_the_collector(kind: &str) -> bool {
+pub(crate) fn is_of_the_collector(kind: &str) -> bool {
     const KINDS: [&str; 11] = [
         "collector.started",
         "clock.tick",
