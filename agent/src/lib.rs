@@ -6,5 +6,7 @@ pub mod backoff;
 pub mod config;
 pub mod dial;
 pub mod identity;
+pub mod metrics;
 pub mod policy;
+pub mod proxy;
 pub mod spool;
