@@ -2,11 +2,18 @@
 //!
 //! Read in this order.
 
-pub mod backoff;
 pub mod config;
-pub mod dial;
-pub mod identity;
-pub mod metrics;
-pub mod policy;
+pub mod app;
 pub mod proxy;
+pub mod policy;
+pub mod identity;
+pub mod facts;
+pub mod cis;
+pub mod watch;
+pub mod init;
 pub mod spool;
+pub mod uplink;
+pub mod admin;
+pub mod metrics;
+pub mod dial;
+pub mod backoff;
