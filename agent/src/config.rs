@@ -10,6 +10,9 @@ use std::time::Duration;
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader};
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
 
+use crate::cis::Declared;
+use crate::watch::Normal;
+
 /// A whole configuration without contradictions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -31,6 +34,8 @@ pub struct Config {
     pub exec: Exec,
     /// What is watched.
     pub watch: Watch,
+    /// What the operator intends, for the checks.
+    pub declared: Declared,
     /// How many.
     pub limits: Limits,
     /// How long.
@@ -124,12 +129,10 @@ pub struct Watch {
     pub tick: Duration,
     /// How often everything is judged anew even if nothing seems to have changed.
     pub posture_interval: Duration,
-    /// Beginnings of command lines that the container's health check runs.
-    pub healthcheck: Vec<String>,
-    /// Capabilities the workload is meant to have beyond the default set.
-    pub allowed_capabilities: Vec<String>,
-    /// Ports the workload is meant to listen on, beyond those of `[[inbound]]`.
-    pub allowed_ports: Vec<u16>,
+    /// Part of the workload's cgroup path, where nothing else tells it from others.
+    pub cgroup: Option<String>,
+    /// What is no news.
+    pub normal: Normal,
 }
 
 /// `[limits]`
@@ -175,6 +178,7 @@ impl Default for Config {
             trust: TrustFiles::default(),
             exec: Exec::default(),
             watch: Watch::default(),
+            declared: Declared::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
         }
@@ -186,9 +190,8 @@ impl Default for Watch {
         Watch {
             tick: Duration::from_millis(50),
             posture_interval: Duration::from_secs(30),
-            healthcheck: Vec::new(),
-            allowed_capabilities: Vec::new(),
-            allowed_ports: Vec::new(),
+            cgroup: None,
+            normal: Normal::default(),
         }
     }
 }
@@ -263,6 +266,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
         watch: r.section("watch", watch),
+        declared: r.section("declared", declared),
         limits: r.section("limits", limits),
         timeouts: r.section("timeouts", timeouts),
     };
@@ -324,9 +328,19 @@ fn watch(r: &mut Reader<'_>) -> Watch {
     Watch {
         tick: r.value("tick", default.tick),
         posture_interval: r.value("posture_interval", default.posture_interval),
-        healthcheck: r.value("healthcheck", Vec::new()),
-        allowed_capabilities: r.value("allowed_capabilities", Vec::new()),
-        allowed_ports: r.value("allowed_ports", Vec::new()),
+        cgroup: r.optional("cgroup"),
+        normal: Normal { healthchecks: r.value("healthchecks", Vec::new()), shells: r.value("shells", Vec::new()) },
+    }
+}
+
+fn declared(r: &mut Reader<'_>) -> Declared {
+    Declared {
+        capabilities: r.value("capabilities", Vec::new()),
+        ports: r.value("ports", Vec::new()),
+        ulimits: r.value("ulimits", Vec::new()),
+        mounts: r.value("mounts", Vec::new()),
+        devices: r.value("devices", Vec::new()),
+        cgroup_parent: r.optional("cgroup_parent"),
     }
 }
 
@@ -467,6 +481,9 @@ fn value_faults(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
     if config.limits.spool.0 < MIN_SPOOL {
         say("limits.spool", "must be at least 4MiB".into());
     }
+    for fault in config.declared.faults() {
+        say("declared", fault);
+    }
     let dns_peer = config.outbound.iter().any(|outbound| matches!(outbound.peer, Peer::Dns(_)));
     if dns_peer && config.trust.dns_roots.is_none() {
         say("outbound", "has `peer_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
@@ -588,9 +605,15 @@ mod tests {
             "user",
             "tick",
             "posture_interval",
-            "healthcheck",
-            "allowed_capabilities",
-            "allowed_ports",
+            "cgroup",
+            "healthchecks",
+            "shells",
+            "capabilities",
+            "ports",
+            "ulimits",
+            "mounts",
+            "devices",
+            "cgroup_parent",
             "max_connections",
             "max_handshakes",
             "spool",

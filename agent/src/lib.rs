@@ -2,18 +2,18 @@
 //!
 //! Read in this order.
 
-pub mod config;
+pub mod admin;
 pub mod app;
-pub mod proxy;
-pub mod policy;
-pub mod identity;
-pub mod facts;
+pub mod backoff;
 pub mod cis;
-pub mod watch;
+pub mod config;
+pub mod dial;
+pub mod facts;
+pub mod identity;
 pub mod init;
+pub mod metrics;
+pub mod policy;
+pub mod proxy;
 pub mod spool;
 pub mod uplink;
-pub mod admin;
-pub mod metrics;
-pub mod dial;
-pub mod backoff;
+pub mod watch;

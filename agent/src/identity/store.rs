@@ -15,6 +15,9 @@ use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Credential, TlsError, Trust};
 
+const IDENTITY: &str = "identity.json";
+const DIRECTIVE: &str = "directive.json";
+
 /// Why what is on disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -101,30 +104,31 @@ struct Kept {
     signed: Signed,
 }
 
-/// The two files.
+/// The two files; or nothing at all, where the workload could read them.
 #[derive(Clone, Debug)]
 pub struct Store {
-    dir: PathBuf,
+    dir: Option<PathBuf>,
 }
 
 impl Store {
     /// In `dir`, which is made if it is not there.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
         fs::create_dir_all(dir).map_err(|error| StoreError::File { path: dir.to_owned(), error })?;
-        Ok(Store { dir: dir.to_owned() })
+        Ok(Store { dir: Some(dir.to_owned()) })
     }
 
-    fn identity_path(&self) -> PathBuf {
-        self.dir.join("identity.json")
+    /// Keeps nothing: what is published is all there is.
+    pub fn in_memory() -> Store {
+        Store { dir: None }
     }
 
-    fn directive_path(&self) -> PathBuf {
-        self.dir.join("directive.json")
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.dir.as_ref().map(|dir| dir.join(name))
     }
 
     /// The identity, if there is one.
     pub fn load(&self) -> Result<Option<Issued>, StoreError> {
-        let path = self.identity_path();
+        let Some(path) = self.path(IDENTITY) else { return Ok(None) };
         let Some(bytes) = read(&path)? else { return Ok(None) };
         // What serde says may quote the key; where it is wrong is enough.
         let damaged = |detail: String| StoreError::Damaged { path: path.clone(), detail };
@@ -137,12 +141,12 @@ impl Store {
     /// Replaces the identity.
     pub fn save(&self, issued: &Issued) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(issued).unwrap_or_default();
-        self.replace(&self.identity_path(), &bytes)
+        self.replace(IDENTITY, &bytes)
     }
 
     /// The directive for `domain`, if there is one.
     pub fn load_directive(&self, trust: &Trust, domain: &TrustDomain) -> Result<Option<Directive>, StoreError> {
-        let path = self.directive_path();
+        let Some(path) = self.path(DIRECTIVE) else { return Ok(None) };
         let Some(bytes) = read(&path)? else { return Ok(None) };
         let damaged = |detail: String| StoreError::Damaged { path: path.clone(), detail };
         let kept: Kept = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
@@ -153,10 +157,12 @@ impl Store {
     /// Replaces the directive.
     pub fn save_directive(&self, signed: Signed, accepted_us: Timestamp) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(&Kept { accepted_us, signed }).unwrap_or_default();
-        self.replace(&self.directive_path(), &bytes)
+        self.replace(DIRECTIVE, &bytes)
     }
 
-    fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let Some(dir) = &self.dir else { return Ok(()) };
+        let path = dir.join(name);
         let write = || -> io::Result<()> {
             let new = path.with_extension("new");
             // One that a crash left may have another mode.
@@ -164,10 +170,10 @@ impl Store {
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
             file.write_all(bytes)?;
             file.sync_all()?;
-            fs::rename(&new, path)?;
-            File::open(&self.dir)?.sync_all()
+            fs::rename(&new, &path)?;
+            File::open(dir)?.sync_all()
         };
-        write().map_err(|error| StoreError::File { path: path.to_owned(), error })
+        write().map_err(|error| StoreError::File { path: path.clone(), error })
     }
 }
 
@@ -197,7 +203,7 @@ mod tests {
         store.save(&Ca::new("td").issue("shop/web")).unwrap();
         let loaded = store.load().unwrap().unwrap().check().unwrap();
         assert_eq!(loaded.workload.as_str(), "spiffe://td/shop/web");
-        let mode = fs::metadata(store.identity_path()).unwrap().permissions().mode();
+        let mode = fs::metadata(dir.path().join(IDENTITY)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 
@@ -210,7 +216,7 @@ mod tests {
         let whole = serde_json::to_vec(&one).unwrap();
         let mixed = serde_json::to_vec(&Issued { key: other.key, ..one }).unwrap();
         for bytes in [&whole[..whole.len() / 2], b"", b"{}", &mixed] {
-            fs::write(store.identity_path(), bytes).unwrap();
+            fs::write(dir.path().join(IDENTITY), bytes).unwrap();
             let error = store.load().unwrap_err().to_string();
             assert!(error.contains("enrol again"), "{error}");
             assert!(!error.contains("MIG"), "no key in {error}");

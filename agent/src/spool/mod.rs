@@ -22,6 +22,8 @@ use sidewarden_proto::event::{Event, Severity};
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::{Notify, oneshot};
 
+use crate::backoff::Random;
+
 pub use queue::{Damage, Limits};
 use queue::{Found, Queue};
 
@@ -133,7 +135,7 @@ impl Spool {
     pub fn open(
         dir: &Path,
         limits: Limits,
-        random: &dyn Fn(&mut [u8]),
+        random: Random,
         now: fn() -> Timestamp,
     ) -> Result<(Spool, Writer, Opened), SpoolError> {
         let (queue, Found { clean, damage }) = Queue::open(dir, limits, random_epoch(random))
@@ -177,7 +179,7 @@ impl Spool {
     }
 
     /// Goes on in another epoch; see [`Queue::begin_epoch`].
-    pub async fn begin_epoch(&self, random: &dyn Fn(&mut [u8])) {
+    pub async fn begin_epoch(&self, random: Random) {
         let epoch = random_epoch(random);
         self.ask(|answer| Request::NewEpoch(epoch, answer)).await;
     }
@@ -250,7 +252,7 @@ impl Shared {
     }
 }
 
-fn random_epoch(random: &dyn Fn(&mut [u8])) -> Epoch {
+fn random_epoch(random: Random) -> Epoch {
     let mut epoch = Epoch([0; 16]);
     random(&mut epoch.0);
     epoch
@@ -386,7 +388,7 @@ mod tests {
     const LIMITS: Limits = Limits { disk_bytes: 8 << 20, memory_bytes: 1 << 20, links: 1_000 };
 
     fn open(dir: &Path) -> (Spool, Writer, Opened) {
-        Spool::open(dir, LIMITS, &|bytes| bytes.fill(4), || Timestamp(9)).unwrap()
+        Spool::open(dir, LIMITS, |bytes| bytes.fill(4), || Timestamp(9)).unwrap()
     }
 
     fn event(severity: Severity) -> Event {
@@ -432,7 +434,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        let error = Spool::open(&file.join("spool"), LIMITS, &|_| {}, || Timestamp(0)).unwrap_err();
+        let error = Spool::open(&file.join("spool"), LIMITS, |_| {}, || Timestamp(0)).unwrap_err();
         assert!(error.to_string().contains("set data_dir to one that is"), "{error}");
     }
 }

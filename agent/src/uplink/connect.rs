@@ -91,7 +91,11 @@ impl Quic {
 }
 
 /// Reaches `collector`, over QUIC if it answers and otherwise over TCP.
-pub async fn connect(resolver: &Resolver, collector: &HostPort, identity: &Identity) -> Result<Connected, ConnectError> {
+pub async fn connect(
+    resolver: &Resolver,
+    collector: &HostPort,
+    identity: &Identity,
+) -> Result<Connected, ConnectError> {
     match connect_quic(resolver, collector, identity).await {
         Ok(quic) => quic.open().await,
         Err(error) => {
@@ -102,7 +106,11 @@ pub async fn connect(resolver: &Resolver, collector: &HostPort, identity: &Ident
 }
 
 /// Reaches `collector` over QUIC, without opening a stream.
-pub async fn connect_quic(resolver: &Resolver, collector: &HostPort, identity: &Identity) -> Result<Quic, ConnectError> {
+pub async fn connect_quic(
+    resolver: &Resolver,
+    collector: &HostPort,
+    identity: &Identity,
+) -> Result<Quic, ConnectError> {
     let fault = |error: &dyn std::fmt::Display| ConnectError::Quic(error.to_string());
     let reach = async {
         let address = resolver.lookup(collector).await?.first().copied();
@@ -141,7 +149,11 @@ fn quic_config(identity: &Identity) -> Result<ClientConfig, ConnectError> {
     Ok(config)
 }
 
-async fn connect_tcp(resolver: &Resolver, collector: &HostPort, identity: &Identity) -> Result<Connected, ConnectError> {
+async fn connect_tcp(
+    resolver: &Resolver,
+    collector: &HostPort,
+    identity: &Identity,
+) -> Result<Connected, ConnectError> {
     let tcp = resolver.connect(collector, TCP_WITHIN).await?;
     let broken = |error: io::Error| ConnectError::Handshake { address: collector.to_string(), error };
     let name = ServerName::from(tcp.peer_addr().map_err(broken)?.ip());

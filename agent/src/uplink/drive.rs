@@ -196,7 +196,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
     async fn welcome(&mut self, welcome: &Welcome) -> Result<Option<Ended>, Fault> {
         if !self.session.spool.fits(welcome.cursor).await.ok_or(Fault::Spool)? {
             tracing::warn!(at = welcome.cursor.seq, "the collector's history is not ours; going on in a new epoch");
-            self.session.spool.begin_epoch(&|bytes| (self.session.random)(bytes)).await;
+            self.session.spool.begin_epoch(self.session.random).await;
             return Ok(Some(Ended::ComeBack));
         }
         self.sent.clear();

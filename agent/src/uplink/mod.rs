@@ -121,7 +121,7 @@ impl Uplink {
         let mut pause = backoff.after_failure();
         if let Failure::Session(Fault::Session(SessionError::Refused(refuse))) = failure {
             if refuse.reason == "chain_broken" {
-                self.spool.begin_epoch(&|bytes| (self.random)(bytes)).await;
+                self.spool.begin_epoch(self.random).await;
             } else if !refuse.retry {
                 pause = AFTER_A_NO;
             }
