@@ -1,0 +1,177 @@
+//! From the workload to a named peer: it is resolved, dialled, and must prove to be who was asked for.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use sidewarden_proto::event::{Direction, RefusalReason};
+use sidewarden_proto::identity::{Peer, Usage};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::{Expect, Floor, TlsError, peer_of};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::accounting::{Pair, Refusal};
+use super::relay::{End, Side, relay};
+use super::{Room, Shared, accept_each, fault_of, secured};
+use crate::config::{self, Outbound};
+use crate::identity::Identity;
+use crate::policy::{Decision, Rules, decide};
+
+struct Route {
+    shared: Arc<Shared>,
+    config: Outbound,
+    name: String,
+    rules: Arc<Rules>,
+    /// The TLS configuration of the newest identity: making one for each connection would cost more than it.
+    tls: Mutex<Option<(Arc<Identity>, Arc<ClientConfig>)>>,
+}
+
+struct Refused {
+    reason: RefusalReason,
+    detail: String,
+    peer: String,
+    /// The peer's address, once there is one.
+    address: Option<SocketAddr>,
+}
+
+impl Refused {
+    fn new(reason: RefusalReason, detail: String) -> Refused {
+        Refused { reason, detail, peer: String::new(), address: None }
+    }
+}
+
+/// Serves one route.
+pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound) {
+    let name = config.to.to_string();
+    let rules = match &config.peer {
+        config::Peer::Workload(id) => Rules::OutboundTo(id.clone()),
+        config::Peer::Dns(host) => Rules::OutboundToDns(host.clone()),
+    };
+    let tls = Mutex::new(None);
+    let this = Arc::new(Route { shared: shared.clone(), config, name: name.clone(), rules: Arc::new(rules), tls });
+    accept_each(shared, listener, Direction::Outbound, name, |mut tcp, _, room| {
+        let this = this.clone();
+        async move {
+            if let Err(refused) = this.serve_one(&mut tcp, room).await {
+                // What the workload may not see is an end that looks whole.
+                tcp.reset_on_drop();
+                this.book(refused);
+            }
+        }
+    })
+    .await;
+}
+
+impl Route {
+    fn book(&self, refused: Refused) {
+        let Refused { reason, detail, peer, address: source } = refused;
+        let (direction, listener) = (Direction::Outbound, self.name.clone());
+        self.shared.ledger.refused(Refusal { direction, reason, detail, listener, source, peer });
+    }
+
+    async fn serve_one(&self, workload: &mut TcpStream, room: Room) -> Result<(), Refused> {
+        let identity = self.shared.usable_identity().map_err(|(reason, detail)| Refused::new(reason, detail))?;
+        let (mut stream, address) = self.reach(&identity).await?;
+        let Room { _connection, handshake } = room;
+        drop(handshake);
+        let peer = peer_of_stream(&stream)?;
+        let refuse = |reason, detail| Refused { reason, detail, peer: peer.name.to_string(), address: Some(address) };
+        let live =
+            self.shared.registry.register(Direction::Outbound, peer.clone(), self.rules.clone(), &self.shared.cut);
+        let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| identity.clone());
+        if let Decision::Refuse(reason, detail) =
+            decide(&self.rules, &peer, newest.directive.as_deref(), Timestamp::now())
+        {
+            stream.reset_on_drop();
+            return Err(refuse(reason, detail));
+        }
+        let pair = Pair { direction: Direction::Outbound, peer: peer.name.to_string(), listener: self.name.clone() };
+        let how = secured(stream.get_ref().1, address);
+        let own = identity.credential.peer();
+        let told = AtomicBool::new(false);
+        let tell = || {
+            told.store(true, Relaxed);
+            self.shared.ledger.opened(&pair, how.clone());
+        };
+        let outcome = relay(workload, &mut stream, self.shared.bounds(&live, own), tell).await;
+        if let (false, End::PeerCut(error)) = (told.load(Relaxed), &outcome.end) {
+            let (reason, detail) = refused_by_peer(error);
+            return Err(refuse(reason, detail));
+        }
+        if !told.load(Relaxed) {
+            self.shared.ledger.opened(&pair, how.clone());
+        }
+        self.shared.settle(&live, own, &pair, &outcome);
+        Ok(())
+    }
+
+    async fn reach(&self, identity: &Arc<Identity>) -> Result<(TlsStream<TcpStream>, SocketAddr), Refused> {
+        let unreachable = |error: String| Refused::new(RefusalReason::Unreachable, error);
+        let tcp = self.shared.resolver.connect(&self.config.to, self.shared.timeouts.connect).await;
+        let tcp = tcp.map_err(|error| unreachable(error.to_string()))?;
+        let address = tcp.peer_addr().map_err(|error| unreachable(error.to_string()))?;
+        let at = |refused: Refused| Refused { address: Some(address), ..refused };
+        let config = self.tls_config(identity);
+        let config = config.map_err(|error| at(Refused::new(RefusalReason::NoIdentity, error.to_string())))?;
+        let within = self.shared.timeouts.handshake;
+        let connecting = TlsConnector::from(config).connect(self.server_name(address), tcp);
+        match timeout(within, connecting).await {
+            Ok(Ok(stream)) => Ok((stream, address)),
+            Ok(Err(error)) => {
+                let (reason, detail) = fault_of(&error);
+                Err(at(Refused::new(reason, detail)))
+            }
+            Err(_) => {
+                let detail = format!("the handshake was not finished within {within:?}");
+                Err(at(Refused::new(RefusalReason::HandshakeTimeout, detail)))
+            }
+        }
+    }
+
+    /// A foreign server may need its name to choose a certificate; ours proves its identity without one.
+    fn server_name(&self, address: SocketAddr) -> ServerName<'static> {
+        match &self.config.peer {
+            config::Peer::Dns(host) => {
+                ServerName::try_from(host.clone()).unwrap_or_else(|_| ServerName::from(address.ip()))
+            }
+            config::Peer::Workload(_) => ServerName::from(address.ip()),
+        }
+    }
+
+    fn tls_config(&self, identity: &Arc<Identity>) -> Result<Arc<ClientConfig>, TlsError> {
+        let mut cached = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, config)) = cached.as_ref()
+            && Arc::ptr_eq(of, identity)
+        {
+            return Ok(config.clone());
+        }
+        let expect = match &self.config.peer {
+            config::Peer::Workload(id) => Expect::Workload(id.clone()),
+            config::Peer::Dns(host) => Expect::Dns(host.clone()),
+        };
+        let config = identity.client(expect, Floor::Tls12, &[])?;
+        *cached = Some((identity.clone(), config.clone()));
+        Ok(config)
+    }
+}
+
+/// With TLS 1.3 our handshake is over before the peer has judged our certificate: its no comes as the first thing.
+fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
+    match fault_of(error) {
+        (RefusalReason::HandshakeFailed, detail) => {
+            (RefusalReason::RefusedByPeer, format!("it closed before a first byte: {detail}"))
+        }
+        told => told,
+    }
+}
+
+fn peer_of_stream(stream: &TlsStream<TcpStream>) -> Result<Peer, Refused> {
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    peer_of(chain, Usage::Server).map_err(|fault| Refused::new(RefusalReason::BadCertificate, fault.to_string()))
+}
