@@ -159,13 +159,6 @@ impl Trust {
     pub fn single(domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Trust {
         Trust { domains: BTreeMap::from([(domain, roots)]), dns_roots: Vec::new() }
     }
-
-    fn roots_for(&self, name: &PeerName) -> Option<&[CertificateDer<'static>]> {
-        match name {
-            PeerName::Spiffe(id) => self.domains.get(&id.trust_domain()).map(Vec::as_slice),
-            PeerName::Dns(_) => Some(&self.dns_roots).filter(|roots| !roots.is_empty()).map(Vec::as_slice),
-        }
-    }
 }
 
 fn root_store(roots: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError> {
@@ -293,40 +286,72 @@ pub fn verify_chain(
 ) -> Result<Peer, rustls::Error> {
     let Some((leaf, rest)) = chain.split_first() else { return Err(rustls::Error::NoCertificatesPresented) };
     let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now.as_secs()).unwrap_or(0)));
-    verify_parts(leaf, rest, trust, usage, now)
+    let anchors = Anchors::new(trust).map_err(|e| rustls::Error::General(e.to_string()))?;
+    anchors.verify(leaf, rest, usage, now)
 }
 
-fn verify_parts(
-    leaf: &CertificateDer<'_>,
-    rest: &[CertificateDer<'_>],
-    trust: &Trust,
-    usage: Usage,
-    now: UnixTime,
-) -> Result<Peer, rustls::Error> {
-    if rest.len() >= MAX_CHAIN {
-        return Err(PeerFault::LongChain(rest.len() + 1).into());
+/// [`Trust`], made ready for many handshakes.
+#[derive(Debug)]
+struct Anchors {
+    domains: BTreeMap<TrustDomain, Roots>,
+    dns: Option<Roots>,
+    provider: Arc<CryptoProvider>,
+}
+
+/// The roots of one domain, as each end needs them.
+#[derive(Debug)]
+struct Roots {
+    store: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+}
+
+impl Roots {
+    fn new(roots: &[CertificateDer<'static>]) -> Result<Roots, TlsError> {
+        let store = Arc::new(root_store(roots)?);
+        let clients = WebPkiClientVerifier::builder_with_provider(store.clone(), provider()).build();
+        Ok(Roots { store, clients: clients.map_err(|e| TlsError::Roots(e.to_string()))? })
     }
-    let peer = judge_leaf(leaf, usage).map_err(PeerFault::from)?;
-    let roots = trust.roots_for(&peer.name).ok_or_else(|| PeerFault::UnknownDomain(domain_word(&peer.name)))?;
-    let store = root_store(roots).map_err(|e| rustls::Error::General(e.to_string()))?;
-    match usage {
-        Usage::Server => {
-            let algorithms = provider().signature_verification_algorithms.all;
-            verify_server_cert_signed_by_trust_anchor(
-                &ParsedCertificate::try_from(leaf)?,
-                &store,
-                rest,
-                now,
-                algorithms,
-            )?;
-        }
-        Usage::Client => {
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider()).build();
-            let verifier = verifier.map_err(|e| rustls::Error::General(e.to_string()))?;
-            verifier.verify_client_cert(leaf, rest, now)?;
-        }
+}
+
+impl Anchors {
+    fn new(trust: &Trust) -> Result<Anchors, TlsError> {
+        let domain = |(name, roots): (&TrustDomain, &Vec<_>)| Ok::<_, TlsError>((name.clone(), Roots::new(roots)?));
+        let dns = (!trust.dns_roots.is_empty()).then(|| Roots::new(&trust.dns_roots)).transpose()?;
+        Ok(Anchors { domains: trust.domains.iter().map(domain).collect::<Result<_, _>>()?, dns, provider: provider() })
     }
-    Ok(peer)
+
+    fn roots_for(&self, name: &PeerName) -> Result<&Roots, PeerFault> {
+        let roots = match name {
+            PeerName::Spiffe(id) => self.domains.get(&id.trust_domain()),
+            PeerName::Dns(_) => self.dns.as_ref(),
+        };
+        roots.ok_or_else(|| PeerFault::UnknownDomain(domain_word(name)))
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        usage: Usage,
+        now: UnixTime,
+    ) -> Result<Peer, rustls::Error> {
+        if rest.len() >= MAX_CHAIN {
+            return Err(PeerFault::LongChain(rest.len() + 1).into());
+        }
+        let peer = judge_leaf(leaf, usage).map_err(PeerFault::from)?;
+        let roots = self.roots_for(&peer.name)?;
+        match usage {
+            Usage::Client => {
+                roots.clients.verify_client_cert(leaf, rest, now)?;
+            }
+            Usage::Server => {
+                let algorithms = self.provider.signature_verification_algorithms.all;
+                let leaf = ParsedCertificate::try_from(leaf)?;
+                verify_server_cert_signed_by_trust_anchor(&leaf, &roots.store, rest, now, algorithms)?;
+            }
+        }
+        Ok(peer)
+    }
 }
 
 fn domain_word(name: &PeerName) -> String {
@@ -364,10 +389,7 @@ pub fn server_config(
     floor: Floor,
     alpn: &[&[u8]],
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    for roots in trust.domains.values().chain(Some(&trust.dns_roots).filter(|roots| !roots.is_empty())) {
-        root_store(roots)?;
-    }
-    let verifier = StrictClients { trust: trust.clone(), provider: provider() };
+    let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider() };
     let config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(floor.versions())?
         .with_client_cert_verifier(Arc::new(verifier))
@@ -392,6 +414,8 @@ fn finish_server(mut config: ServerConfig, alpn: &[&[u8]]) -> Arc<ServerConfig> 
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
+    // The agent's record layer takes the traffic keys over once the handshake is done.
+    config.enable_secret_extraction = true;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }
@@ -404,7 +428,7 @@ pub fn client_config(
     floor: Floor,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = StrictServer { trust: trust.clone(), expect, provider: provider() };
+    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, provider: provider() };
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(floor.versions())?
         .dangerous()
@@ -426,6 +450,7 @@ pub fn pinned_client_config(pin: Sha256, alpn: &[&[u8]]) -> Result<Arc<ClientCon
 fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
+    config.enable_secret_extraction = true;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }
@@ -433,14 +458,14 @@ fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> 
 /// Accepts clients that [`verify_chain`] accepts.
 #[derive(Debug)]
 struct StrictClients {
-    trust: Trust,
+    anchors: Anchors,
     provider: Arc<CryptoProvider>,
 }
 
 /// Accepts the one server that is expected.
 #[derive(Debug)]
 struct StrictServer {
-    trust: Trust,
+    anchors: Anchors,
     expect: Expect,
     provider: Arc<CryptoProvider>,
 }
@@ -492,7 +517,7 @@ impl ClientCertVerifier for StrictClients {
         rest: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        verify_parts(leaf, rest, &self.trust, Usage::Client, now)?;
+        self.anchors.verify(leaf, rest, Usage::Client, now)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -508,7 +533,7 @@ impl ServerCertVerifier for StrictServer {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let peer = verify_parts(leaf, rest, &self.trust, Usage::Server, now)?;
+        let peer = self.anchors.verify(leaf, rest, Usage::Server, now)?;
         if self.expect.is_met_by(&peer.name) {
             return Ok(ServerCertVerified::assertion());
         }
@@ -534,7 +559,8 @@ impl ServerCertVerifier for PinnedServer {
             return Err(PeerFault::UnknownDomain(domain_word(&named.name)).into());
         };
         let trust = Trust::single(id.trust_domain(), vec![root]);
-        let peer = verify_parts(leaf, rest, &trust, Usage::Server, now)?;
+        let anchors = Anchors::new(&trust).map_err(|e| rustls::Error::General(e.to_string()))?;
+        let peer = anchors.verify(leaf, rest, Usage::Server, now)?;
         let expected = collector_id(&id.trust_domain());
         if peer.name == PeerName::Spiffe(expected.clone()) {
             return Ok(ServerCertVerified::assertion());
@@ -691,7 +717,11 @@ pub(crate) mod tests {
         let server = server_config(&ca.issue(ORDERS), &ca.trust(), Floor::Tls12, &[]).unwrap();
         for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
             // A client that would resume if it could: the server must be the one that does not.
-            let verifier = StrictServer { trust: ca.trust(), expect: expect(ORDERS), provider: provider() };
+            let verifier = StrictServer {
+                anchors: Anchors::new(&ca.trust()).unwrap(),
+                expect: expect(ORDERS),
+                provider: provider(),
+            };
             let client = ClientConfig::builder_with_provider(provider())
                 .with_protocol_versions(&[version])
                 .unwrap()
