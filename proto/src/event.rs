@@ -643,6 +643,10 @@ pub struct CertificateIssued {
     pub by: String,
 }
 
+fn once() -> u64 {
+    1
+}
+
 /// Body of `enrolment.refused`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EnrolmentRefused {
@@ -652,6 +656,9 @@ pub struct EnrolmentRefused {
     pub workload: String,
     /// Why, for example `token is used up`.
     pub reason: String,
+    /// How many requests like this one are counted here.
+    #[serde(default = "once")]
+    pub count: u64,
 }
 
 /// Body of `agent.connected`.
@@ -689,6 +696,9 @@ pub struct IngestRefused {
     pub source: String,
     /// Why.
     pub reason: String,
+    /// How many connections like this one are counted here.
+    #[serde(default = "once")]
+    pub count: u64,
 }
 
 /// Body of `token.created`.

@@ -1,0 +1,269 @@
+//! Builds everything, in order, and hands back where it listens. Tests call it with port 0.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use sidewarden_proto::batch::Epoch;
+use sidewarden_proto::event::{Body, CollectorStarted, Event, Severity};
+use sidewarden_proto::identity::{AgentId, InstanceId};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::alert;
+use crate::api;
+use crate::ca::{self, Authority, Issuer, Register};
+use crate::commit::{self, Committer, Parts};
+use crate::config::Config;
+use crate::fleet::{Directives, Fleet};
+use crate::index::{Index, Writer};
+use crate::ingest::{self, Refusals, Shared};
+use crate::log::{Log, SqliteLog};
+use crate::metrics;
+
+/// How often time passes in the log: the grain of silence, `for` and retention.
+const TICK: Duration = Duration::from_secs(10);
+/// How often due renewals and new tokens are looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// What the other parts of the program (API, metrics, alerts) are given.
+#[derive(Clone, Debug)]
+pub struct Core {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// State, own events, and every event as it is committed.
+    pub commits: Committer,
+    /// Questions about events.
+    pub index: Index,
+    /// Live sessions.
+    pub fleet: Arc<Fleet>,
+    /// The directive in force.
+    pub directives: Arc<Directives>,
+    /// Certificates and tokens.
+    pub issuer: Arc<Issuer>,
+    /// Ends everything.
+    pub shutdown: CancellationToken,
+    /// Every task of the program; a stop waits for them.
+    pub tasks: TaskTracker,
+    /// The clock.
+    pub clock: fn() -> Timestamp,
+}
+
+/// A collector that runs.
+#[derive(Debug)]
+pub struct App {
+    /// Where agents come in.
+    pub agents: SocketAddr,
+    /// Where the API and the page are, by HTTPS.
+    pub api: SocketAddr,
+    /// Where Prometheus scrapes.
+    pub metrics: SocketAddr,
+    /// What the parts share.
+    pub core: Core,
+    /// The committing thread, which ends when nobody can hand anything in any more.
+    committing: std::thread::JoinHandle<()>,
+    /// Held as long as we run: two collectors on one directory would each believe in their own order.
+    lock: Flock<File>,
+}
+
+/// Starts everything. On an error nothing keeps running.
+pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<App> {
+    let config = Arc::new(config);
+    let dir = config.data_dir.clone();
+    let lock = prepare(&dir)?;
+    let now = clock();
+    let (authority, first) = open_authority(&config, now)?;
+    let register = Register::open(&dir.join("ca.db"))?;
+    let issuer = Arc::new(Issuer::new(authority.clone(), register, config.certificate_life, config.grace));
+    let own = authority.own().borrow().clone();
+    let path = dir.join("directive.json");
+    let directives = Arc::new(Directives::open(&path, &config.trust_domain, authority.root(), &own, now)?);
+    let (commits, index, committing) = open_store(&config)?;
+    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let fleet = Arc::new(Fleet::default());
+    let core = Core { config, commits, index, fleet, directives, issuer, shutdown, tasks, clock };
+    tell_start(&core, first).await?;
+    let (api, metrics) = open_face(&core).await.inspect_err(|_| core.shutdown.cancel())?;
+    let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
+    core.tasks.spawn(tick(core.clone()));
+    core.tasks.spawn(keep_house(core.clone()));
+    Ok(App { agents, api, metrics, core, committing, lock })
+}
+
+impl App {
+    /// Ends everything in order: no new connections, sessions told, then the store closed.
+    pub async fn stop(self) {
+        let App { core, committing, lock, .. } = self;
+        core.shutdown.cancel();
+        core.tasks.close();
+        if tokio::time::timeout(core.config.drain_timeout, core.tasks.wait()).await.is_err() {
+            tracing::warn!("some connections did not end in time");
+        }
+        let _ = core.commits.flush().await;
+        drop(core);
+        let joined = tokio::task::spawn_blocking(move || committing.join());
+        if !matches!(tokio::time::timeout(Duration::from_secs(10), joined).await, Ok(Ok(Ok(())))) {
+            tracing::warn!("the store was not closed in order; nothing that was acknowledged is lost");
+        }
+        drop(lock);
+    }
+
+    /// Whether the committing thread has ended: then nothing can be taken any more.
+    pub fn is_broken(&self) -> bool {
+        self.committing.is_finished()
+    }
+}
+
+fn prepare(dir: &Path) -> anyhow::Result<Flock<File>> {
+    let hint = "data_dir must be a directory this user can write; set data_dir or SIDEWARDEN_DATA_DIR";
+    ca::make_dir(dir).map_err(|error| anyhow::anyhow!("{error}: {hint}"))?;
+    let path = dir.join("lock");
+    let file = File::create(&path).map_err(|error| anyhow::anyhow!("{}: {error}: {hint}", path.display()))?;
+    let taken = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+    taken.map_err(|_| anyhow::anyhow!("{}: another collector runs on this data_dir: stop it first", dir.display()))
+}
+
+fn open_authority(config: &Config, now: Timestamp) -> anyhow::Result<(Arc<Authority>, bool)> {
+    // Renewed at half: what agents keep on disk can then be verified as long as they may still come back.
+    let own_life = (config.certificate_life + config.grace) * 2;
+    let dir = config.data_dir.join("ca");
+    let (authority, first) = Authority::open(&dir, &config.trust_domain, &config.api.names, own_life, now)?;
+    Ok((Arc::new(authority), first))
+}
+
+fn open_store(config: &Config) -> anyhow::Result<(Committer, Index, std::thread::JoinHandle<()>)> {
+    let log = SqliteLog::open(&config.data_dir.join("log.db"))?;
+    let reader = log.reader()?;
+    let index_path = config.data_dir.join("index.db");
+    let writer = Writer::open(&index_path)?;
+    let index = Index::open(&index_path, reader)?;
+    let mut new_epoch = Epoch([0; 16]);
+    crate::random(&mut new_epoch.0);
+    let own = AgentId { workload: tls::collector_id(&config.trust_domain), instance: instance(config) };
+    let parts = Parts {
+        log: Box::new(log),
+        index: writer,
+        own,
+        new_epoch,
+        keep_for: config.retention.age(),
+        keep_bytes: config.retention.bytes.0,
+    };
+    let (commits, committing) = commit::start(parts)?;
+    Ok((commits, index, committing))
+}
+
+/// The configured name, or the hostname as far as it can be one.
+fn instance(config: &Config) -> InstanceId {
+    let hostname = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    let name = if config.instance.is_empty() { hostname } else { config.instance.clone() };
+    let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(63).collect();
+    name.parse().unwrap_or_else(|_| "collector".parse().expect("a constant that follows the rules"))
+}
+
+async fn tell_start(core: &Core, first: bool) -> anyhow::Result<()> {
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let summary = format!("Collector {version} of {} started", core.config.trust_domain);
+    let body = Body::from(CollectorStarted { version, first });
+    core.commits.own(Event::new((core.clock)(), Severity::Notice, summary, &body)).await?;
+    core.commits.flush().await?;
+    if core.commits.stats().failures.get() > 0 {
+        anyhow::bail!("the store in {} takes nothing: see the line above", core.config.data_dir.display());
+    }
+    Ok(())
+}
+
+async fn open_ingest(core: &Core) -> anyhow::Result<SocketAddr> {
+    let (refusals, telling) = Refusals::new(core.commits.clone(), core.clock);
+    core.tasks.spawn(telling);
+    let agents = &core.config.agents;
+    let shared = Shared {
+        commits: core.commits.clone(),
+        fleet: core.fleet.clone(),
+        directives: core.directives.clone(),
+        issuer: core.issuer.clone(),
+        refusals,
+        connections: Arc::new(Semaphore::new(agents.max_connections)),
+        handshakes: Arc::new(Semaphore::new(agents.max_handshakes)),
+        handshake_timeout: agents.handshake_timeout,
+        links_per_second: agents.max_links_per_second,
+        shutdown: core.shutdown.clone(),
+        tasks: core.tasks.clone(),
+        clock: core.clock,
+    };
+    Ok(ingest::start(agents.listen, Arc::new(shared)).await?)
+}
+
+/// What people and Prometheus see, before the first agent comes in: no event is too early for its alert.
+async fn open_face(core: &Core) -> anyhow::Result<(SocketAddr, SocketAddr)> {
+    let name = core.config.api.names.first().map_or("localhost", String::as_str);
+    let parts = alert::Parts {
+        config: core.config.alerts.clone(),
+        committer: core.commits.clone(),
+        index: core.index.clone(),
+        page: format!("https://{name}:{}/", core.config.api.listen.port()),
+        certificate_life: core.config.certificate_life,
+        now: core.clock,
+    };
+    let (alerts, watching) = alert::start(parts, core.shutdown.clone().cancelled_owned())?;
+    core.tasks.spawn(async move { drop(watching.await) });
+    let api = api::start(core, alerts.clone()).await?;
+    let metrics = metrics::start(core, alerts).await?;
+    Ok((api, metrics))
+}
+
+async fn tick(core: Core) {
+    let mut beat = tokio::time::interval(TICK);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            _ = beat.tick() => if core.commits.tick((core.clock)()).await.is_err() { return },
+            () = core.shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Renews our own certificates, signs the directive again with the new one, and tells of tokens made elsewhere.
+async fn keep_house(core: Core) {
+    let mut beat = tokio::time::interval(HOUSEKEEPING);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            _ = beat.tick() => {}
+            () = core.shutdown.cancelled() => return,
+        }
+        let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
+        let done = tokio::task::spawn_blocking(move || renew_and_collect(&issuer, &directives, now)).await;
+        match done {
+            Ok(Ok(events)) => {
+                for event in events {
+                    if core.commits.own(event).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            Ok(Err(error)) => tracing::error!(%error, "housekeeping failed; it is tried again"),
+            Err(error) => tracing::error!(%error, "housekeeping failed; it is tried again"),
+        }
+    }
+}
+
+fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<Vec<Event>> {
+    if issuer.authority().renew_due(now)? {
+        let own = issuer.authority().own().borrow().clone();
+        directives.sign_again(&own)?;
+        tracing::info!(not_after = %own.peer().not_after, "our own certificate was renewed");
+    }
+    let created = issuer.register().take_unannounced()?;
+    let told = created.into_iter().map(|token| {
+        let summary =
+            format!("Token {} for {} made, {} uses, until {}", token.id, token.workload, token.uses, token.expires_us);
+        Event::new(now, Severity::Notice, summary, &Body::from(token))
+    });
+    Ok(told.collect())
+}

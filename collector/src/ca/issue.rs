@@ -1,0 +1,332 @@
+//! Whether somebody gets a certificate, and for which name: by token, by renewal, or within the grace after it ran out.
+//!
+//! Everything issued is recorded before it is handed out. An instance has one live key: a newer key takes over when it
+//! first connects, and from then on the older one is refused.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use rcgen::{PublicKeyData, SubjectPublicKeyInfo};
+use rusqlite::{OptionalExtension, params};
+use rustls::pki_types::CertificateDer;
+use sidewarden_proto::directive::Directive;
+use sidewarden_proto::enrol::{Der, Issued, Refused, Request};
+use sidewarden_proto::event::CertificateIssued;
+use sidewarden_proto::identity::{AgentId, InstanceId, Peer, PeerName, Sha256, SpiffeId, Usage};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
+use x509_parser::prelude::{FromDer, X509CertificationRequest};
+
+use super::tokens::{Pattern, TokenInfo, TokenState, is_reserved};
+use super::{Authority, CaError, Register};
+use std::sync::Arc;
+
+/// Largest certificate request looked at.
+const MAX_CSR: usize = 8 << 10;
+
+/// A certificate, and what is to be told about it.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// For the agent. Without a directive: the caller adds the one in force.
+    pub issued: Issued,
+    /// For whom.
+    pub agent: AgentId,
+    /// For the log.
+    pub event: CertificateIssued,
+}
+
+/// What is known of a key that an agent shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// It was issued to this instance and may be used. `renewal`: it follows an earlier key of the same instance.
+    Current {
+        /// Issued over an authenticated session or within the grace.
+        renewal: bool,
+    },
+    /// It was issued to another instance.
+    OtherInstance(String),
+    /// A newer key of this instance is in use.
+    Superseded,
+    /// It was not issued here.
+    Unknown,
+}
+
+/// Decides and issues.
+#[derive(Debug)]
+pub struct Issuer {
+    authority: Arc<Authority>,
+    register: Mutex<Register>,
+    life: Duration,
+    grace: Duration,
+}
+
+fn refuse(reason: &str, detail: impl Into<String>, retry: bool) -> Refused {
+    Refused { reason: reason.to_owned(), detail: detail.into(), retry }
+}
+
+impl From<CaError> for Refused {
+    /// The agent is told that it is our fault; the details are for our own log.
+    fn from(error: CaError) -> Refused {
+        tracing::error!(%error, "a certificate could not be issued");
+        refuse("internal", "the collector could not issue a certificate: see its log", true)
+    }
+}
+
+/// Why and to whom: what goes into the register beside the certificate.
+struct Reason<'a> {
+    way: &'static str,
+    token: Option<&'a str>,
+}
+
+impl Issuer {
+    /// An issuer of certificates that live for `life` and may be renewed until `grace` after their end.
+    pub fn new(authority: Arc<Authority>, register: Register, life: Duration, grace: Duration) -> Issuer {
+        Issuer { authority, register: Mutex::new(register), life, grace }
+    }
+
+    /// The CA behind it.
+    pub fn authority(&self) -> &Arc<Authority> {
+        &self.authority
+    }
+
+    /// The register, for as long as the guard is held.
+    pub fn register(&self) -> std::sync::MutexGuard<'_, Register> {
+        // Every change of the register is one SQLite statement or transaction: a panic leaves nothing half done.
+        self.register.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Answers a request that came without a client certificate. `live` tells the key of an instance's live session.
+    pub fn enrol(
+        &self,
+        request: &Request,
+        directive: &Directive,
+        live: &dyn Fn(&AgentId) -> Option<Sha256>,
+        now: Timestamp,
+    ) -> Result<Grant, Refused> {
+        let (key, spki) = read_request(&request.csr.0)?;
+        if request.previous.is_empty() {
+            self.by_token(request, &key, spki, directive, live, now)
+        } else {
+            self.within_grace(request, &key, spki, directive, now)
+        }
+    }
+
+    fn by_token(
+        &self,
+        request: &Request,
+        key: &SubjectPublicKeyInfo,
+        spki: Sha256,
+        directive: &Directive,
+        live: &dyn Fn(&AgentId) -> Option<Sha256>,
+        now: Timestamp,
+    ) -> Result<Grant, Refused> {
+        let register = self.register();
+        let token = register.find(&request.token_id, &request.token_secret)?;
+        let token = token.ok_or_else(|| refuse("token_unknown", "there is no such token: make a new one", false))?;
+        judge_token(&token, now)?;
+        let workload = self.workload_of(&token, request.workload.as_ref())?;
+        let agent = AgentId { workload, instance: request.instance.clone() };
+        check_denied(directive, &agent, spki, now)?;
+        if live(&agent).is_some_and(|live| live != spki) {
+            let detail = format!("{agent} is connected with another key: stop it first, or give this one another name");
+            return Err(refuse("second_instance", detail, true));
+        }
+        let reason = Reason { way: "token", token: Some(&token.id) };
+        self.issue(&register, agent, key, spki, &reason, now)
+    }
+
+    fn workload_of(&self, token: &TokenInfo, wanted: Option<&SpiffeId>) -> Result<SpiffeId, Refused> {
+        let pattern: Pattern = token.pattern.parse()?;
+        let domain = self.authority.domain();
+        let workload = match (wanted, pattern.single(domain)) {
+            (Some(wanted), _) => wanted.clone(),
+            (None, Some(single)) => single,
+            (None, None) => {
+                let detail = format!("the token is good for {pattern}: set `workload` in the agent's configuration");
+                return Err(refuse("bad_request", detail, false));
+            }
+        };
+        if workload.trust_domain() != *domain || !pattern.covers(workload.path()) || is_reserved(workload.path()) {
+            let detail = format!("the token is good for {pattern}, not for {workload}");
+            return Err(refuse("token_other_workload", detail, false));
+        }
+        Ok(workload)
+    }
+
+    fn within_grace(
+        &self,
+        request: &Request,
+        key: &SubjectPublicKeyInfo,
+        spki: Sha256,
+        directive: &Directive,
+        now: Timestamp,
+    ) -> Result<Grant, Refused> {
+        let chain: Vec<CertificateDer<'_>> = request.previous.iter().map(|der| der.0.as_slice().into()).collect();
+        let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("bad_request", e.to_string(), false))?;
+        // Judged as of its last valid moment: that it has run out since is what the grace is for.
+        let verified = tls::verify_chain(&chain, &self.authority.trust(), Usage::Client, peer.not_after.min(now));
+        verified.map_err(|e| refuse("bad_request", format!("the old certificate does not verify: {e}"), false))?;
+        if peer.spki != spki {
+            return Err(refuse("bad_request", "the request's key is not that of the old certificate", false));
+        }
+        if now > peer.not_after.plus(self.grace) {
+            let detail = format!("the certificate ended {}: enrol with a new token", peer.not_after);
+            return Err(refuse("grace_over", detail, false));
+        }
+        let agent = self.agent_of(&peer, &request.instance)?;
+        check_denied(directive, &agent, spki, now)?;
+        self.issue(&self.register(), agent, key, spki, &Reason { way: "grace", token: None }, now)
+    }
+
+    /// The next certificate of an agent that is connected with `peer`.
+    pub fn renew(
+        &self,
+        agent: &AgentId,
+        peer: &Peer,
+        csr: &[u8],
+        directive: &Directive,
+        now: Timestamp,
+    ) -> Result<Grant, Refused> {
+        let (key, spki) = read_request(csr)?;
+        if let Some(deny) = directive.denies(peer) {
+            return Err(refuse("revoked", format!("{deny:?}"), false));
+        }
+        check_denied(directive, agent, spki, now)?;
+        self.issue(&self.register(), agent.clone(), &key, spki, &Reason { way: "renewal", token: None }, now)
+    }
+
+    fn agent_of(&self, peer: &Peer, instance: &InstanceId) -> Result<AgentId, Refused> {
+        let PeerName::Spiffe(workload) = &peer.name else {
+            return Err(refuse("bad_request", "the old certificate names no workload", false));
+        };
+        let agent = AgentId { workload: workload.clone(), instance: instance.clone() };
+        match self.key_state(&agent, peer.spki)? {
+            KeyState::Current { .. } => Ok(agent),
+            KeyState::Superseded => Err(refuse("revoked", "a newer key of this instance is in use", false)),
+            _ => Err(refuse("bad_request", "the old certificate was not issued to this instance", false)),
+        }
+    }
+
+    /// What is known of the key `spki`, shown by one who says to be `agent`.
+    pub fn key_state(&self, agent: &AgentId, spki: Sha256) -> Result<KeyState, CaError> {
+        let register = self.register();
+        let newest = "SELECT id, instance, way FROM issued WHERE spki = ?1 AND workload = ?2 ORDER BY id DESC LIMIT 1";
+        let row = register.db.query_row(newest, params![spki.0, agent.workload.as_str()], |row| {
+            Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?))
+        });
+        let Some((id, instance, way)) = row.optional().map_err(|e| register.fault(e))? else {
+            return Ok(KeyState::Unknown);
+        };
+        if instance != agent.instance.as_str() {
+            return Ok(KeyState::OtherInstance(instance));
+        }
+        let newer = "SELECT EXISTS (SELECT 1 FROM issued WHERE workload = ?1 AND instance = ?2 AND spki <> ?3 AND seen = 1 AND id > ?4)";
+        let values = params![agent.workload.as_str(), agent.instance.as_str(), spki.0, id];
+        let superseded: bool = register.db.query_row(newer, values, |row| row.get(0)).map_err(|e| register.fault(e))?;
+        Ok(if superseded { KeyState::Superseded } else { KeyState::Current { renewal: way != "token" } })
+    }
+
+    /// Notes that the key is in use: from now on, older ones of its instance are not.
+    pub fn seen(&self, agent: &AgentId, spki: Sha256) -> Result<(), CaError> {
+        let register = self.register();
+        let sql = "UPDATE issued SET seen = 1 WHERE workload = ?1 AND instance = ?2 AND spki = ?3 AND seen = 0";
+        let values = params![agent.workload.as_str(), agent.instance.as_str(), spki.0];
+        register.db.execute(sql, values).map(drop).map_err(|e| register.fault(e))
+    }
+
+    /// Signs, and records it and the token's use in one transaction.
+    fn issue(
+        &self,
+        register: &Register,
+        agent: AgentId,
+        key: &SubjectPublicKeyInfo,
+        spki: Sha256,
+        reason: &Reason<'_>,
+        now: Timestamp,
+    ) -> Result<Grant, Refused> {
+        let chain = self.authority.sign(&agent.workload, key, self.life, now)?;
+        let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("internal", e.to_string(), true))?;
+        self.record(register, &agent, &peer, reason, now)?;
+        let event = CertificateIssued {
+            workload: agent.workload.clone(),
+            instance: agent.instance.to_string(),
+            serial: peer.serial,
+            spki: spki.to_string(),
+            not_after_us: peer.not_after,
+            by: reason.way.to_owned(),
+        };
+        let bundle = vec![Der(self.authority.root().to_vec())];
+        let chain = chain.into_iter().map(|cert| Der(cert.to_vec())).collect();
+        Ok(Grant { issued: Issued { chain, bundle, directive: None }, agent, event })
+    }
+
+    fn record(
+        &self,
+        register: &Register,
+        agent: &AgentId,
+        peer: &Peer,
+        reason: &Reason<'_>,
+        now: Timestamp,
+    ) -> Result<(), Refused> {
+        let fault = |e| Refused::from(register.fault(e));
+        let tx = register.db.unchecked_transaction().map_err(fault)?;
+        if let Some(token) = reason.token {
+            // Judged once more in the transaction: another process may have used or revoked it in between.
+            let sql = "UPDATE token SET used = used + 1 WHERE id = ?1 AND used < uses AND revoked = 0";
+            if tx.execute(sql, [token]).map_err(fault)? == 0 {
+                return Err(refuse("token_used_up", "the token was used or revoked a moment ago", false));
+            }
+        }
+        let sql = "INSERT INTO issued (serial, spki, workload, instance, not_before, not_after, issued, way, token)
+                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
+        let (workload, instance) = (agent.workload.as_str(), agent.instance.as_str());
+        let dates = (peer.not_before.0, peer.not_after.0);
+        let row =
+            params![peer.serial, peer.spki.0, workload, instance, dates.0, dates.1, now.0, reason.way, reason.token];
+        tx.execute(sql, row).map_err(fault)?;
+        tx.commit().map_err(fault)
+    }
+}
+
+fn judge_token(token: &TokenInfo, now: Timestamp) -> Result<(), Refused> {
+    let again = "make a new one with `sidewarden-collector token create`";
+    match token.state(now) {
+        TokenState::Valid => Ok(()),
+        TokenState::UsedUp => {
+            Err(refuse("token_used_up", format!("the token was used {} times: {again}", token.used), false))
+        }
+        TokenState::Expired => {
+            Err(refuse("token_expired", format!("the token ended {}: {again}", token.expires), false))
+        }
+        TokenState::Revoked => Err(refuse("token_unknown", format!("the token was revoked: {again}"), false)),
+    }
+}
+
+fn check_denied(directive: &Directive, agent: &AgentId, spki: Sha256, now: Timestamp) -> Result<(), Refused> {
+    let name = PeerName::Spiffe(agent.workload.clone());
+    let peer = Peer { name, spki, serial: String::new(), not_before: now, not_after: now };
+    match directive.denies(&peer) {
+        Some(deny) => Err(refuse("revoked", format!("on the deny list: {deny:?}"), false)),
+        None => Ok(()),
+    }
+}
+
+/// The key of a certificate request that was signed with it. Everything else in the request is ignored.
+fn read_request(csr: &[u8]) -> Result<(SubjectPublicKeyInfo, Sha256), Refused> {
+    let bad = |detail: &str| refuse("bad_request", detail, false);
+    if csr.len() > MAX_CSR {
+        return Err(bad("the certificate request is too large"));
+    }
+    let (rest, request) =
+        X509CertificationRequest::from_der(csr).map_err(|_| bad("the certificate request cannot be read"))?;
+    if !rest.is_empty() {
+        return Err(bad("bytes follow the certificate request"));
+    }
+    let spki = request.certification_request_info.subject_pki.raw;
+    let key = SubjectPublicKeyInfo::from_der(spki).map_err(|_| bad("the request's key is of an unknown kind"))?;
+    if ![&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384].contains(&key.algorithm()) {
+        return Err(bad("the request's key must be ECDSA P-256 or P-384"));
+    }
+    request.verify_signature().map_err(|_| bad("the certificate request is not signed by its own key"))?;
+    Ok((key, Sha256::of(&[spki])))
+}

@@ -1,0 +1,153 @@
+//! Who is connected now, and what everybody is told: the directive in force.
+//!
+//! Presence over time (silent, stopped, gone) is a fold of events and lives in `state`; here is only what dies with the
+//! process: live sessions, one for each instance, and the way to end them.
+
+mod directive;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sidewarden_proto::identity::{AgentId, Sha256};
+use sidewarden_proto::time::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+pub use directive::{Directives, InForce};
+
+/// A session that is live.
+#[derive(Clone, Debug)]
+pub struct Live {
+    /// The key it was opened with.
+    pub spki: Sha256,
+    /// Since when.
+    pub since: Timestamp,
+    /// From where.
+    pub source: String,
+    /// `quic` or `tcp`.
+    pub transport: &'static str,
+    /// The directive version the agent runs; 0 for none.
+    pub directive: Arc<AtomicU64>,
+    /// Ends it in favour of another.
+    replaced: CancellationToken,
+    number: u64,
+}
+
+/// Another key of the same instance is connected.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{agent} is connected from {source_address} with another key")]
+pub struct SecondKey {
+    agent: AgentId,
+    source_address: String,
+}
+
+/// Live sessions by agent.
+#[derive(Debug, Default)]
+pub struct Fleet {
+    live: Mutex<HashMap<AgentId, Live>>,
+    numbers: AtomicU64,
+}
+
+/// A session's place in the fleet; it leaves when this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    fleet: Arc<Fleet>,
+    agent: Arc<AgentId>,
+    number: u64,
+    /// Set when another session takes over.
+    pub replaced: CancellationToken,
+    /// See [`Live::directive`].
+    pub directive: Arc<AtomicU64>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut live = self.fleet.lock();
+        if live.get(&*self.agent).is_some_and(|l| l.number == self.number) {
+            live.remove(&*self.agent);
+        }
+    }
+}
+
+impl Fleet {
+    fn lock(&self) -> MutexGuard<'_, HashMap<AgentId, Live>> {
+        // A map of plain values: every change is one insert or remove.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a session in. One that came back with the same key, or with the key that follows it, takes over.
+    pub fn enter(
+        self: &Arc<Fleet>,
+        agent: &Arc<AgentId>,
+        spki: Sha256,
+        follows: bool,
+        source: String,
+        transport: &'static str,
+        now: Timestamp,
+    ) -> Result<Place, SecondKey> {
+        let mut live = self.lock();
+        if let Some(other) = live.get(&**agent) {
+            if other.spki != spki && !follows {
+                return Err(SecondKey { agent: (**agent).clone(), source_address: other.source.clone() });
+            }
+            other.replaced.cancel();
+        }
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let (replaced, directive) = (CancellationToken::new(), Arc::new(AtomicU64::new(0)));
+        let place = Place {
+            fleet: self.clone(),
+            agent: agent.clone(),
+            number,
+            replaced: replaced.clone(),
+            directive: directive.clone(),
+        };
+        live.insert((**agent).clone(), Live { spki, since: now, source, transport, directive, replaced, number });
+        Ok(place)
+    }
+
+    /// The session of `agent`, if it is live.
+    pub fn live(&self, agent: &AgentId) -> Option<Live> {
+        self.lock().get(agent).cloned()
+    }
+
+    /// How many sessions are live, over QUIC and over TCP.
+    pub fn counts(&self) -> (usize, usize) {
+        let live = self.lock();
+        let quic = live.values().filter(|l| l.transport == "quic").count();
+        (quic, live.len() - quic)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const K1: Sha256 = Sha256([1; 32]);
+    const K2: Sha256 = Sha256([2; 32]);
+
+    fn enter(fleet: &Arc<Fleet>, key: Sha256, follows: bool) -> Result<Place, SecondKey> {
+        let agent = Arc::new("spiffe://x/shop/web#c1".parse::<AgentId>().unwrap());
+        fleet.enter(&agent, key, follows, "10.0.0.1:5".into(), "quic", Timestamp(1))
+    }
+
+    #[test]
+    fn a_second_live_key_is_refused_unless_it_follows_the_first() {
+        for (key, follows, allowed) in [(K1, false, true), (K2, false, false), (K2, true, true)] {
+            let fleet = Arc::new(Fleet::default());
+            let first = enter(&fleet, K1, false).unwrap();
+            let second = enter(&fleet, key, follows);
+            assert_eq!((second.is_ok(), first.replaced.is_cancelled()), (allowed, allowed), "{key:?} {follows}");
+        }
+    }
+
+    #[test]
+    fn leaving_late_does_not_remove_the_one_that_took_over() {
+        let fleet = Arc::new(Fleet::default());
+        let first = enter(&fleet, K1, false).unwrap();
+        let second = enter(&fleet, K1, false).unwrap();
+        drop(first);
+        assert_eq!(fleet.counts(), (1, 0));
+        drop(second);
+        assert_eq!(fleet.counts(), (0, 0));
+    }
+}

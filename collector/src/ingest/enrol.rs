@@ -1,0 +1,85 @@
+//! One request for a certificate, one answer, and the connection ends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use sidewarden_proto::enrol::{Answer, EnrolError, Refused, Request, from_payload, message_length, to_message};
+use sidewarden_proto::event::{Body, Event, Severity};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::Shared;
+use crate::ca::Grant;
+
+/// Why there was no request to answer.
+#[derive(Debug, thiserror::Error)]
+enum NoRequest {
+    #[error(transparent)]
+    Read(#[from] std::io::Error),
+    #[error(transparent)]
+    Form(#[from] EnrolError),
+}
+
+/// Serves one connection to its end, within the handshake's time limit.
+pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: &Arc<Shared>, source: SocketAddr, mut stream: S) {
+    let answer = match timeout(shared.handshake_timeout, read(&mut stream)).await {
+        Ok(Ok(request)) => answer(shared, source, request).await,
+        Ok(Err(error)) => refused(shared, source, error.to_string()),
+        Err(_) => refused(shared, source, "the request did not come in time".to_owned()),
+    };
+    let _ = timeout(shared.handshake_timeout, async {
+        stream.write_all(&to_message(&answer)).await?;
+        stream.shutdown().await
+    })
+    .await;
+}
+
+fn refused(shared: &Shared, source: SocketAddr, detail: String) -> Answer {
+    shared.refusals.enrolment(source, "bad_request", detail.clone(), String::new());
+    Answer::Refused(Refused { reason: "bad_request".into(), detail, retry: false })
+}
+
+async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Request, NoRequest> {
+    let mut prefix = [0; 4];
+    stream.read_exact(&mut prefix).await?;
+    let mut payload = vec![0; message_length(prefix)?];
+    stream.read_exact(&mut payload).await?;
+    Ok(from_payload(&payload)?)
+}
+
+async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> Answer {
+    let in_force = shared.directives.now();
+    let (issuer, fleet, directives, now) =
+        (shared.issuer.clone(), shared.fleet.clone(), in_force.clone(), (shared.clock)());
+    let workload = request.workload.as_ref().map(ToString::to_string).unwrap_or_default();
+    let decided = tokio::task::spawn_blocking(move || {
+        issuer.enrol(&request, &directives.directive, &|agent| fleet.live(agent).map(|live| live.spki), now)
+    })
+    .await;
+    match decided {
+        Ok(Ok(mut grant)) => {
+            tell_issued(shared, &grant).await;
+            grant.issued.directive = Some(in_force.signed.clone());
+            Answer::Issued(grant.issued)
+        }
+        Ok(Err(refusal)) => {
+            shared.refusals.enrolment(source, &refusal.reason, refusal.detail.clone(), workload);
+            Answer::Refused(refusal)
+        }
+        Err(error) => {
+            tracing::error!(%error, "a request for a certificate could not be answered");
+            let detail = "the collector failed: see its log".to_owned();
+            Answer::Refused(Refused { reason: "internal".into(), detail, retry: true })
+        }
+    }
+}
+
+/// Tells the log of a certificate.
+pub async fn tell_issued(shared: &Shared, grant: &Grant) {
+    let by = &grant.event.by;
+    let summary = format!("Certificate for {} issued by {by}, until {}", grant.agent, grant.event.not_after_us);
+    let event = Event::new((shared.clock)(), Severity::Info, summary, &Body::from(grant.event.clone()));
+    if shared.commits.own(event).await.is_err() {
+        tracing::debug!("an event came after the store was closed");
+    }
+}

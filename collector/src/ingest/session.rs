@@ -1,0 +1,521 @@
+//! One agent's session: proves who it is, then carries links to `commit` and acknowledgements back.
+//!
+//! The rules of the exchange are `proto::session`'s; here are the waits, the limits and the reasons to end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::CertificateDer;
+use sidewarden_proto::batch::{Cursor, Epoch};
+use sidewarden_proto::enrol::{Answer, Refused};
+use sidewarden_proto::event::{AgentConnected, AgentDisconnected, Body, Event, Severity};
+use sidewarden_proto::identity::{AgentId, Peer, PeerName, Usage};
+use sidewarden_proto::session::{FromAgent, Receiver, SessionError};
+use sidewarden_proto::tls;
+use sidewarden_proto::wire::{Decoder, Frame, Hello, Refuse, WireError};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::watch;
+use tokio::time::{sleep, sleep_until, timeout};
+
+use super::Shared;
+use crate::ca::KeyState;
+use crate::commit::{Fault, Progress};
+use crate::fleet::{InForce, Place};
+use crate::state::is_collector_path;
+
+/// Read at once; small, because ten thousand sessions each hold one.
+const READ: usize = 8 << 10;
+/// An agent that does not take what we send for this long is gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last frame may take to get out before the connection is closed.
+const LINGER: Duration = Duration::from_secs(1);
+/// Certificate requests of one session may follow each other no faster.
+const RENEW_EVERY: Duration = Duration::from_secs(5);
+
+/// Somebody who has shown a certificate that verifies.
+#[derive(Debug)]
+pub struct Come {
+    /// From where.
+    pub source: SocketAddr,
+    /// `quic` or `tcp`.
+    pub transport: &'static str,
+    /// The verified chain, leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("the agent stopped: {0}")]
+    Bye(String),
+    #[error("silent for {} s", .0.as_secs())]
+    Silent(Duration),
+    #[error("connection lost: {0}")]
+    Lost(String),
+    #[error("the agent came back on another connection")]
+    Replaced,
+    #[error("its certificate ran out")]
+    Expired,
+    #[error("on the deny list: {0}")]
+    Denied(String),
+    #[error(transparent)]
+    NotTaken(#[from] Fault),
+    #[error(transparent)]
+    Frame(#[from] WireError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("the collector is shutting down")]
+    Shutdown,
+}
+
+impl End {
+    /// What the agent is told; `None` where there is nobody to tell.
+    fn refuse(&self) -> Option<Refuse> {
+        let (reason, retry) = match self {
+            End::Bye(_) | End::Lost(_) | End::Silent(_) => return None,
+            End::Replaced => ("second_instance", true),
+            End::Expired => ("expired", true),
+            End::Denied(_) => ("revoked", false),
+            End::NotTaken(Fault::Store(_) | Fault::Gap { .. }) => ("overloaded", true),
+            End::NotTaken(Fault::Malformed(_)) | End::Frame(_) | End::Session(SessionError::Unexpected(_)) => {
+                ("malformed", true)
+            }
+            End::NotTaken(Fault::ChainBroken { .. }) | End::Session(SessionError::ChainBroken { .. }) => {
+                ("chain_broken", true)
+            }
+            End::Session(_) => ("malformed", true),
+            End::Shutdown => ("shutdown", true),
+        };
+        Some(Refuse { reason: reason.to_owned(), detail: self.to_string(), retry })
+    }
+
+    fn is_clean(&self) -> bool {
+        matches!(self, End::Bye(_))
+    }
+
+    /// What is worth an event of its own: bytes or histories that no honest agent sends.
+    fn is_hostile(&self) -> bool {
+        matches!(
+            self,
+            End::NotTaken(Fault::Malformed(_) | Fault::ChainBroken { .. })
+                | End::Frame(_)
+                | End::Session(_)
+                | End::Denied(_)
+        )
+    }
+}
+
+/// Who is not let in, and what is told.
+struct NotAdmitted {
+    refuse: Refuse,
+    /// Worth waking somebody.
+    critical: bool,
+}
+
+fn not_admitted(reason: &str, detail: impl Into<String>, retry: bool) -> NotAdmitted {
+    NotAdmitted { refuse: Refuse { reason: reason.to_owned(), detail: detail.into(), retry }, critical: false }
+}
+
+/// Both directions of a connection, in frames.
+struct Wire<R, W> {
+    reader: R,
+    writer: W,
+    decoder: Decoder,
+    buffer: Vec<u8>,
+}
+
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
+    /// Reads what is there; safe to be cancelled.
+    async fn read(&mut self) -> Result<(), End> {
+        self.buffer.clear();
+        match self.reader.read_buf(&mut self.buffer).await {
+            Ok(0) if self.decoder.is_mid_frame() => Err(End::Lost("cut in the middle of a frame".into())),
+            Ok(0) => Err(End::Lost("closed by the agent".into())),
+            Ok(_) => Ok(self.decoder.push(&self.buffer)),
+            Err(error) => Err(End::Lost(error.to_string())),
+        }
+    }
+
+    async fn next(&mut self) -> Result<Frame, End> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame()? {
+                return Ok(frame);
+            }
+            self.read().await?;
+        }
+    }
+
+    async fn send(&mut self, frame: &Frame) -> Result<(), End> {
+        let write = async {
+            self.writer.write_all(&frame.encode()).await?;
+            self.writer.flush().await
+        };
+        match timeout(WRITE_TIMEOUT, write).await {
+            Ok(written) => written.map_err(|error| End::Lost(error.to_string())),
+            Err(_) => Err(End::Lost("the agent takes nothing".into())),
+        }
+    }
+
+    /// Says the last word and gives it a moment to arrive.
+    async fn close(mut self, refuse: Option<Refuse>) {
+        if let Some(refuse) = refuse {
+            let _ = self.send(&Frame::Refuse(refuse)).await;
+        }
+        let _ = timeout(LINGER, async {
+            let _ = self.writer.shutdown().await;
+            while let Ok(read) = self.reader.read_buf(&mut self.buffer).await {
+                if read == 0 {
+                    break;
+                }
+                self.buffer.clear();
+            }
+        })
+        .await;
+    }
+}
+
+/// Serves one connection to its end.
+pub async fn serve<R, W>(shared: &Arc<Shared>, come: Come, reader: R, writer: W)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut wire = Wire { reader, writer, decoder: Decoder::default(), buffer: Vec::with_capacity(READ) };
+    let hello = match timeout(shared.handshake_timeout, wire.next()).await {
+        Ok(Ok(Frame::Hello(hello))) => hello,
+        other => {
+            let detail = match other {
+                Ok(Ok(_)) => "the first frame is no hello".to_owned(),
+                Ok(Err(end)) => end.to_string(),
+                Err(_) => "no hello in time".to_owned(),
+            };
+            shared.refusals.ingest(come.source, "malformed", detail.clone());
+            return wire.close(Some(not_admitted("malformed", detail, true).refuse)).await;
+        }
+    };
+    match admit(shared, &come, &hello).await {
+        Ok(admitted) => run(shared, &come, &hello, admitted, wire).await,
+        Err(NotAdmitted { refuse, critical }) => {
+            let tell = if critical { super::Refusals::ingest_critical } else { super::Refusals::ingest };
+            tell(&shared.refusals, come.source, &refuse.reason, &refuse.detail);
+            wire.close(Some(refuse)).await;
+        }
+    }
+}
+
+/// Who was let in.
+struct Admitted {
+    agent: Arc<AgentId>,
+    peer: Peer,
+    place: Place,
+    cursor: Cursor,
+}
+
+async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admitted, NotAdmitted> {
+    let peer =
+        tls::peer_of(&come.chain, Usage::Client).map_err(|e| not_admitted("bad_certificate", e.to_string(), false))?;
+    let PeerName::Spiffe(workload) = peer.name.clone() else {
+        return Err(not_admitted("bad_certificate", "the certificate names no workload", false));
+    };
+    let agent = Arc::new(AgentId { workload, instance: hello.instance.clone() });
+    if is_collector_path(&agent) {
+        return Err(not_admitted("not_allowed", "a collector's certificate is not an agent's", false));
+    }
+    if let Some(deny) = shared.directives.now().directive.denies(&peer) {
+        return Err(not_admitted("revoked", format!("{agent} is on the deny list: {deny:?}"), false));
+    }
+    let follows = check_key(shared, &agent, &peer).await?;
+    let now = (shared.clock)();
+    let place = shared.fleet.enter(&agent, peer.spki, follows, come.source.to_string(), come.transport, now);
+    let place = place.map_err(|second| NotAdmitted {
+        critical: true,
+        ..not_admitted("second_instance", second.to_string(), true)
+    })?;
+    let cursor = cursor(shared, &agent, hello.epoch).await?;
+    Ok(Admitted { agent, peer, place, cursor })
+}
+
+/// Whether the key is this instance's, and follows an earlier one of it.
+async fn check_key(shared: &Arc<Shared>, agent: &Arc<AgentId>, peer: &Peer) -> Result<bool, NotAdmitted> {
+    let (issuer, owner, spki) = (shared.issuer.clone(), agent.clone(), peer.spki);
+    let looked_up = tokio::task::spawn_blocking(move || {
+        let state = issuer.key_state(&owner, spki)?;
+        if matches!(state, KeyState::Current { .. }) {
+            issuer.seen(&owner, spki)?;
+        }
+        Ok::<_, crate::ca::CaError>(state)
+    })
+    .await;
+    let critical = |reason, detail: String| NotAdmitted { critical: true, ..not_admitted(reason, detail, false) };
+    match looked_up {
+        Ok(Ok(KeyState::Current { renewal })) => Ok(renewal),
+        Ok(Ok(KeyState::OtherInstance(other))) => {
+            Err(critical("wrong_instance", format!("{agent} shows the key that was issued to instance {other}")))
+        }
+        Ok(Ok(KeyState::Superseded)) => {
+            Err(critical("second_instance", format!("{agent} shows a key that a newer one has replaced")))
+        }
+        Ok(Ok(KeyState::Unknown)) => {
+            Err(critical("not_issued_here", format!("{agent} shows a key that is not in this collector's register")))
+        }
+        Ok(Err(error)) => Err(internal(&error.to_string())),
+        Err(error) => Err(internal(&error.to_string())),
+    }
+}
+
+fn internal(error: &str) -> NotAdmitted {
+    tracing::error!(error, "an agent could not be let in");
+    not_admitted("overloaded", "the collector has trouble with its store: see its log", true)
+}
+
+async fn cursor(shared: &Shared, agent: &Arc<AgentId>, epoch: Epoch) -> Result<Cursor, NotAdmitted> {
+    match shared.commits.cursor(agent.clone(), epoch).await {
+        Ok(Ok(cursor)) => Ok(cursor),
+        Ok(Err(error)) => Err(internal(&error)),
+        Err(closed) => Err(not_admitted("shutdown", closed.to_string(), true)),
+    }
+}
+
+async fn run<R, W>(shared: &Arc<Shared>, come: &Come, hello: &Hello, admitted: Admitted, mut wire: Wire<R, W>)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let agent = admitted.agent.clone();
+    let connected = AgentConnected {
+        workload: agent.workload.clone(),
+        instance: agent.instance.to_string(),
+        source: come.source.to_string(),
+        transport: come.transport.to_owned(),
+        version: hello.version.chars().take(64).collect(),
+    };
+    let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
+    tell(shared, Severity::Info, summary, connected.into()).await;
+    let end = Session::new(shared, hello, admitted).drive(&mut wire).await;
+    tracing::debug!(%agent, source = %come.source, %end, "session ended");
+    if end.is_hostile() {
+        let reason = end.refuse().map_or_else(|| "malformed".to_owned(), |refuse| refuse.reason);
+        shared.refusals.ingest_critical(come.source, &reason, format!("{agent}: {end}"));
+    }
+    // One that was replaced is still connected, on the connection that took over.
+    if !matches!(end, End::Replaced) {
+        tell_disconnected(shared, &agent, &end).await;
+    }
+    wire.close(end.refuse()).await;
+}
+
+async fn tell_disconnected(shared: &Shared, agent: &AgentId, end: &End) {
+    let body = AgentDisconnected {
+        workload: agent.workload.clone(),
+        instance: agent.instance.to_string(),
+        reason: end.to_string(),
+        clean: end.is_clean(),
+    };
+    let severity = if end.is_clean() { Severity::Info } else { Severity::Notice };
+    tell(shared, severity, format!("{agent} disconnected: {end}"), body.into()).await;
+}
+
+async fn tell(shared: &Shared, severity: Severity, summary: String, body: Body) {
+    let event = Event::new((shared.clock)(), severity, summary, &body);
+    if shared.commits.own(event).await.is_err() {
+        tracing::debug!("an event came after the store was closed");
+    }
+}
+
+/// A session that stands.
+struct Session<'a> {
+    shared: &'a Arc<Shared>,
+    agent: Arc<AgentId>,
+    peer: Peer,
+    place: Place,
+    receiver: Receiver,
+    welcome: Option<Frame>,
+    progress: (watch::Sender<Progress>, watch::Receiver<Progress>),
+    directive: watch::Receiver<Arc<InForce>>,
+    expires: tokio::time::Instant,
+    pace: Pace,
+    renewed: Option<Instant>,
+}
+
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+impl<'a> Session<'a> {
+    fn new(shared: &'a Arc<Shared>, hello: &Hello, admitted: Admitted) -> Session<'a> {
+        let Admitted { agent, peer, place, cursor } = admitted;
+        let (receiver, welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
+        let life = peer.not_after.since((shared.clock)()).min(Duration::from_secs(365 * 24 * 3600));
+        place.directive.store(hello.directive, Ordering::Relaxed);
+        Session {
+            shared,
+            agent,
+            peer,
+            place,
+            receiver,
+            welcome: Some(welcome),
+            progress: watch::channel(Progress::Committed(cursor)),
+            directive: shared.directives.subscribe(),
+            expires: tokio::time::Instant::now() + life,
+            pace: Pace::new(shared.links_per_second, now()),
+            renewed: None,
+        }
+    }
+
+    async fn drive<R, W>(&mut self, wire: &mut Wire<R, W>) -> End
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        match self.exchange(wire).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn exchange<R, W>(&mut self, wire: &mut Wire<R, W>) -> Result<std::convert::Infallible, End>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        if let Some(welcome) = self.welcome.take() {
+            wire.send(&welcome).await?;
+        }
+        self.send_directive(wire).await?;
+        loop {
+            while let Some(frame) = wire.decoder.next_frame()? {
+                self.take(frame, wire).await?;
+            }
+            let silent_at = tokio::time::Instant::from_std(self.receiver.timeout());
+            tokio::select! {
+                read = wire.read() => read?,
+                _ = self.progress.1.changed() => self.acknowledge(wire).await?,
+                changed = self.directive.changed() => match changed {
+                    Ok(()) => self.send_directive(wire).await?,
+                    Err(_) => return Err(End::Shutdown),
+                },
+                () = sleep_until(silent_at) => return Err(End::Silent(silent_at.elapsed().max(self.receiver.timeout().elapsed()))),
+                () = sleep_until(self.expires) => return Err(End::Expired),
+                () = self.place.replaced.cancelled() => return Err(End::Replaced),
+                () = self.shared.shutdown.cancelled() => return Err(End::Shutdown),
+            }
+        }
+    }
+
+    async fn take<R, W>(&mut self, frame: Frame, wire: &mut Wire<R, W>) -> Result<(), End>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        match self.receiver.handle(frame, now())? {
+            None => Ok(()),
+            Some(FromAgent::Commit(link)) => {
+                sleep(self.pace.wait(now())).await;
+                let (agent, progress) = (self.agent.clone(), self.progress.0.clone());
+                let received = (self.shared.clock)();
+                self.shared.commits.link(agent, received, link, progress).await.map_err(|_| End::Shutdown)
+            }
+            Some(FromAgent::Reply(frame)) => wire.send(&frame).await,
+            Some(FromAgent::Renew(csr)) => {
+                let answer = self.renew(csr).await;
+                let json = serde_json::to_vec(&answer).map_err(|e| End::Lost(e.to_string()))?;
+                wire.send(&Frame::Renewed(json)).await
+            }
+            Some(FromAgent::DirectiveApplied(version)) => {
+                self.place.directive.store(version, Ordering::Relaxed);
+                Ok(())
+            }
+            Some(FromAgent::Bye(reason)) => Err(End::Bye(reason.chars().take(200).collect())),
+        }
+    }
+
+    async fn acknowledge<R, W>(&mut self, wire: &mut Wire<R, W>) -> Result<(), End>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let progress = self.progress.1.borrow_and_update().clone();
+        match progress {
+            Progress::Committed(cursor) => {
+                let ack = self.receiver.committed(cursor);
+                wire.send(&ack).await
+            }
+            Progress::Failed(fault) => Err(fault.into()),
+        }
+    }
+
+    /// Sends what is in force, unless it is this very agent that may no longer be here.
+    async fn send_directive<R, W>(&mut self, wire: &mut Wire<R, W>) -> Result<(), End>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let in_force = self.directive.borrow_and_update().clone();
+        wire.send(&Frame::Directive(in_force.signed.to_bytes())).await?;
+        match in_force.directive.denies(&self.peer) {
+            Some(deny) => Err(End::Denied(format!("{deny:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    async fn renew(&mut self, csr: Vec<u8>) -> Answer {
+        let refused = |reason: &str, detail: &str| {
+            Answer::Refused(Refused { reason: reason.into(), detail: detail.into(), retry: true })
+        };
+        let too_soon = self.renewed.is_some_and(|last| now().duration_since(last) < RENEW_EVERY);
+        self.renewed = Some(now());
+        if too_soon {
+            return refused("bad_request", "one certificate request every 5 s");
+        }
+        let (issuer, agent, peer) = (self.shared.issuer.clone(), self.agent.clone(), self.peer.clone());
+        let (in_force, at) = (self.shared.directives.now(), (self.shared.clock)());
+        let issued =
+            tokio::task::spawn_blocking(move || issuer.renew(&agent, &peer, &csr, &in_force.directive, at)).await;
+        match issued {
+            Ok(Ok(grant)) => {
+                super::enrol::tell_issued(self.shared, &grant).await;
+                Answer::Issued(grant.issued)
+            }
+            Ok(Err(refusal)) => Answer::Refused(refusal),
+            Err(_) => refused("internal", "the collector failed: see its log"),
+        }
+    }
+}
+
+/// A bucket of links: a burst of one second's worth, then an even pace.
+#[derive(Debug)]
+struct Pace {
+    every: Duration,
+    burst: Duration,
+    /// When the bucket will be full again.
+    full_at: Instant,
+}
+
+impl Pace {
+    fn new(per_second: u32, now: Instant) -> Pace {
+        Pace { every: Duration::from_secs(1) / per_second.max(1), burst: Duration::from_secs(1), full_at: now }
+    }
+
+    /// Takes one; how long to wait before.
+    fn wait(&mut self, now: Instant) -> Duration {
+        self.full_at = self.full_at.max(now) + self.every;
+        self.full_at.saturating_duration_since(now + self.burst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_passes_and_then_the_pace_holds() {
+        let start = Instant::now();
+        let mut pace = Pace::new(10, start);
+        let waits: Vec<u128> = (0..12).map(|_| pace.wait(start).as_millis()).collect();
+        assert_eq!(waits[..10], [0; 10]);
+        assert_eq!(waits[10..], [100, 200]);
+        assert_eq!(pace.wait(start + Duration::from_secs(60)), Duration::ZERO);
+    }
+}

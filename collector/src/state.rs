@@ -1,0 +1,758 @@
+//! What is true now: a fold of every committed event, one after another.
+//!
+//! No clock and no I/O: the same links in the same order give the same state, on any machine, so it can be rebuilt from
+//! the log at any time. Time is an event here too (`clock.tick`). What the collector says of others (`agent.connected`,
+//! `certificate.issued`, …) counts only when the collector itself said it. Unknown kinds are counted and kept.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sidewarden_proto::batch::{Epoch, Tombstone};
+use sidewarden_proto::event::{Body, Direction, Event, EventRef, Mode, RefusalReason, Severity};
+use sidewarden_proto::finding::{Finding, Vantage};
+use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::time::Timestamp;
+
+/// Peers kept for one agent; later ones are only counted.
+const MAX_PEERS: usize = 256;
+/// Findings kept for one agent: far more than there are checks.
+const MAX_FINDINGS: usize = 512;
+/// Different words counted in one table (kinds, reasons); later ones count as `other`.
+const MAX_WORDS: usize = 128;
+/// An agent without a heartbeat of its own is expected to speak this often.
+const DEFAULT_HEARTBEAT: Duration = Duration::from_secs(10);
+/// A session may be away for this many heartbeats before its agent counts as silent.
+const SILENT_HEARTBEATS: u32 = 3;
+/// An agent that ended or fell silent this long ago counts as gone.
+const GONE_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// An agent that has been gone this long is forgotten.
+const FORGET_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Where an event stands: what the collector knows of it besides the event itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Stamp<'a> {
+    /// Position of its link in the log.
+    pub position: u64,
+    /// Who sent it, by certificate.
+    pub agent: &'a AgentId,
+    /// The life of the sender's spool.
+    pub epoch: Epoch,
+    /// When the collector took it.
+    pub received: Timestamp,
+}
+
+/// Everything that is true now.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// Position of the last link that was applied.
+    pub position: u64,
+    /// When that link was taken: the clock of the history.
+    pub at: Timestamp,
+    /// The collector's last start.
+    pub started: Timestamp,
+    /// Who the collector is in its own log; set by `collector.started`.
+    pub collector: Option<AgentId>,
+    /// Every agent that was ever enrolled or heard, until it is forgotten.
+    #[serde(with = "pairs")]
+    pub agents: BTreeMap<AgentId, Agent>,
+    /// Sums over all agents, those forgotten included.
+    pub totals: Totals,
+}
+
+/// Sums over all agents. Every map is capped.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Totals {
+    /// Events by kind and severity (lowest first).
+    pub events: BTreeMap<String, [u64; 4]>,
+    /// Refused connections by reason, repeats included.
+    pub refused: BTreeMap<RefusalReason, u64>,
+    /// Lost events by reason.
+    pub lost: BTreeMap<String, u64>,
+    /// Refused requests for a certificate, by reason.
+    pub enrolments_refused: BTreeMap<String, u64>,
+    /// Refused connections to the collector, by reason.
+    pub ingest_refused: BTreeMap<String, u64>,
+    /// Certificates issued, by `token`, `renewal`, `grace`.
+    pub issued: BTreeMap<String, u64>,
+    /// Events of kinds that this version does not know.
+    pub unknown_kinds: u64,
+    /// Events whose body does not fit their kind.
+    pub unreadable: u64,
+    /// Events an agent sent of a kind that only the collector may say.
+    pub forged: u64,
+}
+
+/// What is true of one agent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Agent {
+    /// Its version; empty until it said so.
+    pub version: String,
+    /// How it stands beside its workload.
+    pub mode: Option<Mode>,
+    /// What it is able to see.
+    pub vantage: Option<Vantage>,
+    /// Seconds between its signs of life; 0 when not known.
+    pub heartbeat_secs: u32,
+    /// Its last start, and whether the run before ended in order.
+    pub started: Option<Started>,
+    /// Its session with the collector.
+    pub session: Session,
+    /// When an event of its own was last taken.
+    pub last_event: Timestamp,
+    /// The reason of its last orderly end, until it starts again.
+    pub stopping: Option<String>,
+    /// Its posture, by check.
+    pub findings: BTreeMap<String, Standing>,
+    /// Whom it talks to.
+    #[serde(with = "pairs")]
+    pub peers: BTreeMap<(Direction, String), PeerSeen>,
+    /// First sightings of peers that found no room in `peers`.
+    pub peers_beyond: u64,
+    /// Refused connections by reason.
+    pub refused: BTreeMap<RefusalReason, Counted>,
+    /// Lost events by reason.
+    pub lost: BTreeMap<String, Counted>,
+    /// Its certificate.
+    pub certificate: Option<Certificate>,
+    /// Its last renewal failed, with this error; cleared by the next that works.
+    pub renewal_failed: Option<String>,
+    /// Events by severity, lowest first.
+    pub events: [u64; 4],
+}
+
+/// An agent's start.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Started {
+    /// When.
+    pub at: Timestamp,
+    /// Whether the run before ended in order.
+    pub clean: bool,
+}
+
+/// An agent's session with the collector.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Session {
+    /// Enrolled, never connected.
+    #[default]
+    Never,
+    /// Connected.
+    Live {
+        /// Since when.
+        since: Timestamp,
+        /// From where.
+        source: String,
+        /// `quic` or `tcp`.
+        transport: String,
+    },
+    /// Not connected any more.
+    Ended {
+        /// When it ended.
+        at: Timestamp,
+        /// Why.
+        reason: String,
+        /// The agent said goodbye.
+        clean: bool,
+    },
+}
+
+/// One word for an agent's presence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Enrolled, not yet heard.
+    Known,
+    /// Connected.
+    Live,
+    /// Its connection ended a moment ago; it may be on its way back.
+    Away,
+    /// It should be there and is not heard.
+    Silent,
+    /// It said goodbye.
+    Stopped,
+    /// Stopped or silent for more than a day.
+    Gone,
+}
+
+impl Status {
+    /// All of them, in the order they are shown.
+    pub const ALL: [Status; 6] =
+        [Status::Live, Status::Away, Status::Silent, Status::Stopped, Status::Known, Status::Gone];
+
+    /// The word in tables, metrics and the API.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Status::Known => "known",
+            Status::Live => "live",
+            Status::Away => "away",
+            Status::Silent => "silent",
+            Status::Stopped => "stopped",
+            Status::Gone => "gone",
+        }
+    }
+}
+
+/// A finding, and since when its verdict is what it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Standing {
+    /// The finding as last sent.
+    pub finding: Finding,
+    /// Since when its verdict holds, by the agent's clock (never ahead of the collector's).
+    pub since: Timestamp,
+}
+
+/// A peer of a workload.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PeerSeen {
+    /// First sighting.
+    pub first: Timestamp,
+    /// Last summary or sighting.
+    pub last: Timestamp,
+    /// Connections opened.
+    pub opened: u64,
+    /// Bytes from the peer to the workload.
+    pub bytes_in: u64,
+    /// Bytes from the workload to the peer.
+    pub bytes_out: u64,
+}
+
+/// How often something happened, and when last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counted {
+    /// How often.
+    pub count: u64,
+    /// When last, by the collector's clock.
+    pub last: Timestamp,
+}
+
+/// An agent's certificate, as issued.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// Serial number, in hex.
+    pub serial: String,
+    /// SHA-256 of the public key (SPKI), in hex.
+    pub spki: String,
+    /// Its end.
+    pub not_after: Timestamp,
+}
+
+impl Agent {
+    /// Its presence at `now`. `started` is the collector's own start: nobody is silent before having had time to come back.
+    pub fn status(&self, now: Timestamp, started: Timestamp) -> Status {
+        match &self.session {
+            Session::Never => Status::Known,
+            Session::Live { .. } => Status::Live,
+            Session::Ended { at, .. } if now.since(*at) >= GONE_AFTER => Status::Gone,
+            Session::Ended { clean: true, .. } => Status::Stopped,
+            Session::Ended { at, .. } if now.since((*at).max(started)) < self.silent_after() => Status::Away,
+            Session::Ended { .. } => Status::Silent,
+        }
+    }
+
+    /// How long it may be away before it counts as silent.
+    pub fn silent_after(&self) -> Duration {
+        match self.heartbeat_secs {
+            0 => DEFAULT_HEARTBEAT * SILENT_HEARTBEATS,
+            secs => Duration::from_secs(secs.into()) * SILENT_HEARTBEATS,
+        }
+    }
+
+    /// How many findings have this verdict (`fail`, `unknown`, …).
+    pub fn count(&self, verdict: &str) -> usize {
+        self.findings.values().filter(|s| s.finding.verdict.word() == verdict).count()
+    }
+
+    fn certified(&mut self, serial: String, spki: String, not_after: Timestamp) {
+        self.certificate = Some(Certificate { serial, spki, not_after });
+        self.renewal_failed = None;
+    }
+
+    fn stand(&mut self, finding: Finding, at: Timestamp) {
+        let same = self.findings.get(&finding.check).filter(|s| s.finding.verdict.word() == finding.verdict.word());
+        let since = same.map_or(at, |s| s.since);
+        if self.findings.len() < MAX_FINDINGS || self.findings.contains_key(&finding.check) {
+            self.findings.insert(finding.check.clone(), Standing { finding, since });
+        }
+    }
+
+    /// A baseline is the whole posture: what it does not name is no longer judged.
+    fn baseline(&mut self, findings: Vec<Finding>, at: Timestamp) {
+        self.findings.retain(|check, _| findings.iter().any(|f| f.check == *check));
+        findings.into_iter().for_each(|finding| self.stand(finding, at));
+    }
+
+    fn peer(&mut self, direction: Direction, peer: String) -> Option<&mut PeerSeen> {
+        let key = (direction, peer);
+        if self.peers.len() >= MAX_PEERS && !self.peers.contains_key(&key) {
+            self.peers_beyond += 1;
+            return None;
+        }
+        Some(self.peers.entry(key).or_default())
+    }
+}
+
+/// Kinds that change more than counters, and who may say them.
+pub(crate) fn is_of_the_collector(kind: &str) -> bool {
+    const KINDS: [&str; 11] = [
+        "collector.started",
+        "clock.tick",
+        "certificate.issued",
+        "enrolment.refused",
+        "agent.connected",
+        "agent.disconnected",
+        "ingest.refused",
+        "token.created",
+        "alert.firing",
+        "alert.resolved",
+        "collector.stopping",
+    ];
+    KINDS.contains(&kind)
+}
+
+/// Kinds whose body is read here; those of all others is left alone, which is most of the work saved.
+fn changes_state(kind: &str) -> bool {
+    const KINDS: [&str; 9] = [
+        "agent.started",
+        "agent.stopping",
+        "posture.baseline",
+        "verdict.changed",
+        "connection.refused",
+        "peer.first_seen",
+        "connections.summary",
+        "identity.renewed",
+        "identity.renewal_failed",
+    ];
+    KINDS.contains(&kind)
+}
+
+impl State {
+    /// Takes one event in.
+    pub fn apply(&mut self, stamp: Stamp<'_>, event: &EventRef<'_>) {
+        self.advance(stamp);
+        self.count(&event.kind, event.severity, stamp);
+        if event.kind == "events.lost" {
+            return self.lost_by_event(stamp, event);
+        }
+        let by_collector = is_of_the_collector(&event.kind);
+        if by_collector && !self.is_collector(stamp.agent) {
+            self.totals.forged += 1;
+            return;
+        }
+        if !by_collector && !changes_state(&event.kind) {
+            return;
+        }
+        match event.body() {
+            Ok(Some(body)) if by_collector => self.told_by_collector(stamp, body),
+            Ok(Some(body)) => self.told_by_agent(stamp, event.at_us.min(stamp.received), body),
+            Ok(None) => {}
+            Err(_) => self.totals.unreadable += 1,
+        }
+    }
+
+    /// Takes in the place where events were.
+    pub fn apply_loss(&mut self, stamp: Stamp<'_>, tombstone: &Tombstone) {
+        self.advance(stamp);
+        self.lose(stamp, tombstone.reason.word(), tombstone.last_seq - tombstone.first_seq + 1);
+    }
+
+    /// The state at the end of `now`: what a reader compares "how long ago" with.
+    pub fn status(&self, agent: &Agent, now: Timestamp) -> Status {
+        agent.status(now, self.started)
+    }
+
+    /// Whether `agent` is the collector's own name in the log.
+    pub fn is_collector(&self, agent: &AgentId) -> bool {
+        is_collector_path(agent) && self.collector.as_ref().is_none_or(|own| own.workload == agent.workload)
+    }
+
+    fn advance(&mut self, stamp: Stamp<'_>) {
+        self.position = self.position.max(stamp.position);
+        self.at = self.at.max(stamp.received);
+    }
+
+    fn agent(&mut self, id: &AgentId) -> &mut Agent {
+        if !self.agents.contains_key(id) {
+            self.agents.insert(id.clone(), Agent::default());
+        }
+        self.agents.get_mut(id).expect("it was put there just now")
+    }
+
+    fn count(&mut self, kind: &str, severity: Severity, stamp: Stamp<'_>) {
+        if !sidewarden_proto::event::KINDS.contains(&kind) {
+            self.totals.unknown_kinds += 1;
+        }
+        capped(&mut self.totals.events, kind)[severity.rank()] += 1;
+        if !is_collector_path(stamp.agent) {
+            let agent = self.agent(stamp.agent);
+            agent.events[severity.rank()] += 1;
+            agent.last_event = agent.last_event.max(stamp.received);
+        }
+    }
+
+    fn lost_by_event(&mut self, stamp: Stamp<'_>, event: &EventRef<'_>) {
+        match event.body() {
+            Ok(Some(Body::EventsLost(lost))) => {
+                let reason = lost.reason.chars().take(32).collect::<String>();
+                self.lose(stamp, &reason, lost.last_seq.saturating_sub(lost.first_seq).saturating_add(1));
+            }
+            _ => self.totals.unreadable += 1,
+        }
+    }
+
+    fn lose(&mut self, stamp: Stamp<'_>, reason: &str, events: u64) {
+        *capped(&mut self.totals.lost, reason) += events;
+        let counted = capped(&mut self.agent(stamp.agent).lost, reason);
+        counted.count += events;
+        counted.last = stamp.received;
+    }
+
+    fn told_by_agent(&mut self, stamp: Stamp<'_>, at: Timestamp, body: Body) {
+        let received = stamp.received;
+        let agent = self.agent(stamp.agent);
+        match body {
+            Body::AgentStarted(b) => {
+                (agent.version, agent.mode, agent.vantage) = (b.version, Some(b.mode), Some(b.vantage));
+                agent.heartbeat_secs = b.heartbeat_secs.min(3600);
+                agent.started = Some(Started { at, clean: b.clean });
+                agent.stopping = None;
+            }
+            Body::AgentStopping(b) => agent.stopping = Some(b.reason),
+            Body::PostureBaseline(b) => agent.baseline(b.findings, at),
+            Body::VerdictChanged(b) => agent.stand(b.finding, at),
+            Body::ConnectionRefused(b) => {
+                let counted = agent.refused.entry(b.reason).or_default();
+                (counted.count, counted.last) = (counted.count.saturating_add(b.count), received);
+                *self.totals.refused.entry(b.reason).or_default() += b.count;
+            }
+            Body::PeerFirstSeen(b) => {
+                if let Some(peer) = agent.peer(b.direction, b.peer) {
+                    peer.last = at;
+                    if peer.first == Timestamp::default() {
+                        peer.first = at;
+                    }
+                }
+            }
+            Body::ConnectionsSummary(b) => {
+                if let Some(peer) = agent.peer(b.direction, b.peer) {
+                    peer.last = at;
+                    peer.opened += b.opened;
+                    peer.bytes_in += b.bytes_in;
+                    peer.bytes_out += b.bytes_out;
+                }
+            }
+            Body::IdentityRenewed(_) => agent.renewal_failed = None,
+            Body::IdentityRenewalFailed(b) => agent.renewal_failed = Some(b.error),
+            _ => {}
+        }
+    }
+
+    fn told_by_collector(&mut self, stamp: Stamp<'_>, body: Body) {
+        match body {
+            Body::CollectorStarted(_) => self.collector_started(stamp),
+            Body::ClockTick(_) => self.forget_the_gone(),
+            Body::CertificateIssued(b) => {
+                *capped(&mut self.totals.issued, &b.by) += 1;
+                if let Ok(instance) = b.instance.parse() {
+                    self.agent(&AgentId { workload: b.workload, instance }).certified(b.serial, b.spki, b.not_after_us);
+                }
+            }
+            Body::EnrolmentRefused(b) => *capped(&mut self.totals.enrolments_refused, first_word(&b.reason)) += 1,
+            Body::IngestRefused(b) => *capped(&mut self.totals.ingest_refused, first_word(&b.reason)) += 1,
+            Body::AgentConnected(b) => {
+                let Ok(instance) = b.instance.parse() else { return };
+                let agent = self.agent(&AgentId { workload: b.workload, instance });
+                agent.version = b.version;
+                agent.session = Session::Live { since: stamp.received, source: b.source, transport: b.transport };
+            }
+            Body::AgentDisconnected(b) => {
+                let Ok(instance) = b.instance.parse() else { return };
+                let agent = self.agent(&AgentId { workload: b.workload, instance });
+                agent.session = Session::Ended { at: stamp.received, reason: b.reason, clean: b.clean };
+            }
+            _ => {}
+        }
+    }
+
+    /// A start ends every session of the run before: it had no time to say so.
+    fn collector_started(&mut self, stamp: Stamp<'_>) {
+        self.started = stamp.received;
+        self.collector = Some(stamp.agent.clone());
+        for agent in self.agents.values_mut().filter(|a| matches!(a.session, Session::Live { .. })) {
+            let reason = "the collector restarted".to_owned();
+            agent.session = Session::Ended { at: stamp.received, reason, clean: false };
+        }
+    }
+
+    fn forget_the_gone(&mut self) {
+        let now = self.at;
+        self.agents.retain(|_, agent| match agent.session {
+            Session::Ended { at, .. } => now.since(at) < FORGET_AFTER,
+            _ => true,
+        });
+    }
+}
+
+/// Whether an agent bears the path reserved for collectors; no certificate is issued for it to anybody else.
+pub fn is_collector_path(agent: &AgentId) -> bool {
+    agent.workload.path() == "sidewarden/collector"
+}
+
+/// The part of a reason before its first colon: `token_expired: …` counts as `token_expired`.
+fn first_word(reason: &str) -> &str {
+    reason.split(':').next().unwrap_or_default()
+}
+
+/// The entry for `word`, or for `other` when there are too many words already.
+fn capped<'a, V: Default>(map: &'a mut BTreeMap<String, V>, word: &str) -> &'a mut V {
+    let word = if word.len() > 64 || (map.len() >= MAX_WORDS && !map.contains_key(word)) { "other" } else { word };
+    if !map.contains_key(word) {
+        map.insert(word.to_owned(), V::default());
+    }
+    map.get_mut(word).expect("it was put there just now")
+}
+
+impl State {
+    /// Applies an owned event; for tests and for callers that hold no batch.
+    pub fn apply_owned(&mut self, stamp: Stamp<'_>, event: &Event) {
+        let event = EventRef {
+            seq: event.seq,
+            at_us: event.at_us,
+            kind: event.kind.as_ref().into(),
+            severity: event.severity,
+            summary: event.summary.as_str().into(),
+            body: &event.body,
+        };
+        self.apply(stamp, &event);
+    }
+}
+
+/// Maps whose keys are no strings, as JSON lists of pairs.
+mod pairs {
+    use std::collections::BTreeMap;
+
+    use serde::de::{Deserialize, Deserializer};
+    use serde::ser::{Serialize, Serializer};
+
+    pub fn serialize<S: Serializer, K: Serialize, V: Serialize>(map: &BTreeMap<K, V>, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(map)
+    }
+
+    pub fn deserialize<'de, D, K, V>(d: D) -> Result<BTreeMap<K, V>, D::Error>
+    where
+        D: Deserializer<'de>,
+        K: Deserialize<'de> + Ord,
+        V: Deserialize<'de>,
+    {
+        Ok(Vec::<(K, V)>::deserialize(d)?.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sidewarden_proto::batch::LossReason;
+    use sidewarden_proto::event::*;
+    use sidewarden_proto::finding::{CisIds, Evidence, Remedy, Verdict};
+    use sidewarden_proto::identity::Sha256;
+
+    use super::*;
+
+    const WEB: &str = "spiffe://x.example/shop/web#c1";
+    const COLLECTOR: &str = "spiffe://x.example/sidewarden/collector#k";
+
+    /// A history being told, a second after each event.
+    struct Told {
+        state: State,
+        now: Timestamp,
+    }
+
+    impl Told {
+        fn new() -> Told {
+            let mut told = Told { state: State::default(), now: Timestamp::from_secs(1_000) };
+            told.by(COLLECTOR, CollectorStarted { version: "1".into(), first: true });
+            told
+        }
+
+        fn by(&mut self, agent: &str, body: impl Into<Body>) -> &mut Told {
+            self.event(agent, Event::new(self.now, Severity::Info, "", &body.into()))
+        }
+
+        fn event(&mut self, agent: &str, event: Event) -> &mut Told {
+            let (id, epoch) = (agent.parse().unwrap(), Epoch([0; 16]));
+            let stamp = Stamp { position: self.state.position + 1, agent: &id, epoch, received: self.now };
+            self.state.apply_owned(stamp, &event);
+            self.now = self.now.plus(Duration::from_secs(1));
+            self
+        }
+
+        fn web(&self) -> &Agent {
+            &self.state.agents[&WEB.parse().unwrap()]
+        }
+
+        fn web_status(&self, later_secs: u64) -> Status {
+            self.state.status(self.web(), self.now.plus(Duration::from_secs(later_secs)))
+        }
+    }
+
+    fn started() -> AgentStarted {
+        let (version, mode, vantage) = ("0.1.0".into(), Mode::Sidecar, Vantage::Ptrace);
+        AgentStarted { version, mode, vantage, clean: true, heartbeat_secs: 5 }
+    }
+
+    fn connected() -> AgentConnected {
+        let workload = WEB.parse::<AgentId>().unwrap().workload;
+        let (source, transport) = ("10.0.0.1:1".into(), "quic".into());
+        AgentConnected { workload, instance: "c1".into(), source, transport, version: "0.1.0".into() }
+    }
+
+    fn disconnected(clean: bool) -> AgentDisconnected {
+        let workload = WEB.parse::<AgentId>().unwrap().workload;
+        AgentDisconnected { workload, instance: "c1".into(), reason: "r".into(), clean }
+    }
+
+    fn finding(check: &str, verdict: Verdict) -> Finding {
+        Finding {
+            check: check.into(),
+            ids: CisIds::default(),
+            title: check.into(),
+            severity: Severity::Warning,
+            verdict,
+            evidence: vec![Evidence::new("s", "l")],
+            remedy: Remedy::default(),
+            vantage: Vantage::Open,
+        }
+    }
+
+    #[test]
+    fn presence_follows_sessions_and_time() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected()).by(WEB, started());
+        assert_eq!(told.web_status(9_999_999), Status::Live, "a live session is live however long it says nothing");
+        told.by(COLLECTOR, disconnected(false));
+        for (later, status) in [(0, Status::Away), (13, Status::Away), (14, Status::Silent), (90_000, Status::Gone)] {
+            assert_eq!(told.web_status(later), status, "{later} s later");
+        }
+        told.by(COLLECTOR, connected()).by(COLLECTOR, disconnected(true));
+        assert_eq!((told.web_status(60), told.web_status(90_000)), (Status::Stopped, Status::Gone));
+    }
+
+    #[test]
+    fn a_restart_of_the_collector_gives_agents_time_to_come_back() {
+        let mut told = Told::new();
+        told.by(WEB, started()).by(COLLECTOR, connected());
+        told.now = told.now.plus(Duration::from_secs(3600));
+        told.by(COLLECTOR, CollectorStarted { version: "1".into(), first: false });
+        assert_eq!((told.web_status(5), told.web_status(20)), (Status::Away, Status::Silent));
+    }
+
+    #[test]
+    fn only_the_collector_speaks_for_others() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected());
+        let mallory = "spiffe://x.example/shop/mallory#c9";
+        told.by(mallory, disconnected(false)).by(mallory, CollectorStarted { version: "9".into(), first: true });
+        assert_eq!(told.web_status(0), Status::Live);
+        assert_eq!(told.state.totals.forged, 2);
+        assert_eq!(told.state.collector, Some(COLLECTOR.parse().unwrap()));
+    }
+
+    #[test]
+    fn posture_is_the_baseline_and_what_changed_since() {
+        let mut told = Told::new();
+        let (pass, fail) = (Verdict::Pass, Verdict::Fail);
+        told.by(WEB, PostureBaseline { findings: vec![finding("a", pass.clone()), finding("b", fail.clone())] });
+        let since = |told: &Told, check: &str| told.web().findings[check].since;
+        let (a, b) = (since(&told, "a"), since(&told, "b"));
+        told.by(WEB, VerdictChanged { before: "pass".into(), finding: finding("a", fail.clone()) });
+        assert!(since(&told, "a") > a);
+        told.by(WEB, PostureBaseline { findings: vec![finding("b", fail)] });
+        assert_eq!(since(&told, "b"), b, "the same verdict stands since when it first did");
+        assert_eq!((told.web().count("fail"), told.web().findings.len()), (1, 1), "what a baseline omits is gone");
+    }
+
+    #[test]
+    fn an_unknown_kind_and_an_unreadable_body_are_counted_and_hurt_nothing() {
+        let mut told = Told::new();
+        let event = |kind: &'static str| Event {
+            seq: 1,
+            at_us: Timestamp(1),
+            kind: kind.into(),
+            severity: Severity::Critical,
+            summary: String::new(),
+            body: serde_json::value::RawValue::from_string("{\"version\":7}".into()).unwrap(),
+        };
+        told.event(WEB, event("weather.changed")).event(WEB, event("agent.started"));
+        let totals = &told.state.totals;
+        assert_eq!((totals.unknown_kinds, totals.unreadable), (1, 1));
+        assert_eq!(totals.events["weather.changed"], [0, 0, 0, 1]);
+        assert_eq!(told.web().events, [0, 0, 0, 2]);
+    }
+
+    #[test]
+    fn maps_that_outsiders_fill_are_bounded() {
+        let mut told = Told::new();
+        for i in 0..1_000 {
+            let mut event = Event::new(told.now, Severity::Info, "", &Body::from(started()));
+            event.kind = format!("made.up.{i}").into();
+            told.event(WEB, event);
+            let peer = PeerFirstSeen {
+                direction: Direction::Inbound,
+                peer: format!("p{i}"),
+                address: String::new(),
+                tls_version: String::new(),
+                group: String::new(),
+            };
+            told.by(WEB, peer)
+                .by(WEB, VerdictChanged { before: String::new(), finding: finding(&format!("c{i}"), Verdict::Pass) });
+        }
+        let web = told.web();
+        assert_eq!((web.peers.len(), web.peers_beyond, web.findings.len()), (MAX_PEERS, 744, MAX_FINDINGS));
+        let kinds = &told.state.totals.events;
+        assert!(kinds.len() <= MAX_WORDS + 1);
+        assert_eq!(kinds.values().map(|n| n.iter().sum::<u64>()).sum::<u64>(), 3_001);
+    }
+
+    #[test]
+    fn losses_are_counted_by_reason() {
+        let mut told = Told::new();
+        let lost = EventsLost { first_seq: 3, last_seq: 7, by_severity: [0; 4], reason: "spool_full".into() };
+        told.by(WEB, lost);
+        let (prev, hash, reason) = (Sha256::ZERO, Sha256::ZERO, LossReason::Damaged);
+        let (epoch, by_severity) = (Epoch([0; 16]), [0; 4]);
+        let tombstone = Tombstone { epoch, first_seq: 8, last_seq: 9, by_severity, reason, prev, hash };
+        let id = WEB.parse().unwrap();
+        told.state.apply_loss(Stamp { position: 9, agent: &id, epoch, received: told.now }, &tombstone);
+        let counts = |word: &str| (told.web().lost[word].count, told.state.totals.lost[word]);
+        assert_eq!((counts("spool_full"), counts("damaged")), ((5, 5), (2, 2)));
+    }
+
+    #[test]
+    fn an_agent_gone_for_a_month_is_forgotten_when_time_passes() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected()).by(COLLECTOR, disconnected(true));
+        told.now = told.now.plus(Duration::from_secs(31 * 86_400));
+        told.by(COLLECTOR, ClockTick {});
+        assert!(told.state.agents.is_empty());
+    }
+
+    #[test]
+    fn a_saved_state_comes_back_whole() {
+        let mut told = Told::new();
+        let peer = "spiffe://x.example/shop/db".to_owned();
+        let (tls_version, group) = (String::new(), String::new());
+        told.by(COLLECTOR, connected()).by(WEB, started());
+        told.by(WEB, PostureBaseline { findings: vec![finding("a", Verdict::Fail)] });
+        told.by(
+            WEB,
+            PeerFirstSeen { direction: Direction::Outbound, peer, address: String::new(), tls_version, group },
+        );
+        let json = serde_json::to_string(&told.state).unwrap();
+        let back: State = serde_json::from_str(&json).unwrap();
+        assert_eq!(back.agents, told.state.agents);
+        assert_eq!((back.position, &back.totals), (told.state.position, &told.state.totals));
+        assert_eq!(serde_json::from_str::<State>("{}").unwrap().position, 0, "an older form has defaults");
+    }
+}
