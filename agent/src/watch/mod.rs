@@ -25,7 +25,7 @@ use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 pub use differ::differ;
-pub use mask::mask;
+pub use mask::{mask, plain};
 pub use tracker::Normal;
 
 use crate::cis::{self, Case, Declared};
@@ -161,6 +161,7 @@ struct Watcher {
     tracker: Tracker,
     wake: Wake,
     containers: Vec<ProcessId>,
+    lived: Vec<ProcessId>,
     told: Option<Vec<Finding>>,
     judged: Option<Instant>,
     looked: Option<Instant>,
@@ -175,6 +176,7 @@ impl Watcher {
             tracker: Tracker::new(config.normal.clone()),
             wake: Wake::default(),
             containers: Vec::new(),
+            lived: Vec::new(),
             told: None,
             judged: None,
             looked: None,
@@ -227,12 +229,12 @@ impl Watcher {
             stats.tasks_missed.fetch_add(seen.missed, Relaxed);
             self.tracker.count(seen.created, seen.missed, at);
         }
+        self.follow(&seen.members);
         let before = self.tracker.history().clone();
         for event in self.tracker.look(&seen.members, at) {
             (self.emit)(event);
         }
         self.judge_soon |= before != *self.tracker.history();
-        self.follow(&seen.members);
     }
 
     /// Asks for notices about other containers when the workload's have changed.
@@ -241,6 +243,14 @@ impl Watcher {
         let containers: Vec<ProcessId> = firsts.map(|p| p.id).collect();
         if containers == self.containers {
             return;
+        }
+        if !containers.is_empty() {
+            // Nothing of the containers there were before is left: they were started anew.
+            let anew = !self.lived.is_empty() && !containers.iter().any(|id| self.lived.contains(id));
+            self.lived.clone_from(&containers);
+            if anew {
+                self.tracker.begin_anew();
+            }
         }
         let anchors: Vec<String> = containers.iter().map(|id| format!("/proc/{}", id.pid)).collect();
         self.wake = Wake::of(&self.machine, &anchors);
