@@ -113,7 +113,7 @@ fn roles(mode: Mode, ourselves: &Ourselves, members: &[Process]) -> Vec<Role> {
     let parents: BTreeMap<i32, &Process> = members.iter().map(|p| (p.id.pid, p)).collect();
     let role = |p: &Process| match () {
         () if firsts.contains(&p.id) => Role::First,
-        () if ancestry(p, &parents).any(|p| !firsts.contains(&p.id) && outsider(p)) => Role::Entered,
+        () if ancestry(p, &parents).take_while(|p| !firsts.contains(&p.id)).any(outsider) => Role::Entered,
         () => Role::Inside,
     };
     members.iter().map(role).collect()
