@@ -1,10 +1,12 @@
 //! Builds everything, in order, and hands back where it listens. Tests call it with port 0.
 
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use sidewarden_proto::batch::Epoch;
 use sidewarden_proto::event::{Body, CollectorStarted, Event, Severity};
 use sidewarden_proto::identity::{AgentId, InstanceId};
@@ -66,13 +68,15 @@ pub struct App {
     pub core: Core,
     /// The committing thread, which ends when nobody can hand anything in any more.
     committing: std::thread::JoinHandle<()>,
+    /// Held as long as we run: two collectors on one directory would each believe in their own order.
+    lock: Flock<File>,
 }
 
 /// Starts everything. On an error nothing keeps running.
 pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<App> {
     let config = Arc::new(config);
     let dir = config.data_dir.clone();
-    prepare(&dir)?;
+    let lock = prepare(&dir)?;
     let now = clock();
     let (authority, first) = open_authority(&config, now)?;
     let register = Register::open(&dir.join("ca.db"))?;
@@ -89,13 +93,13 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
-    Ok(App { agents, api, metrics, core, committing })
+    Ok(App { agents, api, metrics, core, committing, lock })
 }
 
 impl App {
     /// Ends everything in order: no new connections, sessions told, then the store closed.
     pub async fn stop(self) {
-        let App { core, committing, .. } = self;
+        let App { core, committing, lock, .. } = self;
         core.shutdown.cancel();
         core.tasks.close();
         if tokio::time::timeout(core.config.drain_timeout, core.tasks.wait()).await.is_err() {
@@ -107,6 +111,7 @@ impl App {
         if !matches!(tokio::time::timeout(Duration::from_secs(10), joined).await, Ok(Ok(Ok(())))) {
             tracing::warn!("the store was not closed in order; nothing that was acknowledged is lost");
         }
+        drop(lock);
     }
 
     /// Whether the committing thread has ended: then nothing can be taken any more.
@@ -115,13 +120,13 @@ impl App {
     }
 }
 
-fn prepare(dir: &Path) -> anyhow::Result<()> {
+fn prepare(dir: &Path) -> anyhow::Result<Flock<File>> {
     let hint = "data_dir must be a directory this user can write; set data_dir or SIDEWARDEN_DATA_DIR";
     ca::make_dir(dir).map_err(|error| anyhow::anyhow!("{error}: {hint}"))?;
-    let probe = dir.join(".writable");
-    ca::write_secret(&probe, b"").map_err(|error| anyhow::anyhow!("{error}: {hint}"))?;
-    let _ = std::fs::remove_file(probe);
-    Ok(())
+    let path = dir.join("lock");
+    let file = File::create(&path).map_err(|error| anyhow::anyhow!("{}: {error}: {hint}", path.display()))?;
+    let taken = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+    taken.map_err(|_| anyhow::anyhow!("{}: another collector runs on this data_dir: stop it first", dir.display()))
 }
 
 fn open_authority(config: &Config, now: Timestamp) -> anyhow::Result<(Arc<Authority>, bool)> {

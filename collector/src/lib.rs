@@ -2,7 +2,8 @@
 //!
 //! Read in this order: how it is put together (`app`, `config`), what is true (`state`), how an event gets to disk
 //! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`), what is told to people
-//! (`alert`, `api`, `page`) and to Prometheus (`metrics`).
+//! (`alert`, `api`, `page`) and to Prometheus (`metrics`), and the commands that ask a running collector (`client`,
+//! `table`).
 
 pub mod app;
 pub mod config;
@@ -20,6 +21,9 @@ pub mod alert;
 pub mod api;
 pub mod metrics;
 pub mod page;
+
+pub mod client;
+pub mod table;
 
 /// Fills `bytes` from the system's randomness.
 ///

@@ -654,6 +654,7 @@ fn enrolment(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("a certificate for {} was refused: {}", short(asked, 120), body.reason));
     case.subject = None;
     case.apart = Some(("reason", known(&first_word(&body.reason), ENROLMENT_REASONS)));
+    case.count = body.count.max(1);
     case.source = host_of(&body.source).to_owned();
     case.evidence = lines([("asked for (not verified)", &body.workload), ("reason", &body.reason)]);
     vec![Signal::Raise(case)]
@@ -676,6 +677,7 @@ fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("a connection to the collector was refused: {}", body.reason));
     case.subject = None;
     case.apart = Some(("reason", word(&first_word(&body.reason))));
+    case.count = body.count.max(1);
     case.source = host_of(&body.source).to_owned();
     vec![Signal::Raise(case)]
 }
@@ -897,12 +899,13 @@ mod tests {
                     source: "10.0.0.9:1".into(),
                     workload: "spiffe://x.test/a/b".into(),
                     reason: "token_used_up: 1 of 1".into(),
+                    count: 1,
                 }
                 .into(),
                 &["EnrolmentRefused[token_used_up]"],
             ),
             (
-                IngestRefused { source: "10.0.0.9:1".into(), reason: "garbage".into() }.into(),
+                IngestRefused { source: "10.0.0.9:1".into(), reason: "garbage".into(), count: 1 }.into(),
                 &["IngestRefused[garbage]"],
             ),
             (

@@ -1,0 +1,301 @@
+//! `sidewarden-collector`: reads arguments and settings, runs, and turns the result into an exit code.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use sidewarden_collector::ca::{Authority, CaError, Pattern, Register, TokenInfo};
+use sidewarden_collector::client::{self, Client, EventsQuery};
+use sidewarden_collector::config::{self, Config};
+use sidewarden_collector::{app, table};
+use sidewarden_proto::config::FromValue;
+use sidewarden_proto::time::Timestamp;
+
+/// Takes the events of all Sidewarden agents in, keeps them, shows them and raises alerts.
+///
+/// No configuration is needed: `sidewarden-collector serve` makes its own CA and store on its first start. Then make a
+/// token for an agent: `sidewarden-collector token create --workload shop/orders`.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 it failed (the reason is the last line), 2 wrong arguments.\n\
+    Every setting also comes from the environment: agents.listen is SIDEWARDEN_AGENTS_LISTEN."
+)]
+struct Arguments {
+    /// Settings in TOML; without it the defaults and the environment count
+    #[arg(long, global = true, env = "SIDEWARDEN_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where CA, log and tokens are (overrides data_dir)
+    #[arg(long, global = true, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// How log lines look
+    #[arg(long, global = true, env = "SIDEWARDEN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, or a filter like `info,sidewarden_collector=debug`
+    #[arg(long, global = true, env = "SIDEWARDEN_LOG_LEVEL", default_value = "info")]
+    log_level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    /// One line of text each.
+    Text,
+    /// One JSON object each.
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the collector
+    Serve,
+    /// Make, list and take back enrolment tokens; works beside a running collector, on its data directory
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Who is there: agents with status, posture and certificate
+    Agents {
+        #[command(flatten)]
+        at: At,
+    },
+    /// What happened
+    Events {
+        #[command(flatten)]
+        at: At,
+        #[command(flatten)]
+        query: Wanted,
+    },
+    /// The verdicts of a workload, with evidence
+    Posture {
+        /// SPIFFE ID, or its path: shop/orders
+        workload: String,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Whether the collector works; for probes: exit code 0 if it does
+    Health {
+        #[command(flatten)]
+        at: At,
+    },
+    /// Read the settings and report every fault
+    CheckConfig,
+}
+
+#[derive(Subcommand)]
+enum TokenCommand {
+    /// Make one; the token alone goes to stdout
+    Create {
+        /// Who may enrol with it: shop/orders, or shop/* for every service of shop
+        #[arg(long)]
+        workload: String,
+        /// How often it can be used
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        uses: u32,
+        /// How long it can be used: 30m, 1h, 7d
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
+    },
+    /// List them, without their secrets
+    List {
+        /// JSON for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take one back; agents that enrolled with it keep their certificates
+    Revoke {
+        /// Its id, as `token list` shows it
+        id: String,
+    },
+}
+
+/// Where the API is, and how to be let in.
+#[derive(Args)]
+struct At {
+    /// The API; by default this machine's collector
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// A file with the API token; by default <data_dir>/admin.token
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The CA that the API's certificate must come from; by default <data_dir>/ca/root/cert.pem
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// JSON for programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Wanted {
+    /// Only this kind; may be given more than once
+    #[arg(long)]
+    kind: Vec<String>,
+    /// Only this workload: SPIFFE ID, or its path
+    #[arg(long)]
+    workload: Option<String>,
+    /// Only this severity and above: info, notice, warning, critical
+    #[arg(long)]
+    min_severity: Option<sidewarden_proto::event::Severity>,
+    /// How many
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    limit: u16,
+    /// Go on showing what comes
+    #[arg(long)]
+    follow: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let life = Duration::from_text(text)?;
+    if life.is_zero() || life > Duration::from_secs(365 * 24 * 3600) {
+        return Err("must be more than 0 and at most 365d".into());
+    }
+    Ok(life)
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let config = read_config(&arguments)?;
+    match arguments.command {
+        Command::Serve => {
+            start_log(arguments.log_format, &arguments.log_level)?;
+            runtime(true)?.block_on(serve(config))
+        }
+        Command::Token(command) => token(&config, command),
+        Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
+        Command::Events { at, query } => {
+            let query = events_query(&config, query)?;
+            runtime(false)?.block_on(client(&config, &at)?.events(query, at.json))
+        }
+        Command::Posture { workload, at } => {
+            let workload = client::workload(&workload, &config.trust_domain)?;
+            runtime(false)?.block_on(client(&config, &at)?.posture(&workload, at.json))
+        }
+        Command::Health { at } => runtime(false)?.block_on(client(&config, &at)?.health(at.json)),
+        Command::CheckConfig => {
+            println!("The configuration has no faults.");
+            Ok(())
+        }
+    }
+}
+
+fn read_config(arguments: &Arguments) -> anyhow::Result<Config> {
+    let mut config = config::read_file(arguments.config.as_deref(), &|name| std::env::var(name).ok())?;
+    if let Some(dir) = &arguments.data_dir {
+        config.data_dir = dir.clone();
+    }
+    Ok(config)
+}
+
+fn runtime(serves: bool) -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = if serves {
+        tokio::runtime::Builder::new_multi_thread()
+    } else {
+        tokio::runtime::Builder::new_current_thread()
+    };
+    Ok(builder.enable_all().build()?)
+}
+
+fn start_log(format: LogFormat, level: &str) -> anyhow::Result<()> {
+    use std::io::IsTerminal;
+    let filter = tracing_subscriber::EnvFilter::try_new(level)
+        .map_err(|error| anyhow::anyhow!("--log-level `{level}`: {error}"))?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => lines.json().init(),
+    }
+    Ok(())
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let app = app::start(config, Timestamp::now).await?;
+    tracing::info!(agents = %app.agents, data_dir = %app.core.config.data_dir.display(), "collector ready");
+    let mut watch = tokio::time::interval(Duration::from_secs(1));
+    let broken = loop {
+        tokio::select! {
+            _ = term.recv() => break false,
+            _ = int.recv() => break false,
+            _ = watch.tick() => if app.is_broken() { break true },
+        }
+    };
+    tracing::info!("collector stopping");
+    app.stop().await;
+    if broken { anyhow::bail!("the committing thread ended: see the log above") } else { Ok(()) }
+}
+
+fn token(config: &Config, command: TokenCommand) -> anyhow::Result<()> {
+    let pin = Authority::read_pin(&config.data_dir.join("ca")).map_err(|error| match error {
+        CaError::Access { error: e, .. } if e.kind() == std::io::ErrorKind::NotFound => anyhow::anyhow!(
+            "there is no CA in {}: start the collector once, or say where it is with --data-dir",
+            config.data_dir.display()
+        ),
+        error => error.into(),
+    })?;
+    let register = Register::open(&config.data_dir.join("ca.db"))?;
+    match command {
+        TokenCommand::Create { workload, uses, ttl } => {
+            let pattern: Pattern = client::path_in(&workload, &config.trust_domain)?.parse()?;
+            let (token, info) = register.create(&pattern, uses, ttl, pin, Timestamp::now())?;
+            eprintln!("Token {} for {pattern}: {uses} use(s), until {}.", token.id, info.expires);
+            println!("{}", token.text().reveal());
+        }
+        TokenCommand::List { json } => list_tokens(&register.tokens()?, json),
+        TokenCommand::Revoke { id } => {
+            register.revoke(&id)?;
+            eprintln!("Token {id} can no longer be used.");
+        }
+    }
+    Ok(())
+}
+
+fn list_tokens(tokens: &[TokenInfo], json: bool) {
+    let now = Timestamp::now();
+    if json {
+        let rows: Vec<_> = tokens.iter().map(|t| token_json(t, now)).collect();
+        return println!("{}", serde_json::Value::Array(rows));
+    }
+    let rows = tokens.iter().map(|t| {
+        let used = format!("{}/{}", t.used, t.uses);
+        vec![t.id.clone(), t.pattern.clone(), t.state(now).word().to_owned(), used, t.expires.to_string()]
+    });
+    print!("{}", table::table(&["TOKEN", "WORKLOAD", "STATE", "USED", "UNTIL"], rows));
+}
+
+fn token_json(token: &TokenInfo, now: Timestamp) -> serde_json::Value {
+    serde_json::json!({
+        "id": token.id, "workload": token.pattern, "uses": token.uses, "used": token.used,
+        "created_us": token.created.0, "expires_us": token.expires.0, "state": token.state(now).word(),
+    })
+}
+
+fn events_query(config: &Config, wanted: Wanted) -> anyhow::Result<EventsQuery> {
+    let workload = wanted.workload.map(|name| client::workload(&name, &config.trust_domain)).transpose()?;
+    Ok(EventsQuery {
+        kinds: wanted.kind,
+        workload,
+        min_severity: wanted.min_severity,
+        limit: wanted.limit,
+        follow: wanted.follow,
+    })
+}
+
+fn client(config: &Config, at: &At) -> anyhow::Result<Client> {
+    let port = config.api.listen.port();
+    let url = at.url.clone().unwrap_or_else(|| format!("https://127.0.0.1:{port}"));
+    let token = at.token_file.clone().unwrap_or_else(|| config.data_dir.join("admin.token"));
+    let ca = at.ca.clone().unwrap_or_else(|| config.data_dir.join("ca/root/cert.pem"));
+    Client::new(&url, &token, &ca)
+}
