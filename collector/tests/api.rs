@@ -209,9 +209,9 @@ async fn an_agent_cannot_speak_for_the_collector() {
         clean: false,
     };
     liar.send(&scene.app, vec![event(Severity::Critical, "lie", lie), plaintext("10.0.0.1:1")]).await;
-    let alerts = until("the other alert", async || {
+    let alerts = until("the alert about the lie", async || {
         let alerts = ask(&scene.app, "/api/v1/alerts").await;
-        alerts["alerts"].as_array().unwrap().iter().any(|a| a["alert"] == "PlaintextRefused").then_some(alerts)
+        alerts["alerts"].as_array().unwrap().iter().any(|a| a["alert"] == "ForgedEvent").then_some(alerts)
     });
     let alerts = alerts.await;
     assert!(!alerts.to_string().contains("AgentSilent"), "{alerts}");
