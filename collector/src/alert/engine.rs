@@ -244,10 +244,13 @@ impl Engine {
     /// Takes one committed event in.
     pub fn observe(&mut self, mut seen: Seen<'_>) {
         seen.last_tick = self.last_tick;
-        for rule in RULES.iter().filter(|rule| rule.reads(seen.kind)) {
+        for rule in RULES.iter().filter(|rule| rule.reads(seen.kind, seen.forged)) {
             for signal in rule.read(&seen) {
                 self.apply(rule, signal, seen.received);
             }
+        }
+        if seen.forged {
+            return;
         }
         match (seen.body, &mut self.told) {
             // A restart is no jump of the clock.
@@ -532,6 +535,7 @@ mod tests {
             summary: "",
             body: Some(body),
             last_tick: None,
+            forged: false,
         });
     }
 
