@@ -105,7 +105,7 @@ impl App {
         if tokio::time::timeout(core.config.drain_timeout, core.tasks.wait()).await.is_err() {
             tracing::warn!("some connections did not end in time");
         }
-        let _ = core.commits.flush().await;
+        let _ = tokio::time::timeout(core.config.drain_timeout, core.commits.flush()).await;
         drop(core);
         let joined = tokio::task::spawn_blocking(move || committing.join());
         if !matches!(tokio::time::timeout(Duration::from_secs(10), joined).await, Ok(Ok(Ok(())))) {
@@ -190,6 +190,7 @@ async fn open_ingest(core: &Core) -> anyhow::Result<SocketAddr> {
         refusals,
         connections: Arc::new(Semaphore::new(agents.max_connections)),
         handshakes: Arc::new(Semaphore::new(agents.max_handshakes)),
+        max_handshakes: agents.max_handshakes,
         handshake_timeout: agents.handshake_timeout,
         links_per_second: agents.max_links_per_second,
         shutdown: core.shutdown.clone(),

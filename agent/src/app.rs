@@ -1,0 +1,375 @@
+//! Puts the agent together, hands back where it listens, and takes it apart again in the right order.
+//!
+//! Tests call the same function with port 0.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::CertificateDer;
+use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
+use sidewarden_proto::identity::{BadName, InstanceId};
+use sidewarden_proto::time::Timestamp;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Admin};
+use crate::backoff::Random;
+use crate::config::Config;
+use crate::dial::Resolver;
+use crate::facts::{self, Subject};
+use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source};
+use crate::identity::{Current, Store, StoreError};
+use crate::metrics::Metrics;
+use crate::proxy::{self, BindError, Ledger, Listeners, Shared};
+use crate::spool::{Limits, Opened, Spool, SpoolError, Writer};
+use crate::uplink::drive::HEARTBEAT_SECS;
+use crate::uplink::{SharedStatus, Uplink};
+use crate::watch::{View, Watch, WatchConfig};
+
+/// Of the time to drain, what is kept for sending the last events.
+const FOR_LAST_EVENTS: Duration = Duration::from_secs(3);
+/// Events in memory while the disk takes nothing.
+const SPOOL_MEMORY: u64 = 4 << 20;
+/// Links of the spool, each about a hundred bytes of memory.
+const SPOOL_LINKS: usize = 32_768;
+/// Directives that wait to be looked at.
+const DIRECTIVES: usize = 4;
+
+/// What to start.
+pub struct Setup {
+    /// How we stand beside the workload.
+    pub mode: Mode,
+    /// What we are told.
+    pub config: Config,
+    /// Where /proc and /sys are found, `/`; `None` watches nothing.
+    pub root: Option<PathBuf>,
+    /// The workload runs as the agent's own user: what is on disk is not hidden from it.
+    pub shares_user: bool,
+    /// Randomness.
+    pub random: Random,
+}
+
+/// Why the agent does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The hostname names no instance.
+    #[error("this machine's name cannot be the instance's: {0}: set `instance`")]
+    Instance(BadName),
+    /// The spool.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// What is kept of the identity.
+    #[error("the identity on disk: {0}")]
+    Store(#[from] StoreError),
+    /// The same.
+    #[error(transparent)]
+    Keeper(#[from] KeeperError),
+    /// A listener.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The watch's thread.
+    #[error("the watch's thread cannot be started: {0}")]
+    Watch(std::io::Error),
+}
+
+/// Where the agent listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// In the order of the configuration.
+    pub inbound: Vec<SocketAddr>,
+    /// The same.
+    pub outbound: Vec<SocketAddr>,
+    /// Health and metrics.
+    pub admin: SocketAddr,
+}
+
+/// A running agent.
+pub struct App {
+    /// Where it listens.
+    pub addresses: Addresses,
+    /// Its identity, for whoever waits for one.
+    pub identity: Current,
+    /// How it stands with the collectors.
+    pub uplink: SharedStatus,
+    emit: Emit,
+    spool: Spool,
+    writer: Writer,
+    shared: Arc<Shared>,
+    drain: Duration,
+    proxying: JoinHandle<()>,
+    watching: Option<Watch>,
+    stop_watching: CancellationToken,
+    talking: JoinHandle<()>,
+    stop_talking: CancellationToken,
+    /// The keeper and the admin listener, which need no farewell.
+    rest: Vec<JoinHandle<()>>,
+    stop_rest: CancellationToken,
+}
+
+type Emit = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// Starts the agent. On return it accepts connections, with the identity that was on disk.
+pub async fn start(setup: Setup) -> Result<App, StartError> {
+    let Setup { mode, config, root, shares_user, random } = setup;
+    let instance = instance(&config)?;
+    let listeners = Listeners::bind(&config).await?;
+    let admin_listener = proxy::bind(config.admin.listen, "the admin endpoint").await?;
+    let (inbound, outbound) = listeners.addresses();
+    let admin_address = admin_listener.local_addr().unwrap_or(config.admin.listen);
+    let addresses = Addresses { inbound, outbound, admin: admin_address };
+
+    let limits = Limits { disk_bytes: config.limits.spool.0, memory_bytes: SPOOL_MEMORY, links: SPOOL_LINKS };
+    let (spool, writer, opened) = Spool::open(&config.spool_dir(), limits, random, Timestamp::now)?;
+    let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")));
+    let emit = emit_into(&spool, &metrics);
+    let resolver = Resolver::from_system();
+
+    let (renewals, renewal_requests) = mpsc::channel(1);
+    let keeping = Keeping { config: &config, instance: &instance, shares_user, random };
+    let (keeper, identity) = keeping.load(resolver.clone(), emit.clone(), renewals)?;
+
+    let shared = shared(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    let proxying = tokio::spawn(listeners.serve(shared.clone()));
+
+    let stop_watching = CancellationToken::new();
+    let watching = start_watch(mode, &config, root, &emit, &opened, &stop_watching)?;
+    let view = watching.as_ref().map(|watch| watch.view.clone());
+
+    let (stop_talking, stop_rest) = (CancellationToken::new(), CancellationToken::new());
+    let (directives, incoming_directives) = mpsc::channel(DIRECTIVES);
+    let uplink_status = SharedStatus::default();
+    let uplink = Uplink {
+        collectors: config.collector.addresses.clone(),
+        instance,
+        identity: identity.clone(),
+        spool: spool.clone(),
+        resolver,
+        renewals: renewal_requests,
+        directives,
+        metrics: metrics.clone(),
+        random,
+        status: uplink_status.clone(),
+    };
+    let talking = tokio::spawn(uplink.run(stop_talking.clone()));
+    let admin = Admin {
+        identity: identity.clone(),
+        uplink: uplink_status.clone(),
+        spool: spool.clone(),
+        metrics,
+        view: view.clone(),
+        stopping: shared.stop.clone(),
+    };
+    let rest = vec![
+        tokio::spawn(keeper.run(incoming_directives, stop_rest.clone())),
+        tokio::spawn(admin::serve(admin_listener, Arc::new(admin), stop_rest.clone())),
+        tokio::spawn(renew_baseline(spool.clone(), view, stop_rest.clone())),
+    ];
+    tracing::info!(?addresses, "the agent accepts connections");
+    Ok(App {
+        addresses,
+        identity,
+        uplink: uplink_status,
+        emit,
+        spool,
+        writer,
+        shared,
+        drain: config.timeouts.drain,
+        proxying,
+        watching,
+        stop_watching,
+        talking,
+        stop_talking,
+        rest,
+        stop_rest,
+    })
+}
+
+impl App {
+    /// Tells that the wrapped command has ended.
+    pub fn workload_exited(&self, code: i32) {
+        let severity = if code == 0 { Severity::Notice } else { Severity::Warning };
+        let summary = format!("the workload's command ended with code {code}");
+        (self.emit)(Event::new(Timestamp::now(), severity, summary, &WorkloadExited { code }.into()));
+    }
+
+    /// Ends in order, within the time to drain: no new connections, live ones to their end or cut, the last events out.
+    pub async fn stop(self, reason: &str) {
+        tracing::info!(reason, "the agent ends");
+        self.shared.stop.cancel();
+        let mut proxying = self.proxying;
+        let patience = self.drain.saturating_sub(FOR_LAST_EVENTS).max(self.drain / 2);
+        if timeout(patience, &mut proxying).await.is_err() {
+            tracing::info!(live = self.shared.registry.len(), "cutting the connections that are still live");
+            self.shared.cut.cancel();
+            log_panic(proxying.await);
+        }
+        self.stop_watching.cancel();
+        if let Some(watch) = self.watching {
+            join_thread(watch.thread).await;
+        }
+        let body = Body::from(AgentStopping { reason: reason.to_owned() });
+        (self.emit)(Event::new(Timestamp::now(), Severity::Notice, format!("the agent ends: {reason}"), &body));
+        self.spool.flush().await;
+        self.stop_talking.cancel();
+        log_panic(self.talking.await);
+        self.stop_rest.cancel();
+        for task in self.rest {
+            log_panic(task.await);
+        }
+        let writer = self.writer;
+        log_panic(tokio::task::spawn_blocking(move || writer.finish()).await);
+    }
+}
+
+fn log_panic(result: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = result {
+        tracing::error!(%error, "a task ended by a panic");
+    }
+}
+
+async fn join_thread(thread: std::thread::JoinHandle<()>) {
+    match tokio::task::spawn_blocking(move || thread.join()).await {
+        Ok(Ok(())) => {}
+        _ => tracing::error!("the watch's thread ended by a panic"),
+    }
+}
+
+fn instance(config: &Config) -> Result<InstanceId, StartError> {
+    if let Some(instance) = &config.instance {
+        return Ok(instance.clone());
+    }
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().parse().map_err(StartError::Instance)
+}
+
+fn emit_into(spool: &Spool, metrics: &Arc<Metrics>) -> Emit {
+    let (spool, metrics) = (spool.clone(), metrics.clone());
+    Arc::new(move |event: Event| {
+        metrics.event(event.severity);
+        if event.severity >= Severity::Warning {
+            tracing::warn!(kind = %event.kind, severity = %event.severity, "{}", event.summary);
+        } else {
+            tracing::debug!(kind = %event.kind, severity = %event.severity, "{}", event.summary);
+        }
+        spool.emit(event);
+    })
+}
+
+/// What the keeper is made from.
+struct Keeping<'a> {
+    config: &'a Config,
+    instance: &'a InstanceId,
+    shares_user: bool,
+    random: Random,
+}
+
+impl Keeping<'_> {
+    fn load(
+        self,
+        resolver: Resolver,
+        emit: Emit,
+        renewals: mpsc::Sender<Renewal>,
+    ) -> Result<(Keeper, Current), StartError> {
+        let Keeping { config, instance, shares_user, random } = self;
+        let dns_roots: Vec<CertificateDer<'static>> = match &config.trust.dns_roots {
+            Some(path) => keeper::read_dns_roots(path)?,
+            None => Vec::new(),
+        };
+        let store = if shares_user {
+            tracing::warn!(
+                "the workload runs as the agent's own user and could read a key on disk: the key is kept in memory, and each start needs a token; set exec.user to avoid both"
+            );
+            Store::in_memory()
+        } else {
+            Store::open(&config.data_dir)?
+        };
+        let source = Source {
+            collectors: config.collector.addresses.clone(),
+            token_file: config.collector.token_file.clone(),
+            workload: config.collector.workload.clone(),
+            instance: instance.clone(),
+        };
+        Ok(Keeper::load(store, Parts { source, resolver, dns_roots, emit, random, renewals })?)
+    }
+}
+
+fn shared(
+    config: &Config,
+    identity: Current,
+    resolver: Resolver,
+    emit: Emit,
+    metrics: Arc<Metrics>,
+    random: Random,
+) -> Arc<Shared> {
+    Arc::new(Shared {
+        identity,
+        registry: Arc::default(),
+        ledger: Ledger::new(emit, metrics.clone()),
+        resolver,
+        timeouts: config.timeouts.clone(),
+        connections: Arc::new(Semaphore::new(config.limits.max_connections)),
+        handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
+        metrics,
+        random,
+        stop: CancellationToken::new(),
+        cut: CancellationToken::new(),
+    })
+}
+
+/// Tells that the agent has started, and then starts the watch, so that its baseline comes after.
+fn start_watch(
+    mode: Mode,
+    config: &Config,
+    root: Option<PathBuf>,
+    emit: &Emit,
+    opened: &Opened,
+    stop: &CancellationToken,
+) -> Result<Option<Watch>, StartError> {
+    let subject = Subject { mode, cgroup: config.watch.cgroup.clone() };
+    let vantage = facts::observe(root.as_deref().unwrap_or(Path::new("/")), &subject).vantage;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let body = AgentStarted { version, mode, vantage, clean: opened.clean, heartbeat_secs: HEARTBEAT_SECS };
+    let after = if opened.clean { "" } else { ", after a run that did not end in order" };
+    let summary = format!("the agent started in {} mode{after}", mode.word());
+    let severity = if opened.clean { Severity::Info } else { Severity::Notice };
+    emit(Event::new(Timestamp::now(), severity, summary, &body.into()));
+    let Some(root) = root else { return Ok(None) };
+    let watch = WatchConfig {
+        root,
+        tick: config.watch.tick,
+        posture_interval: config.watch.posture_interval,
+        declared: config.declared.clone(),
+        normal: config.watch.normal.clone(),
+        ..WatchConfig::new(subject)
+    };
+    let emit = emit.clone();
+    Watch::start(watch, move |event| emit(event), stop.clone()).map(Some).map_err(StartError::Watch)
+}
+
+/// After events were lost, the whole posture is told anew.
+async fn renew_baseline(spool: Spool, view: Option<Arc<View>>, stop: CancellationToken) {
+    let mut wanted = spool.baseline_wanted();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = wanted.changed() => match (changed, &view) {
+                (Ok(()), Some(view)) => view.want_baseline(),
+                (Ok(()), None) => {}
+                (Err(_), _) => return,
+            },
+        }
+    }
+}
+
+/// Binds nothing, starts nothing: whether the configuration could start here as far as that can be told.
+pub fn check(config: &Config) -> Result<(), StartError> {
+    instance(config)?;
+    if let Some(path) = &config.trust.dns_roots {
+        keeper::read_dns_roots(path)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,411 @@
+//! The CIS checks of a running container: section 5 of the Docker Benchmark and 4.1.
+//!
+//! A check is a value: what the rule is, how to mend it, and a pure judgement over facts. One more check is one more file
+//! and one line in [`CHECKS`]. What cannot be seen is `unknown` with the grant that would show it; it never passes.
+
+use std::fmt::Write as _;
+
+use serde::Deserialize;
+use sidewarden_proto::event::Severity;
+use sidewarden_proto::finding::{CisIds, Evidence, Finding, Remedy, Vantage, Verdict};
+
+use crate::facts::{Container, Facts, Hidden, Seen};
+
+mod host_path;
+
+mod apparmor;
+mod bridge;
+mod capabilities;
+mod cgroup_parent;
+mod cpu_share;
+mod devices;
+mod docker_socket;
+mod exec_privileged;
+mod exec_root;
+mod health;
+mod host_ipc;
+mod host_mounts;
+mod host_network;
+mod host_pid;
+mod host_users;
+mod host_uts;
+mod image_latest;
+mod memory_limit;
+mod new_privileges;
+mod open_ports;
+mod pids_limit;
+mod port_address;
+mod privileged;
+mod privileged_ports;
+mod propagation;
+mod read_only_root;
+mod restart;
+mod seccomp;
+mod selinux;
+mod sshd;
+mod ulimits;
+mod user;
+
+/// All checks, in the order of the benchmark.
+pub const CHECKS: &[Check] = &[
+    user::CHECK,
+    apparmor::CHECK,
+    selinux::CHECK,
+    capabilities::CHECK,
+    privileged::CHECK,
+    host_mounts::CHECK,
+    sshd::CHECK,
+    privileged_ports::CHECK,
+    open_ports::CHECK,
+    host_network::CHECK,
+    memory_limit::CHECK,
+    cpu_share::CHECK,
+    read_only_root::CHECK,
+    port_address::CHECK,
+    restart::CHECK,
+    host_pid::CHECK,
+    host_ipc::CHECK,
+    devices::CHECK,
+    ulimits::CHECK,
+    propagation::CHECK,
+    host_uts::CHECK,
+    seccomp::CHECK,
+    exec_privileged::CHECK,
+    exec_root::CHECK,
+    cgroup_parent::CHECK,
+    new_privileges::CHECK,
+    health::CHECK,
+    image_latest::CHECK,
+    pids_limit::CHECK,
+    bridge::CHECK,
+    host_users::CHECK,
+    docker_socket::CHECK,
+];
+
+/// One rule of the benchmark.
+#[derive(Clone, Copy, Debug)]
+pub struct Check {
+    /// Its name in policy, waivers and gates.
+    pub slug: &'static str,
+    /// Its number in 1.2 and 1.3.1.
+    pub v1_3_1: &'static str,
+    /// Its number in 1.6.
+    pub v1_6: &'static str,
+    /// What it asks for.
+    pub title: &'static str,
+    /// How bad a failure is.
+    pub severity: Severity,
+    /// Options of `docker run` that mend it.
+    pub docker_run: &'static str,
+    /// Lines of a Compose service that mend it.
+    pub compose: &'static str,
+    /// Lines of a Kubernetes pod that mend it.
+    pub kubernetes: &'static str,
+    judge: fn(&Case<'_>) -> Answer,
+}
+
+/// What a check judges by.
+#[derive(Clone, Copy, Debug)]
+pub struct Case<'a> {
+    /// What was read now.
+    pub facts: &'a Facts,
+    /// What the operator has declared to be intended.
+    pub declared: &'a Declared,
+    /// What was seen since the watch began.
+    pub history: &'a History,
+}
+
+/// What the operator has declared to be intended: beyond it, a rule is broken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Declared {
+    /// Capabilities beyond Docker's own set without NET_RAW, by name.
+    pub capabilities: Vec<String>,
+    /// TCP ports that the workload may be reached on.
+    pub ports: Vec<u16>,
+    /// Limits that may differ from the daemon's, as named in `/proc/<pid>/limits`, for example `Max open files`.
+    pub ulimits: Vec<String>,
+    /// Mount points, and what is below them, that may show the host.
+    pub mounts: Vec<String>,
+    /// Device nodes that the workload needs, for example `/dev/fuse`.
+    pub devices: Vec<String>,
+    /// The parent that its cgroup has by intent.
+    pub cgroup_parent: Option<String>,
+}
+
+impl Declared {
+    /// What is wrong with it, for the operator.
+    pub fn faults(&self) -> Vec<String> {
+        let bad = |name: &&String| crate::facts::parse::capability_bit(name).is_none();
+        let known = |name: &String| format!("capabilities: `{name}` is no capability of Linux");
+        self.capabilities.iter().filter(bad).map(known).collect()
+    }
+}
+
+/// What was seen since the watch began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// Every process since the start was seen.
+    pub unbroken: bool,
+    /// A process that came in with more capabilities than the workload has.
+    pub entered_privileged: Option<String>,
+    /// A process that came in as root while the workload is not.
+    pub entered_root: Option<String>,
+}
+
+/// What a check says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judgement {
+    /// The answer.
+    pub verdict: Verdict,
+    /// Why.
+    pub evidence: Vec<Evidence>,
+    /// Worse, or less bad, than the check's severity.
+    pub severity: Option<Severity>,
+    /// Whether the answer needed more than every process may read.
+    pub deep: bool,
+}
+
+/// A judgement, or what could not be seen.
+type Answer = Result<Judgement, Unseen>;
+
+/// Something that a check needs and cannot see.
+#[derive(Clone, Debug)]
+struct Unseen {
+    grant: String,
+    evidence: Vec<Evidence>,
+}
+
+const PTRACE: &str = "give the agent CAP_SYS_PTRACE: run it as uid 0 with all capabilities dropped but SYS_PTRACE \
+     (docker run --user 0 --cap-drop ALL --cap-add SYS_PTRACE)";
+const UNBROKEN: &str = "a watch that missed no process since the agent's start: start the agent before the workload, let it share \
+     the container's own PID namespace instead of the host's, and give it CAP_SYS_PTRACE, which shows short-lived processes too";
+const DOCKER_API: &str = "the Docker API of the host, which this agent does not have";
+
+impl Judgement {
+    fn new(verdict: Verdict, evidence: Vec<Evidence>) -> Judgement {
+        Judgement { verdict, evidence, severity: None, deep: false }
+    }
+
+    fn pass(evidence: Vec<Evidence>) -> Judgement {
+        Judgement::new(Verdict::Pass, evidence)
+    }
+
+    fn fail(evidence: Vec<Evidence>) -> Judgement {
+        Judgement::new(Verdict::Fail, evidence)
+    }
+
+    /// `Fail` with the violations if there are any, else `Pass` with the proof.
+    fn none_of(violations: Vec<Evidence>, proof: Vec<Evidence>) -> Judgement {
+        if violations.is_empty() { Judgement::pass(proof) } else { Judgement::fail(violations) }
+    }
+
+    fn not_applicable(why: &str, evidence: Vec<Evidence>) -> Judgement {
+        Judgement::new(Verdict::NotApplicable { why: why.into() }, evidence)
+    }
+
+    /// The answer was read where not every process may read.
+    fn deep(self) -> Judgement {
+        Judgement { deep: true, ..self }
+    }
+
+    fn severity(self, severity: Severity) -> Judgement {
+        Judgement { severity: Some(severity), ..self }
+    }
+}
+
+impl Unseen {
+    fn new(grant: &str) -> Unseen {
+        Unseen { grant: grant.into(), evidence: Vec::new() }
+    }
+
+    fn with(self, evidence: Vec<Evidence>) -> Unseen {
+        Unseen { evidence, ..self }
+    }
+
+    fn because(hidden: &Hidden, grant: &str) -> Unseen {
+        Unseen::new(grant).with(vec![Evidence::new(&hidden.source, hidden.why.to_string())])
+    }
+}
+
+impl<T> Seen<T> {
+    /// The value and where it was read, or that it cannot be seen without `grant`.
+    fn needs(&self, grant: &str) -> Result<(&T, &str), Unseen> {
+        match self {
+            Seen::Known(value, source) => Ok((value, source)),
+            Seen::Hidden(hidden) => Err(Unseen::because(hidden, grant)),
+        }
+    }
+}
+
+impl Check {
+    /// Its answer. Where no container of the workload is seen, there is none to give.
+    pub fn judge(&self, case: &Case<'_>) -> Judgement {
+        let answer = match case.facts.containers.is_empty() {
+            true => Err(Unseen::new(&case.facts.blind)),
+            false => (self.judge)(case),
+        };
+        answer.unwrap_or_else(|unseen| Judgement::new(Verdict::Unknown { grant: unseen.grant }, unseen.evidence))
+    }
+
+    /// Its references.
+    pub fn ids(&self) -> CisIds {
+        CisIds { v1_3_1: self.v1_3_1.into(), v1_6: self.v1_6.into() }
+    }
+
+    fn finding(&self, case: &Case<'_>) -> Finding {
+        let judgement = self.judge(case);
+        Finding {
+            check: self.slug.into(),
+            ids: self.ids(),
+            title: self.title.into(),
+            severity: judgement.severity.unwrap_or(self.severity),
+            verdict: judgement.verdict,
+            evidence: judgement.evidence,
+            remedy: Remedy {
+                docker_run: self.docker_run.into(),
+                compose: self.compose.into(),
+                kubernetes: self.kubernetes.into(),
+            },
+            vantage: if judgement.deep { case.facts.vantage } else { Vantage::Open },
+        }
+    }
+}
+
+/// Every check's finding, in the order of the benchmark.
+pub fn judge_all(case: &Case<'_>) -> Vec<Finding> {
+    CHECKS.iter().map(|check| check.finding(case)).collect()
+}
+
+/// The checks as a table for people.
+pub fn catalogue_table() -> String {
+    let mut table = format!("{:<7}{:<7}{:<20}{:<10}{}\n", "1.3.1", "1.6", "CHECK", "SEVERITY", "ASKS THAT");
+    for c in CHECKS {
+        // Writing to a String cannot fail.
+        let _ = writeln!(table, "{:<7}{:<7}{:<20}{:<10}{}", c.v1_3_1, c.v1_6, c.slug, c.severity.word(), c.title);
+    }
+    table
+}
+
+/// The answer of a rule that holds for each container: the worst one, with the evidence of all that gave it.
+fn each_container(case: &Case<'_>, judge: impl Fn(&Container) -> Answer) -> Answer {
+    let mut worst: Option<Answer> = None;
+    for answer in case.facts.containers.iter().map(judge) {
+        worst = Some(match worst {
+            None => answer,
+            Some(before) => worse(before, answer),
+        });
+    }
+    worst.unwrap_or_else(|| Err(Unseen::new(&case.facts.blind)))
+}
+
+fn worse(one: Answer, other: Answer) -> Answer {
+    let rank = |answer: &Answer| match answer {
+        Ok(Judgement { verdict: Verdict::Fail, .. }) => 3,
+        Err(_) => 2,
+        Ok(Judgement { verdict: Verdict::Pass, .. }) => 1,
+        Ok(_) => 0,
+    };
+    match rank(&other).cmp(&rank(&one)) {
+        std::cmp::Ordering::Greater => other,
+        std::cmp::Ordering::Less => one,
+        std::cmp::Ordering::Equal => match (one, other) {
+            (Ok(mut one), Ok(other)) => {
+                one.evidence.extend(other.evidence);
+                one.severity = one.severity.max(other.severity);
+                Ok(one)
+            }
+            (one, _) => one,
+        },
+    }
+}
+
+/// The file that something about a process was read in.
+fn status_of(process: &crate::facts::Process) -> String {
+    format!("/proc/{}/status", process.id.pid)
+}
+
+#[cfg(test)]
+mod sample;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::sample::Sample;
+    use super::*;
+
+    #[test]
+    fn every_check_has_a_name_of_its_own_both_numbers_and_a_remedy() {
+        let slugs: BTreeSet<&str> = CHECKS.iter().map(|c| c.slug).collect();
+        assert_eq!((slugs.len(), CHECKS.len()), (32, 32));
+        for c in CHECKS {
+            let (section, number) = c.v1_3_1.split_once('.').unwrap();
+            let shifted = number.parse::<u32>().unwrap() + u32::from(section == "5");
+            assert_eq!(c.v1_6, format!("{section}.{shifted}"), "{}", c.slug);
+            for text in [c.title, c.docker_run, c.compose, c.kubernetes] {
+                assert!(!text.is_empty(), "{}", c.slug);
+            }
+        }
+    }
+
+    #[test]
+    fn section_five_is_complete() {
+        let have: BTreeSet<&str> = CHECKS.iter().map(|c| c.v1_3_1).collect();
+        let missing: Vec<String> =
+            (1..=31).map(|n| format!("5.{n}")).filter(|id| !have.contains(id.as_str())).collect();
+        assert!(missing.is_empty() && have.contains("4.1"), "{missing:?}");
+    }
+
+    #[test]
+    fn a_sound_container_fails_nothing_and_every_verdict_is_backed() {
+        for f in Sample::sound().judge_all() {
+            assert_ne!(f.verdict, Verdict::Fail, "{}: {:?}", f.check, f.evidence);
+            assert!(f.verdict != Verdict::Pass || !f.evidence.is_empty(), "{} passes without evidence", f.check);
+        }
+    }
+
+    #[test]
+    fn an_agent_that_sees_nobody_passes_nothing() {
+        let mut sample = Sample::sound();
+        sample.facts.containers.clear();
+        sample.facts.blind = "share the PID namespace".into();
+        for f in sample.judge_all() {
+            assert_eq!(f.verdict, Verdict::Unknown { grant: "share the PID namespace".into() }, "{}", f.check);
+        }
+    }
+
+    #[test]
+    fn what_is_hidden_is_never_a_pass() {
+        let mut sample = Sample::sound();
+        sample.hide_everything();
+        for f in sample.judge_all() {
+            let seen_in_status =
+                ["user", "capabilities", "privileged", "no-new-privileges", "seccomp", "sshd", "cgroup-parent"];
+            let may_pass = seen_in_status.contains(&f.check.as_str());
+            assert!(may_pass || matches!(f.verdict, Verdict::Unknown { .. }), "{}: {:?}", f.check, f.verdict);
+        }
+    }
+
+    #[test]
+    fn the_worst_container_speaks_for_the_pod() {
+        let mut sample = Sample::sound();
+        let mut bad = sample.container().clone();
+        bad.processes[0].uids = [0; 4];
+        sample.facts.containers.push(bad);
+        let user = sample.judge_all().into_iter().find(|f| f.check == "user").unwrap();
+        assert_eq!(user.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn the_catalogue_has_one_line_a_check() {
+        assert_eq!(catalogue_table().lines().count(), CHECKS.len() + 1);
+        assert!(catalogue_table().contains("5.31   5.32   docker-socket"));
+    }
+
+    #[test]
+    fn a_misspelt_capability_is_a_fault() {
+        let declared = Declared { capabilities: vec!["NET_ADMIN".into(), "NET_ADMN".into()], ..Declared::default() };
+        assert_eq!(declared.faults(), ["capabilities: `NET_ADMN` is no capability of Linux"]);
+    }
+}

@@ -1,0 +1,67 @@
+//! 5.18: the daemon's limits are overridden only on purpose. A sidecar has the daemon's own, to compare with.
+
+use sidewarden_proto::event::{Mode, Severity};
+use sidewarden_proto::finding::Evidence;
+
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, each_container};
+use crate::facts::parse::LimitRow;
+
+pub const CHECK: Check = Check {
+    slug: "ulimits",
+    v1_3_1: "5.18",
+    v1_6: "5.19",
+    title: "resource limits are the daemon's, or overridden on purpose",
+    severity: Severity::Notice,
+    docker_run: "remove --ulimit, or declare it to the agent with `ulimits`",
+    compose: "remove `ulimits`, or declare them to the agent",
+    kubernetes: "leave limits to the runtime's default",
+    judge,
+};
+
+fn judge(case: &Case<'_>) -> Answer {
+    if case.facts.mode == Mode::Exec {
+        let why = "the agent's own limits are the container's: there is nothing to compare with";
+        return Err(Unseen::new(DOCKER_API).with(vec![Evidence::new("/proc/self/limits", why)]));
+    }
+    let (own, _) = case.facts.own_limits.needs(DOCKER_API)?;
+    each_container(case, |container| {
+        let (limits, source) = container.limits.needs(DOCKER_API)?;
+        // Soft limits are a program's own to move; hard ones are given to it.
+        let differs = |row: &&LimitRow| own.iter().any(|o| o.0 == row.0 && o.2 != row.2);
+        let violates = |row: &&LimitRow| differs(row) && !case.declared.ulimits.contains(&row.0);
+        let line = |row: &LimitRow| Evidence::new(source, format!("{}: {} {}", row.0, row.1, row.2));
+        let proof = format!("{} hard limits, as in the agent's own container", limits.len());
+        Ok(Judgement::none_of(limits.iter().filter(violates).map(line).collect(), vec![Evidence::new(source, proof)]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::{Row, Sample, check_rows, hidden};
+    use super::*;
+    use crate::facts::Seen;
+
+    fn set(s: &mut Sample, soft: &str, hard: &str) {
+        s.container().limits = Seen::Known(vec![("Max open files".into(), soft.into(), hard.into())], "l".into());
+    }
+
+    #[test]
+    fn hard_limits_other_than_our_own_fail_unless_declared() {
+        let rows: [Row; 6] = [
+            ("the same", |_| (), "pass"),
+            ("another soft limit", |s| set(s, "20000", "20000"), "pass"),
+            ("another hard limit", |s| set(s, "1024", "999999"), "fail"),
+            (
+                "declared",
+                |s| {
+                    set(s, "1024", "999999");
+                    s.declared.ulimits = vec!["Max open files".into()];
+                },
+                "pass",
+            ),
+            ("exec mode", |s| s.facts.mode = Mode::Exec, "unknown"),
+            ("hidden", |s| s.container().limits = hidden(), "unknown"),
+        ];
+        check_rows(&CHECK, &rows);
+    }
+}

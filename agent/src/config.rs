@@ -1,0 +1,632 @@
+//! What an agent is told: `agent.toml`, each key also by `SIDEWARDEN_…`, contradictions found before anything starts.
+//!
+//! `deploy/agent.toml` holds every key with its default and what it does.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader};
+use sidewarden_proto::identity::{InstanceId, SpiffeId};
+
+use crate::cis::Declared;
+use crate::watch::Normal;
+
+/// A whole configuration without contradictions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where key, certificate, directive and spool are kept.
+    pub data_dir: PathBuf,
+    /// The name of this instance; the hostname if not set.
+    pub instance: Option<InstanceId>,
+    /// Where events go and certificates come from.
+    pub collector: Collector,
+    /// Health, metrics and posture, over HTTP.
+    pub admin: Admin,
+    /// Who may come in, and to where.
+    pub inbound: Vec<Inbound>,
+    /// Where the workload may go.
+    pub outbound: Vec<Outbound>,
+    /// Foreign peers.
+    pub trust: TrustFiles,
+    /// How the wrapped command runs.
+    pub exec: Exec,
+    /// What is watched.
+    pub watch: Watch,
+    /// What the operator intends, for the checks.
+    pub declared: Declared,
+    /// How many.
+    pub limits: Limits,
+    /// How long.
+    pub timeouts: Timeouts,
+}
+
+/// `[collector]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Collector {
+    /// In the order they are tried.
+    pub addresses: Vec<HostPort>,
+    /// Holds the enrolment token; removed once the token was used.
+    pub token_file: Option<PathBuf>,
+    /// Which workload this is, when the token is good for several.
+    pub workload: Option<SpiffeId>,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// Its address.
+    pub listen: SocketAddr,
+}
+
+/// One `[[inbound]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inbound {
+    /// Where peers connect to.
+    pub listen: SocketAddr,
+    /// The workload's own port.
+    pub to: SocketAddr,
+    /// SPIFFE IDs that may come in.
+    pub allow: Vec<SpiffeId>,
+    /// DNS names of foreign peers that may come in.
+    pub allow_dns: Vec<String>,
+    /// Whether the agent occupies the workload's port on every other address and refuses who comes there.
+    pub hold_service_port: bool,
+    /// The source address of connections to the workload: not 127.0.0.1, which many servers believe.
+    pub dial_from: IpAddr,
+}
+
+/// One `[[outbound]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outbound {
+    /// Where the workload connects to, in plaintext.
+    pub listen: SocketAddr,
+    /// The peer's agent.
+    pub to: HostPort,
+    /// Who must answer there.
+    pub peer: Peer,
+    /// Whether `listen` may be an address that others can reach.
+    pub expose: bool,
+}
+
+/// Who must answer at the other end of a route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A workload.
+    Workload(SpiffeId),
+    /// A foreign server with this DNS name.
+    Dns(String),
+}
+
+/// `[trust]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TrustFiles {
+    /// PEM file of the CAs whose DNS names count.
+    pub dns_roots: Option<PathBuf>,
+}
+
+/// `[exec]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exec {
+    /// Whom the wrapped command runs as.
+    pub user: Option<User>,
+}
+
+/// A user and group by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// `[watch]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// How often is looked for new processes.
+    pub tick: Duration,
+    /// How often everything is judged anew even if nothing seems to have changed.
+    pub posture_interval: Duration,
+    /// Part of the workload's cgroup path, where nothing else tells it from others.
+    pub cgroup: Option<String>,
+    /// What is no news.
+    pub normal: Normal,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections that are being relayed or wait for it.
+    pub max_connections: usize,
+    /// Connections that have not finished their handshake.
+    pub max_handshakes: usize,
+    /// The spool on disk.
+    pub spool: Bytes,
+}
+
+/// `[timeouts]`; zero means none where that is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// From accept to the end of the handshake.
+    pub handshake: Duration,
+    /// To reach the workload or a peer, name resolution included.
+    pub connect: Duration,
+    /// Without a byte in either direction; zero for none.
+    pub idle: Duration,
+    /// The same once one side has closed its half.
+    pub half_closed: Duration,
+    /// From SIGTERM to the end.
+    pub drain: Duration,
+    /// The longest life of a connection; zero for none.
+    pub max_connection_age: Duration,
+}
+
+/// Where connections to the workload come from.
+const DIAL_FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            data_dir: "/var/lib/sidewarden".into(),
+            instance: None,
+            collector: Collector::default(),
+            admin: Admin { listen: SocketAddr::from(([127, 0, 0, 1], 9901)) },
+            inbound: Vec::new(),
+            outbound: Vec::new(),
+            trust: TrustFiles::default(),
+            exec: Exec::default(),
+            watch: Watch::default(),
+            declared: Declared::default(),
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+impl Default for Watch {
+    fn default() -> Watch {
+        Watch {
+            tick: Duration::from_millis(50),
+            posture_interval: Duration::from_secs(30),
+            cgroup: None,
+            normal: Normal::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { max_connections: 10_000, max_handshakes: 256, spool: Bytes(64 << 20) }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts {
+            handshake: Duration::from_secs(5),
+            connect: Duration::from_secs(5),
+            idle: Duration::ZERO,
+            half_closed: Duration::from_secs(300),
+            drain: Duration::from_secs(10),
+            max_connection_age: Duration::ZERO,
+        }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("reading {}: {error}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// It is wrong.
+    #[error(transparent)]
+    Faults(#[from] Faults),
+}
+
+impl Config {
+    /// Reads the file, if one is named, and the environment.
+    pub fn load(path: Option<&Path>, env: Env<'_>) -> Result<Config, ConfigError> {
+        let text = match path {
+            None => String::new(),
+            Some(path) => {
+                std::fs::read_to_string(path).map_err(|error| ConfigError::File { path: path.to_owned(), error })?
+            }
+        };
+        Ok(Config::parse(&text, env)?)
+    }
+
+    /// Reads a text and the environment.
+    pub fn parse(text: &str, env: Env<'_>) -> Result<Config, Faults> {
+        config::load(text, env, read)
+    }
+
+    /// Where the spool is.
+    pub fn spool_dir(&self) -> PathBuf {
+        self.data_dir.join("spool")
+    }
+}
+
+fn read(r: &mut Reader<'_>) -> Config {
+    let default = Config::default();
+    let config = Config {
+        data_dir: r.value("data_dir", default.data_dir),
+        instance: r.optional::<String>("instance").filter(|name| !name.is_empty()).and_then(|name| instance(r, &name)),
+        collector: r.section("collector", collector),
+        admin: r.section("admin", |r| Admin { listen: r.value("listen", default.admin.listen) }),
+        inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
+        outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
+        trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
+        exec: r.section("exec", |r| Exec { user: r.optional("user") }),
+        watch: r.section("watch", watch),
+        declared: r.section("declared", declared),
+        limits: r.section("limits", limits),
+        timeouts: r.section("timeouts", timeouts),
+    };
+    for (key, wrong) in contradictions(&config) {
+        r.fault(key, wrong);
+    }
+    config
+}
+
+fn instance(r: &mut Reader<'_>, name: &str) -> Option<InstanceId> {
+    name.parse().map_err(|error| r.fault("instance", format_args!("is wrong: {error}"))).ok()
+}
+
+fn collector(r: &mut Reader<'_>) -> Collector {
+    Collector {
+        addresses: r.value("addresses", Vec::new()),
+        token_file: r.optional("token_file"),
+        workload: r.optional("workload"),
+    }
+}
+
+fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
+    let (listen, to) = (r.required("listen"), r.required("to"));
+    let (allow, allow_dns) = (r.value("allow", Vec::new()), r.value("allow_dns", Vec::<String>::new()));
+    let (hold_service_port, dial_from) = (r.value("hold_service_port", true), r.value("dial_from", DIAL_FROM));
+    let allow_dns = allow_dns.into_iter().map(|name| name.to_ascii_lowercase()).collect();
+    Some(Inbound { listen: listen?, to: to?, allow, allow_dns, hold_service_port, dial_from })
+}
+
+fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
+    let (listen, to) = (r.required("listen"), r.required("to"));
+    let (id, dns) = (r.optional("peer"), r.optional::<String>("peer_dns"));
+    let expose = r.value("expose", false);
+    let peer = match (id, dns) {
+        (Some(id), None) => Some(Peer::Workload(id)),
+        (None, Some(name)) => Some(Peer::Dns(name)),
+        (None, None) => {
+            r.fault("peer", "is missing: say who must answer, by `peer` (a SPIFFE ID) or `peer_dns` (a DNS name)");
+            None
+        }
+        (Some(_), Some(_)) => {
+            r.fault("peer", "and `peer_dns` exclude each other: who must answer has one name");
+            None
+        }
+    };
+    Some(Outbound { listen: listen?, to: to?, peer: peer?, expose })
+}
+
+impl FromValue for User {
+    fn from_text(text: &str) -> Result<User, String> {
+        let fault = || format!("must be numbers, like 10001:10001, not `{text}`");
+        let (uid, gid) = text.split_once(':').ok_or_else(fault)?;
+        Ok(User { uid: uid.parse().map_err(|_| fault())?, gid: gid.parse().map_err(|_| fault())? })
+    }
+}
+
+fn watch(r: &mut Reader<'_>) -> Watch {
+    let default = Watch::default();
+    Watch {
+        tick: r.value("tick", default.tick),
+        posture_interval: r.value("posture_interval", default.posture_interval),
+        cgroup: r.optional("cgroup"),
+        normal: Normal { healthchecks: r.value("healthchecks", Vec::new()), shells: r.value("shells", Vec::new()) },
+    }
+}
+
+fn declared(r: &mut Reader<'_>) -> Declared {
+    Declared {
+        capabilities: r.value("capabilities", Vec::new()),
+        ports: r.value("ports", Vec::new()),
+        ulimits: r.value("ulimits", Vec::new()),
+        mounts: r.value("mounts", Vec::new()),
+        devices: r.value("devices", Vec::new()),
+        cgroup_parent: r.optional("cgroup_parent"),
+    }
+}
+
+fn limits(r: &mut Reader<'_>) -> Limits {
+    let default = Limits::default();
+    Limits {
+        max_connections: r.value("max_connections", default.max_connections),
+        max_handshakes: r.value("max_handshakes", default.max_handshakes),
+        spool: r.value("spool", default.spool),
+    }
+}
+
+fn timeouts(r: &mut Reader<'_>) -> Timeouts {
+    let default = Timeouts::default();
+    Timeouts {
+        handshake: r.value("handshake", default.handshake),
+        connect: r.value("connect", default.connect),
+        idle: r.value("idle", default.idle),
+        half_closed: r.value("half_closed", default.half_closed),
+        drain: r.value("drain", default.drain),
+        max_connection_age: r.value("max_connection_age", default.max_connection_age),
+    }
+}
+
+/// The smallest spool: two segments and room to write one anew.
+const MIN_SPOOL: u64 = 4 << 20;
+
+/// What is right key by key and wrong together.
+fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
+    let mut wrong = Vec::new();
+    let mut say = |key: &'static str, text: String| wrong.push((key, text));
+    if config.collector.addresses.is_empty() {
+        say("collector.addresses", "is missing: name at least one collector, like [\"collector:7443\"]".into());
+    }
+    for (i, inbound) in config.inbound.iter().enumerate() {
+        inbound_contradictions(config, i, inbound, &mut say);
+    }
+    for outbound in &config.outbound {
+        if !outbound.listen.ip().is_loopback() && !outbound.expose {
+            say(
+                "outbound",
+                format!(
+                    "listens on {}, where others can send plaintext in this workload's name: use a loopback address, or set `expose = true`",
+                    outbound.listen
+                ),
+            );
+        }
+    }
+    port_conflicts(config, &mut say);
+    value_faults(config, &mut say);
+    wrong
+}
+
+fn inbound_contradictions(config: &Config, i: usize, inbound: &Inbound, say: &mut dyn FnMut(&'static str, String)) {
+    let Inbound { listen, to, allow, allow_dns, dial_from, .. } = inbound;
+    if overlaps(*listen, *to) {
+        say("inbound", format!("listens on {listen} and leads to {to}, which is itself"));
+    }
+    if to.port() == 0 {
+        say("inbound", format!("leads to {to}: 0 is no port to connect to"));
+    }
+    if dial_from.is_ipv4() != to.is_ipv4() {
+        let hint = if to.is_ipv4() { "127.0.0.6" } else { "::1" };
+        say(
+            "inbound",
+            format!(
+                "dials {to} from {dial_from}, which is of the other IP version: set `dial_from`, for example to {hint}"
+            ),
+        );
+    }
+    if allow.is_empty() && allow_dns.is_empty() {
+        say("inbound", format!("on {listen} allows nobody: list SPIFFE IDs in `allow`, or DNS names in `allow_dns`"));
+    }
+    if !allow_dns.is_empty() && config.trust.dns_roots.is_none() {
+        say("inbound", "has `allow_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
+    }
+    for other in config.inbound.iter().skip(i + 1).filter(|other| other.to == *to && other.hold_service_port) {
+        say(
+            "inbound",
+            format!("{to} is led to from {listen} and {}: set `hold_service_port = false` on one", other.listen),
+        );
+    }
+}
+
+/// Two listeners on one port, or one that we hold ourselves.
+fn port_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
+    let mut listeners: Vec<(&'static str, SocketAddr)> = vec![("admin.listen", config.admin.listen)];
+    listeners.extend(config.inbound.iter().map(|inbound| ("inbound", inbound.listen)));
+    listeners.extend(config.outbound.iter().map(|outbound| ("outbound", outbound.listen)));
+    let mut by_port: BTreeMap<u16, Vec<(&'static str, SocketAddr)>> = BTreeMap::new();
+    for (key, address) in listeners.into_iter().filter(|(_, address)| address.port() != 0) {
+        let taken = by_port.entry(address.port()).or_default();
+        if let Some((other, there)) = taken.iter().find(|(_, there)| overlaps(*there, address)) {
+            say(key, format!("listens on {address}, which `{other}` has already, as {there}"));
+        }
+        taken.push((key, address));
+    }
+    for inbound in config.inbound.iter().filter(|inbound| inbound.hold_service_port) {
+        let held = by_port.get(&inbound.to.port()).into_iter().flatten();
+        for (key, address) in held.filter(|(_, address)| !address.ip().is_loopback()) {
+            say(
+                key,
+                format!(
+                    "listens on {address}, a port that is held for the service {}: choose another, or set `hold_service_port = false`",
+                    inbound.to
+                ),
+            );
+        }
+    }
+}
+
+/// Whether one of them takes the other's connections.
+fn overlaps(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+}
+
+fn value_faults(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
+    let Timeouts { handshake, connect, half_closed, .. } = config.timeouts;
+    for (key, value) in [
+        ("timeouts.handshake", handshake),
+        ("timeouts.connect", connect),
+        ("timeouts.half_closed", half_closed),
+        ("watch.tick", config.watch.tick),
+        ("watch.posture_interval", config.watch.posture_interval),
+    ] {
+        if value.is_zero() {
+            say(key, "must be more than zero: every wait has a limit".into());
+        }
+    }
+    for (key, value) in [
+        ("limits.max_connections", config.limits.max_connections),
+        ("limits.max_handshakes", config.limits.max_handshakes),
+    ] {
+        if value == 0 {
+            say(key, "must be more than zero: nothing would get in".into());
+        }
+    }
+    if config.limits.spool.0 < MIN_SPOOL {
+        say("limits.spool", "must be at least 4MiB".into());
+    }
+    for fault in config.declared.faults() {
+        say("declared", fault);
+    }
+    let dns_peer = config.outbound.iter().any(|outbound| matches!(outbound.peer, Peer::Dns(_)));
+    if dns_peer && config.trust.dns_roots.is_none() {
+        say("outbound", "has `peer_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        [collector]
+        addresses = ["collector:7443"]
+        token_file = "/run/sidewarden/token"
+        [[inbound]]
+        listen = "0.0.0.0:8443"
+        to = "127.0.0.1:8080"
+        allow = ["spiffe://td/shop/web"]
+        [[outbound]]
+        listen = "127.0.0.1:3306"
+        to = "db:8443"
+        peer = "spiffe://td/shop/db"
+        [exec]
+        user = "10001:10002"
+    "#;
+
+    fn no_env(_: &str) -> Option<String> {
+        None
+    }
+
+    fn check(text: &str, expected: &[&str]) {
+        let faults = match Config::parse(text, &no_env) {
+            Ok(_) => Vec::new(),
+            Err(Faults(faults)) => faults,
+        };
+        for part in expected {
+            assert!(faults.iter().any(|fault| fault.contains(part)), "no fault says `{part}`: {faults:#?}\n{text}");
+        }
+        assert_eq!(faults.len(), expected.len(), "{faults:#?}\n{text}");
+    }
+
+    fn changed(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from), "{from}");
+        GOOD.replace(from, to)
+    }
+
+    #[test]
+    fn a_good_file_is_read() {
+        let config = Config::parse(GOOD, &no_env).unwrap();
+        assert_eq!(config.inbound[0].dial_from, DIAL_FROM);
+        assert!(config.inbound[0].hold_service_port);
+        assert_eq!(config.outbound[0].peer, Peer::Workload("spiffe://td/shop/db".parse().unwrap()));
+        assert_eq!(config.exec.user, Some(User { uid: 10001, gid: 10002 }));
+    }
+
+    #[test]
+    fn contradictions_are_found() {
+        check(GOOD, &[]);
+        check("", &["`collector.addresses` is missing"]);
+        check(&changed("127.0.0.1:8080", "127.0.0.1:8443"), &["which is itself", "held for the service"]);
+        check(&changed("127.0.0.1:3306", "127.0.0.1:9901"), &["`admin.listen` has already"]);
+        check(&changed("127.0.0.1:3306", "0.0.0.0:3306"), &["`expose = true`"]);
+        check(&changed("127.0.0.1:3306", "127.0.0.1:8443"), &["`inbound` has already, as 0.0.0.0:8443"]);
+        check(&changed("peer = \"spiffe://td/shop/db\"", ""), &["say who must answer"]);
+        check(&changed("peer = ", "peer_dns = \"db.example\"\npeer = "), &["exclude each other"]);
+        check(&changed("allow = [\"spiffe://td/shop/web\"]", ""), &["allows nobody"]);
+        check(&changed("allow = [", "allow_dns = [\"x.example\"]\nallow = ["), &["set `trust.dns_roots`"]);
+        check(&changed("127.0.0.1:8080", "[::1]:8080"), &["of the other IP version"]);
+        check(&changed("10001:10002", "root"), &["`exec.user` must be numbers"]);
+        check(
+            &format!("{GOOD}[timeouts]\nhandshake = \"0s\"\n[limits]\nspool = \"1MiB\""),
+            &["more than zero", "4MiB"],
+        );
+    }
+
+    #[test]
+    fn all_faults_come_at_once() {
+        let text = changed("addresses", "adresses") + "[admin]\nlisten = \"nowhere\"\n[limits]\nmax_handshakes = 0";
+        check(
+            &text,
+            &[
+                "did you mean `addresses`",
+                "`collector.addresses` is missing",
+                "`admin.listen` must be",
+                "max_handshakes",
+            ],
+        );
+    }
+
+    #[test]
+    fn the_environment_overrides_the_file() {
+        let env = |name: &str| (name == "SIDEWARDEN_TIMEOUTS_DRAIN").then(|| "3s".to_owned());
+        assert_eq!(Config::parse(GOOD, &env).unwrap().timeouts.drain, Duration::from_secs(3));
+    }
+
+    #[test]
+    fn the_example_shows_the_defaults() {
+        let text = include_str!("../../deploy/agent.toml");
+        let mut config = Config::parse(text, &no_env).unwrap();
+        assert_eq!(config.collector.addresses.len(), 1);
+        config.collector.addresses.clear();
+        assert_eq!(config, Config::default());
+        let all = [
+            "data_dir",
+            "instance",
+            "addresses",
+            "token_file",
+            "workload",
+            "listen",
+            "to",
+            "allow",
+            "allow_dns",
+            "hold_service_port",
+            "dial_from",
+            "peer",
+            "peer_dns",
+            "expose",
+            "dns_roots",
+            "user",
+            "tick",
+            "posture_interval",
+            "cgroup",
+            "healthchecks",
+            "shells",
+            "capabilities",
+            "ports",
+            "ulimits",
+            "mounts",
+            "devices",
+            "cgroup_parent",
+            "max_connections",
+            "max_handshakes",
+            "spool",
+            "handshake",
+            "connect",
+            "idle",
+            "half_closed",
+            "drain",
+            "max_connection_age",
+        ];
+        for key in all {
+            let shown = text.lines().any(|line| line.trim_start_matches(['#', ' ']).starts_with(&format!("{key} = ")));
+            assert!(shown, "`{key}` is missing in deploy/agent.toml");
+        }
+    }
+}

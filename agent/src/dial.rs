@@ -1,0 +1,154 @@
+//! From a name to a TCP connection: names through hickory-resolver, never getaddrinfo, which would load modules from
+//! the file system of the workload.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+use sidewarden_proto::config::HostPort;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, timeout};
+
+/// An address counts this long, whatever its record says: containers get new ones when they restart.
+const MAX_TTL: Duration = Duration::from_secs(5);
+/// How long one address of several may take.
+const ONE_ADDRESS: Duration = Duration::from_secs(2);
+/// A peer that is gone without a word is noticed after about this long.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The machine's resolver configuration cannot be used.
+    #[error("the system's resolver configuration cannot be used: {0}")]
+    Resolver(String),
+    /// The name has no address.
+    #[error("resolving {host}: {error}")]
+    Name {
+        /// The name.
+        host: String,
+        /// What the resolver says.
+        error: String,
+    },
+    /// Nobody answers.
+    #[error("dialling {address}: {error}")]
+    Connect {
+        /// The last address tried.
+        address: SocketAddr,
+        /// Why not.
+        error: io::Error,
+    },
+    /// All of it together took too long.
+    #[error("no answer from {to} within {within:?}")]
+    Timeout {
+        /// Where to.
+        to: String,
+        /// The limit.
+        within: Duration,
+    },
+}
+
+/// Resolves names.
+#[derive(Clone)]
+pub struct Resolver {
+    inner: Result<TokioResolver, String>,
+}
+
+impl Resolver {
+    /// With the system's name servers and hosts file.
+    pub fn from_system() -> Resolver {
+        let built = TokioResolver::builder_tokio().and_then(|mut builder| {
+            let options = builder.options_mut();
+            options.positive_max_ttl = Some(MAX_TTL);
+            options.negative_max_ttl = Some(Duration::from_secs(1));
+            options.timeout = Duration::from_secs(2);
+            builder.build()
+        });
+        Resolver { inner: built.map_err(|e| e.to_string()) }
+    }
+
+    /// The addresses of `to`; an IP address is its own.
+    pub async fn lookup(&self, to: &HostPort) -> Result<Vec<SocketAddr>, DialError> {
+        if let Ok(ip) = to.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(ip, to.port)]);
+        }
+        let fault = |error: String| DialError::Name { host: to.host.clone(), error };
+        let resolver = self.inner.as_ref().map_err(|e| DialError::Resolver(e.clone()))?;
+        let found = resolver.lookup_ip(to.host.as_str()).await.map_err(|e| fault(e.to_string()))?;
+        let addresses: Vec<SocketAddr> = found.iter().map(|ip| SocketAddr::new(ip, to.port)).collect();
+        if addresses.is_empty() { Err(fault("it has no address".into())) } else { Ok(addresses) }
+    }
+
+    /// Connects to `to`, trying its addresses in turn.
+    pub async fn connect(&self, to: &HostPort, within: Duration) -> Result<TcpStream, DialError> {
+        let out_of_time = || DialError::Timeout { to: to.to_string(), within };
+        timeout(within, self.connect_any(to, within)).await.unwrap_or_else(|_| Err(out_of_time()))
+    }
+
+    async fn connect_any(&self, to: &HostPort, within: Duration) -> Result<TcpStream, DialError> {
+        let end = Instant::now() + within;
+        let addresses = self.lookup(to).await?;
+        let mut last = DialError::Timeout { to: to.to_string(), within };
+        for (i, address) in addresses.iter().enumerate() {
+            let left = end.saturating_duration_since(Instant::now());
+            let span = if i + 1 < addresses.len() { left.min(ONE_ADDRESS) } else { left };
+            match timeout(span, connect_from(None, *address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => last = DialError::Connect { address: *address, error },
+                Err(_) => last = DialError::Timeout { to: address.to_string(), within: span },
+            }
+        }
+        Err(last)
+    }
+}
+
+/// Connects to `address` from `source`, or from whatever the system chooses.
+pub async fn connect_from(source: Option<IpAddr>, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(source) = source {
+        // The port is chosen at connect, per destination: otherwise the ports of the source alone are the limit.
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    let stream = socket.connect(address).await?;
+    tune(&stream)?;
+    Ok(stream)
+}
+
+/// What every connection of ours has: no delay for small writes, and an end when the other side is gone.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &(KEEPALIVE.as_secs() as u32))?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &10)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &6)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_is_its_own_and_a_closed_port_an_error_that_names_it() {
+        let resolver = Resolver::from_system();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let to = HostPort { host: "127.0.0.1".into(), port: address.port() };
+        assert_eq!(resolver.lookup(&to).await.unwrap(), [address]);
+        resolver.connect(&to, Duration::from_secs(5)).await.unwrap();
+        drop(listener);
+        let error = resolver.connect(&to, Duration::from_secs(5)).await.unwrap_err();
+        assert!(error.to_string().starts_with(&format!("dialling {address}: ")), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_source_is_the_one_asked_for() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let source: IpAddr = "127.0.0.6".parse().unwrap();
+        let _ours = connect_from(Some(source), listener.local_addr().unwrap()).await.unwrap();
+        assert_eq!(listener.accept().await.unwrap().1.ip(), source);
+    }
+}

@@ -1,0 +1,193 @@
+//! `sidewarden-agent`: reads arguments and settings, runs, and turns the result into an exit code.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use sidewarden_agent::app::{self, App, Setup};
+use sidewarden_agent::config::Config;
+use sidewarden_agent::{admin, backoff, cis, init};
+use sidewarden_proto::event::Mode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Could not start, or `health` says no.
+const FAILED: u8 = 1;
+/// Wrong arguments or settings.
+const USAGE: u8 = 2;
+/// In exec mode: the agent itself could not start. 126, 127 and everything else are the command's.
+const EXEC_FAILED: u8 = 125;
+
+/// Stands beside one container: mutual TLS for its traffic, runtime checks by the CIS Docker Benchmark, and an event for
+/// everything that matters, kept until a collector has it.
+///
+/// It needs a file of settings (see deploy/agent.toml) and, on its first start, a token that
+/// `sidewarden-collector token create --workload shop/orders` prints.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 ended in order; 1 it failed (the reason is the last line); 2 wrong arguments or settings.\n\
+    With `exec`: the command's own code, 128 and the signal's number if one ended it, 126 if it cannot be executed, 127 if it\n\
+    was not found, 125 if the agent could not start.\n\
+    Every setting outside the lists also comes from the environment: admin.listen is SIDEWARDEN_ADMIN_LISTEN."
+)]
+struct Arguments {
+    /// Settings in TOML
+    #[arg(long, global = true, env = "SIDEWARDEN_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How log lines look
+    #[arg(long, global = true, env = "SIDEWARDEN_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, or a filter like `info,sidewarden_agent::proxy=debug`
+    #[arg(long, global = true, env = "SIDEWARDEN_LOG_LEVEL", default_value = "info")]
+    log_level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    /// One line of text each.
+    Text,
+    /// One JSON object each.
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run in a container of its own that shares the workload's network and PID namespace
+    Sidecar,
+    /// Run a command in this container and stand beside it, as PID 1 if need be
+    Exec {
+        /// The command and its arguments, after `--`
+        #[arg(required = true, last = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Ask the running agent whether it is ready; for probes in images without a shell
+    Health,
+    /// Tell everything that is wrong with the settings
+    CheckConfig,
+    /// List the checks, with their CIS numbers
+    Checks,
+}
+
+fn main() -> ExitCode {
+    // Nobody without CAP_SYS_PTRACE may read our memory, where the key is.
+    let dumpable = nix::sys::prctl::set_dumpable(false);
+    let arguments = Arguments::parse();
+    if let Err(error) = start_log(&arguments) {
+        return fail(USAGE, &error);
+    }
+    if let Err(error) = dumpable {
+        return fail(FAILED, &format!("making the process non-dumpable: {error}"));
+    }
+    if matches!(arguments.command, Command::Checks) {
+        print!("{}", cis::catalogue_table());
+        return ExitCode::SUCCESS;
+    }
+    match Config::load(arguments.config.as_deref(), &|name| std::env::var(name).ok()) {
+        Ok(config) => run(arguments.command, config, arguments.config.as_deref()),
+        Err(error) => fail(USAGE, &error.to_string()),
+    }
+}
+
+fn fail(code: u8, error: &str) -> ExitCode {
+    eprintln!("sidewarden-agent: {error}");
+    ExitCode::from(code)
+}
+
+fn start_log(arguments: &Arguments) -> Result<(), String> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&arguments.log_level)
+        .map_err(|error| format!("--log-level `{}`: {error}", arguments.log_level))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match arguments.log_format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}
+
+fn run(command: Command, config: Config, path: Option<&Path>) -> ExitCode {
+    match command {
+        Command::Sidecar => on_runtime(FAILED, sidecar(config)),
+        Command::Exec { command } => on_runtime(EXEC_FAILED, exec(config, command)),
+        Command::Health => health(&config),
+        Command::CheckConfig => check_config(&config, path),
+        Command::Checks => ExitCode::SUCCESS,
+    }
+}
+
+/// One thread for all connections: measured faster than several that hand work to each other (research/performance.md).
+fn on_runtime(failed: u8, work: impl Future<Output = Result<ExitCode, (u8, String)>>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(failed, &format!("the runtime cannot be made: {error}")),
+    };
+    runtime.block_on(work).unwrap_or_else(|(code, error)| fail(code, &error))
+}
+
+fn setup(mode: Mode, config: Config, shares_user: bool) -> Setup {
+    Setup { mode, config, root: Some("/".into()), shares_user, random: backoff::random }
+}
+
+async fn sidecar(config: Config) -> Result<ExitCode, (u8, String)> {
+    let failed = |error: &dyn std::fmt::Display| (FAILED, error.to_string());
+    let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed(&e))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed(&e))?;
+    let app = app::start(setup(Mode::Sidecar, config, false)).await.map_err(|e| failed(&e))?;
+    let reason = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    app.stop(reason).await;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn exec(config: Config, command: Vec<OsString>) -> Result<ExitCode, (u8, String)> {
+    let user = config.exec.user.map(|user| init::User { uid: user.uid, gid: user.gid });
+    let shares_user = init::would_share_uid(user);
+    let app = app::start(setup(Mode::Exec, config, shares_user)).await.map_err(|e| (EXEC_FAILED, e.to_string()))?;
+    let mut reaper = match init::run(&command, user) {
+        Ok(reaper) => reaper,
+        Err(error) => return Err(not_started(app, &error).await),
+    };
+    let exit = reaper.wait().await;
+    app.workload_exited(exit.code);
+    app.stop("the workload's command ended").await;
+    Ok(ExitCode::from(exit_byte(exit.code)))
+}
+
+async fn not_started(app: App, error: &init::StartError) -> (u8, String) {
+    let code = error.exit_code();
+    app.workload_exited(code);
+    app.stop("the workload's command could not be started").await;
+    (exit_byte(code), error.to_string())
+}
+
+/// The kernel keeps the lowest byte of an exit code.
+fn exit_byte(code: i32) -> u8 {
+    (code & 0xFF) as u8
+}
+
+fn health(config: &Config) -> ExitCode {
+    let listen = config.admin.listen;
+    match admin::probe(listen) {
+        Ok((true, body)) => {
+            print!("{body}");
+            ExitCode::SUCCESS
+        }
+        Ok((false, body)) => fail(FAILED, &format!("the agent is not ready:\n{}", body.trim_end())),
+        Err(error) => fail(FAILED, &format!("asking the agent at {listen}: {error}: is it running?")),
+    }
+}
+
+fn check_config(config: &Config, path: Option<&Path>) -> ExitCode {
+    match app::check(config) {
+        Ok(()) => {
+            let from = path.map_or_else(|| "the environment".into(), |path| path.display().to_string());
+            println!("{from}: good; {} inbound, {} outbound", config.inbound.len(), config.outbound.len());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(USAGE, &error.to_string()),
+    }
+}

@@ -1,0 +1,163 @@
+//! Who may talk to whom. Pure: a peer, the rules, what the collector says, and the time.
+//!
+//! Asked when a connection begins, and again for every live one whenever an answer could have changed.
+
+use sidewarden_proto::directive::{Deny, Directive};
+use sidewarden_proto::event::RefusalReason;
+use sidewarden_proto::identity::{Peer, PeerName, SpiffeId};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::dns_matches;
+
+/// Who is meant to be at the other end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// Of a listener: whoever stands here may come in.
+    Inbound {
+        /// Workloads.
+        allow: Vec<SpiffeId>,
+        /// Foreign peers, by a DNS name of their certificate, in lower case.
+        allow_dns: Vec<String>,
+    },
+    /// Of a route: this workload answers.
+    OutboundTo(SpiffeId),
+    /// Of a route: a foreign server with this DNS name answers.
+    OutboundToDns(String),
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It may.
+    Allow,
+    /// It may not.
+    Refuse(RefusalReason, String),
+}
+
+/// Judges `peer`, whose chain was verified.
+pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Timestamp) -> Decision {
+    if peer.not_after <= now {
+        return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
+    }
+    if let Some(deny) = directive.and_then(|directive| directive.denies(peer)) {
+        return Decision::Refuse(RefusalReason::Revoked, denial(deny));
+    }
+    match rules {
+        Rules::Inbound { allow, allow_dns } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
+        Rules::Inbound { .. } => {
+            Decision::Refuse(RefusalReason::NotAllowed, format!("{} is not on the list of this listener", peer.name))
+        }
+        Rules::OutboundTo(id) if peer.name == PeerName::Spiffe(id.clone()) => Decision::Allow,
+        Rules::OutboundToDns(host) if has_dns_name(&peer.name, host) => Decision::Allow,
+        Rules::OutboundTo(id) => wrong_peer(peer, id.as_str()),
+        Rules::OutboundToDns(host) => wrong_peer(peer, host),
+    }
+}
+
+fn denial(deny: &Deny) -> String {
+    match deny {
+        Deny::Key { why, .. } => format!("its key is on the deny list: {why}"),
+        Deny::Workload { why, .. } => format!("its workload is on the deny list: {why}"),
+    }
+}
+
+fn wrong_peer(peer: &Peer, expected: &str) -> Decision {
+    Decision::Refuse(RefusalReason::WrongPeer, format!("{} answers where {expected} was expected", peer.name))
+}
+
+/// A client's name must be listed as it stands: a wildcard in a client's certificate names nobody.
+fn is_listed(name: &PeerName, allow: &[SpiffeId], allow_dns: &[String]) -> bool {
+    match name {
+        PeerName::Spiffe(id) => allow.contains(id),
+        PeerName::Dns(names) => names.iter().any(|name| !name.contains('*') && allow_dns.contains(name)),
+    }
+}
+
+fn has_dns_name(name: &PeerName, host: &str) -> bool {
+    matches!(name, PeerName::Dns(names) if names.iter().any(|name| dns_matches(name, host)))
+}
+
+#[cfg(test)]
+mod tests {
+    use sidewarden_proto::identity::Sha256;
+
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_secs(1_000);
+
+    fn peer(name: PeerName) -> Peer {
+        let (not_before, not_after) = (Timestamp::from_secs(0), Timestamp::from_secs(2_000));
+        Peer { name, spki: Sha256([5; 32]), serial: "1".into(), not_before, not_after }
+    }
+
+    fn workload(path: &str) -> PeerName {
+        PeerName::Spiffe(format!("spiffe://td/{path}").parse().unwrap())
+    }
+
+    fn dns(names: &[&str]) -> PeerName {
+        PeerName::Dns(names.iter().map(|n| n.to_string()).collect())
+    }
+
+    fn directive(deny: Vec<Deny>) -> Directive {
+        let trust_domain = "td".parse().unwrap();
+        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny }
+    }
+
+    fn check(rules: &Rules, peer: &Peer, deny: Vec<Deny>, expected: Option<RefusalReason>) {
+        let got = match decide(rules, peer, Some(&directive(deny)), NOW) {
+            Decision::Allow => None,
+            Decision::Refuse(reason, _) => Some(reason),
+        };
+        assert_eq!(got, expected, "{rules:?} {peer:?}");
+    }
+
+    #[test]
+    fn only_the_listed_come_in() {
+        let rules = Rules::Inbound {
+            allow: vec!["spiffe://td/shop/web".parse().unwrap()],
+            allow_dns: vec!["api.partner.example".into()],
+        };
+        check(&rules, &peer(workload("shop/web")), vec![], None);
+        check(&rules, &peer(workload("shop/web2")), vec![], Some(RefusalReason::NotAllowed));
+        check(&rules, &peer(workload("shop")), vec![], Some(RefusalReason::NotAllowed));
+        check(
+            &rules,
+            &peer(PeerName::Spiffe("spiffe://other/shop/web".parse().unwrap())),
+            vec![],
+            Some(RefusalReason::NotAllowed),
+        );
+        check(&rules, &peer(dns(&["x.example", "api.partner.example"])), vec![], None);
+        check(&rules, &peer(dns(&["*.partner.example"])), vec![], Some(RefusalReason::NotAllowed));
+        check(&rules, &peer(dns(&[])), vec![], Some(RefusalReason::NotAllowed));
+    }
+
+    #[test]
+    fn a_list_of_nobody_lets_nobody_in() {
+        let rules = Rules::Inbound { allow: vec![], allow_dns: vec![] };
+        check(&rules, &peer(workload("shop/web")), vec![], Some(RefusalReason::NotAllowed));
+    }
+
+    #[test]
+    fn the_deny_list_and_the_end_of_a_certificate_go_before_the_list() {
+        let rules = Rules::OutboundTo("spiffe://td/shop/db".parse().unwrap());
+        let db = peer(workload("shop/db"));
+        let key = Deny::Key { spki: Sha256([5; 32]), why: "stolen".into() };
+        let other_key = Deny::Key { spki: Sha256([6; 32]), why: "stolen".into() };
+        let service = Deny::Workload { id: "spiffe://td/shop/db".parse().unwrap(), why: "hacked".into() };
+        check(&rules, &db, vec![], None);
+        check(&rules, &db, vec![other_key], None);
+        check(&rules, &db, vec![key], Some(RefusalReason::Revoked));
+        check(&rules, &db, vec![service], Some(RefusalReason::Revoked));
+        check(&rules, &Peer { not_after: NOW, ..db }, vec![], Some(RefusalReason::Expired));
+    }
+
+    #[test]
+    fn somebody_else_at_the_end_of_a_route_is_the_wrong_peer() {
+        let route = Rules::OutboundTo("spiffe://td/shop/db".parse().unwrap());
+        check(&route, &peer(workload("shop/web")), vec![], Some(RefusalReason::WrongPeer));
+        check(&route, &peer(dns(&["db"])), vec![], Some(RefusalReason::WrongPeer));
+        let foreign = Rules::OutboundToDns("db.example.com".into());
+        check(&foreign, &peer(dns(&["*.example.com"])), vec![], None);
+        check(&foreign, &peer(dns(&["example.com"])), vec![], Some(RefusalReason::WrongPeer));
+        check(&foreign, &peer(workload("shop/db")), vec![], Some(RefusalReason::WrongPeer));
+    }
+}

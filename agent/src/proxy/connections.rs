@@ -1,0 +1,133 @@
+//! The live connections, so that a change of policy, deny list or identity reaches them within a second.
+//!
+//! A connection registers before it asks policy: a change in between then finds it here.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use sidewarden_proto::event::{Direction, RefusalReason};
+use sidewarden_proto::identity::Peer;
+use tokio_util::sync::CancellationToken;
+
+use crate::policy::{Decision, Rules};
+
+/// What is known of one of them.
+#[derive(Debug)]
+pub struct Live {
+    /// Which way.
+    pub direction: Direction,
+    /// The other side.
+    pub peer: Peer,
+    /// What it is judged by.
+    pub rules: Arc<Rules>,
+    /// Ends it.
+    pub cancel: CancellationToken,
+    ended_for: OnceLock<RefusalReason>,
+}
+
+impl Live {
+    /// Why a review ended it, if one did.
+    pub fn ended_for(&self) -> Option<RefusalReason> {
+        self.ended_for.get().copied()
+    }
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Registry {
+    live: Mutex<HashMap<u64, Arc<Live>>>,
+    next: AtomicU64,
+}
+
+/// A place in the registry, given back on drop.
+#[derive(Debug)]
+pub struct Registered {
+    registry: Arc<Registry>,
+    id: u64,
+    live: Arc<Live>,
+}
+
+impl Registry {
+    /// Registers a connection.
+    pub fn register(
+        self: &Arc<Registry>,
+        direction: Direction,
+        peer: Peer,
+        rules: Arc<Rules>,
+        parent: &CancellationToken,
+    ) -> Registered {
+        let (cancel, ended_for) = (parent.child_token(), OnceLock::new());
+        let live = Arc::new(Live { direction, peer, rules, cancel, ended_for });
+        let id = self.next.fetch_add(1, Relaxed);
+        self.lock().insert(id, live.clone());
+        Registered { registry: self.clone(), id, live }
+    }
+
+    /// Asks `decide` about every connection and ends those that are no longer allowed.
+    pub fn review(&self, decide: impl Fn(&Rules, &Peer) -> Decision) {
+        for live in self.lock().values() {
+            if let Decision::Refuse(reason, _) = decide(&live.rules, &live.peer) {
+                live.ended_for.get_or_init(|| reason);
+                live.cancel.cancel();
+            }
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Live>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::ops::Deref for Registered {
+    type Target = Live;
+    fn deref(&self) -> &Live {
+        &self.live
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.registry.lock().remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sidewarden_proto::identity::{PeerName, Sha256};
+    use sidewarden_proto::time::Timestamp;
+
+    use super::*;
+
+    fn peer(key: u8) -> Peer {
+        let name = PeerName::Spiffe("spiffe://td/shop/web".parse().unwrap());
+        let (not_before, not_after) = (Timestamp(0), Timestamp(9));
+        Peer { name, spki: Sha256([key; 32]), serial: String::new(), not_before, not_after }
+    }
+
+    #[test]
+    fn a_review_ends_exactly_those_that_are_no_longer_allowed() {
+        let (registry, root) = (Arc::new(Registry::default()), CancellationToken::new());
+        let rules = Arc::new(Rules::Inbound { allow: vec![], allow_dns: vec![] });
+        let stays = registry.register(Direction::Inbound, peer(1), rules.clone(), &root);
+        let goes = registry.register(Direction::Inbound, peer(2), rules, &root);
+        registry.review(|_, peer| match peer.spki.0[0] {
+            2 => Decision::Refuse(RefusalReason::Revoked, String::new()),
+            _ => Decision::Allow,
+        });
+        assert!(goes.cancel.is_cancelled() && goes.ended_for() == Some(RefusalReason::Revoked));
+        assert!(!stays.cancel.is_cancelled() && stays.ended_for().is_none());
+        drop(goes);
+        assert_eq!(registry.len(), 1);
+    }
+}

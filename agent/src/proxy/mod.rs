@@ -1,0 +1,362 @@
+//! The data plane: mutual TLS between workloads that know nothing of it.
+//!
+//! accept -> what is it (handshake) -> who is it (TLS) -> register (connections) -> may it (policy) -> dial -> relay
+//! -> one event (accounting). [`inbound`] and [`outbound`] tell it in this order, one for each way; [`hold`] keeps
+//! others off the workload's own port.
+
+pub mod accounting;
+pub mod connections;
+pub mod flow;
+pub mod handshake;
+mod hold;
+mod inbound;
+mod outbound;
+pub mod pump;
+pub mod record;
+pub mod relay;
+mod secure;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use sidewarden_proto::event::{Direction, Event, RefusalReason};
+use sidewarden_proto::identity::Peer;
+use sidewarden_proto::time::Timestamp;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::{Backoff, Random};
+use crate::config::{Config, Timeouts};
+use crate::dial::{self, Resolver};
+use crate::identity::{Current, Identity};
+use crate::metrics::Metrics;
+use crate::policy;
+use accounting::{Books, Pair, Refusal, Secured, Traffic};
+use connections::{Live, Registry};
+use relay::{Bounds, End, Outcome};
+
+/// How often the books are looked through, and live connections are judged anew though nothing was announced.
+const TICK: Duration = Duration::from_secs(1);
+const REVIEW_EVERY: u32 = 15;
+
+/// What every connection shares.
+pub struct Shared {
+    /// The newest identity.
+    pub identity: Current,
+    /// The live connections.
+    pub registry: Arc<Registry>,
+    /// The books.
+    pub ledger: Ledger,
+    /// Resolves the names of routes.
+    pub resolver: Resolver,
+    /// How long.
+    pub timeouts: Timeouts,
+    /// Room for connections.
+    pub connections: Arc<Semaphore>,
+    /// Room for handshakes.
+    pub handshakes: Arc<Semaphore>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Randomness.
+    pub random: Random,
+    /// Nothing is accepted any more.
+    pub stop: CancellationToken,
+    /// Everything live ends.
+    pub cut: CancellationToken,
+}
+
+/// The books, and where what they say goes.
+pub struct Ledger {
+    books: Mutex<Books>,
+    emit: Arc<dyn Fn(Event) + Send + Sync>,
+    metrics: Arc<Metrics>,
+}
+
+impl Ledger {
+    /// Empty books.
+    pub fn new(emit: Arc<dyn Fn(Event) + Send + Sync>, metrics: Arc<Metrics>) -> Ledger {
+        Ledger { books: Mutex::default(), emit, metrics }
+    }
+
+    fn emit(&self, event: Event) {
+        (self.emit)(event);
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Books) -> T) -> T {
+        act(&mut self.books.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn refused(&self, refusal: Refusal) {
+        let Refusal { direction, reason, detail, listener, source, peer } = &refusal;
+        self.metrics.refused(*direction, *reason);
+        tracing::debug!(
+            direction = direction.word(),
+            reason = reason.word(),
+            detail,
+            listener,
+            ?source,
+            peer,
+            "refused"
+        );
+        if let Some(event) = self.with(|books| books.refused(refusal, Timestamp::now())) {
+            (self.emit)(event);
+        }
+    }
+
+    fn opened(&self, pair: &Pair, secured: Secured) {
+        self.metrics.opened(pair.direction);
+        if let Some(event) = self.with(|books| books.opened(pair, secured, Timestamp::now())) {
+            (self.emit)(event);
+        }
+    }
+
+    fn closed(&self, pair: &Pair, traffic: Traffic) {
+        self.metrics.closed(pair.direction, &traffic);
+        self.with(|books| books.closed(pair, traffic, Timestamp::now()));
+    }
+
+    fn ended(&self, live: &Live, reason: &'static str) {
+        self.with(|books| books.ended(live.direction, live.peer.name.to_string(), reason));
+    }
+
+    fn tell(&self, all: bool) {
+        self.with(|books| books.due(Timestamp::now(), all)).into_iter().for_each(|event| (self.emit)(event));
+    }
+}
+
+/// Why a listener cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("listening on {address} for {purpose}: {error}{}", hint(.error))]
+pub struct BindError {
+    /// Where.
+    pub address: SocketAddr,
+    /// What for.
+    pub purpose: &'static str,
+    /// Why not.
+    pub error: io::Error,
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => ": another program has this port; stop it or choose another",
+        io::ErrorKind::PermissionDenied => ": choose a port from 1024 on, or lower net.ipv4.ip_unprivileged_port_start",
+        _ => "",
+    }
+}
+
+/// Binds `address`.
+pub async fn bind(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, BindError> {
+    TcpListener::bind(address).await.map_err(|error| BindError { address, purpose, error })
+}
+
+/// The listeners of a configuration, bound and not yet served.
+pub struct Listeners {
+    inbound: Vec<(TcpListener, crate::config::Inbound)>,
+    outbound: Vec<(TcpListener, crate::config::Outbound)>,
+}
+
+impl Listeners {
+    /// Binds them all, or none.
+    pub async fn bind(config: &Config) -> Result<Listeners, BindError> {
+        let mut listeners = Listeners { inbound: Vec::new(), outbound: Vec::new() };
+        for inbound in &config.inbound {
+            listeners.inbound.push((bind(inbound.listen, "inbound connections").await?, inbound.clone()));
+        }
+        for outbound in &config.outbound {
+            listeners.outbound.push((bind(outbound.listen, "outbound connections").await?, outbound.clone()));
+        }
+        Ok(listeners)
+    }
+
+    /// Where they really listen, inbound first.
+    pub fn addresses(&self) -> (Vec<SocketAddr>, Vec<SocketAddr>) {
+        let inbound = self.inbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
+        let outbound = self.outbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
+        (inbound, outbound)
+    }
+
+    /// Serves them until `shared.stop`, and the connections until they end or `shared.cut`.
+    pub async fn serve(self, shared: Arc<Shared>) {
+        let mut tasks = JoinSet::new();
+        for (listener, config) in self.inbound {
+            if config.hold_service_port {
+                tasks.spawn(hold::hold(shared.clone(), config.to, config.listen));
+            }
+            tasks.spawn(inbound::serve(shared.clone(), listener, config));
+        }
+        for (listener, config) in self.outbound {
+            tasks.spawn(outbound::serve(shared.clone(), listener, config));
+        }
+        let keeping = tokio::spawn(keep_books(shared.clone()));
+        while let Some(result) = tasks.join_next().await {
+            log_panic(result);
+        }
+        keeping.abort();
+        shared.ledger.tell(true);
+    }
+}
+
+/// Tells what is due, and judges live connections when an answer could have changed.
+async fn keep_books(shared: Arc<Shared>) {
+    let mut identity = shared.identity.clone();
+    let mut ticks = 0u32;
+    loop {
+        tokio::select! {
+            changed = identity.changed() => match changed {
+                Ok(()) => shared.review(),
+                // Nobody makes identities any more: the agent ends.
+                Err(_) => sleep(TICK).await,
+            },
+            () = sleep(TICK) => ticks = ticks.wrapping_add(1),
+        }
+        shared.ledger.tell(false);
+        if ticks % REVIEW_EVERY == 0 {
+            // The clock may have been set, which no deadline sees.
+            shared.review();
+        }
+    }
+}
+
+impl Shared {
+    /// The identity, if it can be used now.
+    fn usable_identity(&self) -> Result<Arc<Identity>, (RefusalReason, String)> {
+        let identity = self.identity.borrow().clone();
+        let identity = identity.ok_or((RefusalReason::NoIdentity, "this agent has not enrolled yet".to_owned()))?;
+        identity.usable(Timestamp::now()).map_err(|fault| (RefusalReason::NoIdentity, fault.to_string()))?;
+        Ok(identity)
+    }
+
+    /// Judges every live connection by what is true now.
+    fn review(&self) {
+        let identity = self.identity.borrow().clone();
+        let directive = identity.as_ref().and_then(|identity| identity.directive.clone());
+        let now = Timestamp::now();
+        self.registry.review(|rules, peer| policy::decide(rules, peer, directive.as_deref(), now));
+    }
+
+    fn bounds(&self, live: &Live, own: &Peer) -> Bounds {
+        let now = Timestamp::now();
+        let certificates = live.peer.not_after.min(own.not_after).since(now);
+        let age = self.timeouts.max_connection_age;
+        let life = if age.is_zero() { certificates } else { certificates.min(age) };
+        let Timeouts { idle, half_closed, .. } = self.timeouts;
+        Bounds { cancelled: live.cancel.clone(), deadline: Instant::now().checked_add(life), idle, half_closed }
+    }
+
+    /// Books the end of a relay.
+    fn settle(&self, live: &Live, own: &Peer, pair: &Pair, outcome: &Outcome) {
+        if let Some(reason) = self.ended_by_us(live, own, &outcome.end) {
+            self.ledger.ended(live, reason);
+        }
+        let truncated = matches!(outcome.end, End::PeerCut(_));
+        let Outcome { bytes_in, bytes_out, end } = outcome;
+        tracing::debug!(
+            direction = pair.direction.word(),
+            peer = pair.peer,
+            bytes_in,
+            bytes_out,
+            ?end,
+            "connection ended"
+        );
+        self.ledger.closed(pair, Traffic { bytes_in: *bytes_in, bytes_out: *bytes_out, truncated });
+    }
+
+    fn ended_by_us(&self, live: &Live, own: &Peer, end: &End) -> Option<&'static str> {
+        match end {
+            End::Cancelled => Some(live.ended_for().map_or("agent_stopping", RefusalReason::word)),
+            End::Deadline if live.peer.not_after.min(own.not_after) <= Timestamp::now() => Some("expired"),
+            End::Deadline => Some("maximum_age"),
+            End::Idle => Some("idle"),
+            _ => None,
+        }
+    }
+}
+
+/// Room for one connection: as a whole, and while it shakes hands.
+struct Room {
+    _connection: OwnedSemaphorePermit,
+    handshake: OwnedSemaphorePermit,
+}
+
+impl Shared {
+    fn room(&self) -> Result<Room, String> {
+        let full = |what: &str| format!("the limit of {what} is reached");
+        let connection = self.connections.clone().try_acquire_owned().map_err(|_| full("connections"))?;
+        let handshake = self.handshakes.clone().try_acquire_owned().map_err(|_| full("handshakes under way"))?;
+        Ok(Room { _connection: connection, handshake })
+    }
+}
+
+/// Accepts until `shared.stop`; each connection is served by `serve`, in a task of its own that is waited for.
+async fn accept_each<F>(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    direction: Direction,
+    name: String,
+    serve: impl Fn(TcpStream, SocketAddr, Room) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1), shared.random);
+    loop {
+        let accepted = tokio::select! {
+            () = shared.stop.cancelled() => break,
+            Some(result) = tasks.join_next(), if !tasks.is_empty() => { log_panic(result); continue }
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Err(error) => {
+                // Out of file descriptors, most likely: what is live goes on, and frees some.
+                tracing::warn!(%error, listener = name, "accepting failed");
+                sleep(backoff.after_failure()).await;
+            }
+            Ok((tcp, source)) => match shared.room() {
+                Ok(room) => {
+                    backoff.reset();
+                    if let Err(error) = dial::tune(&tcp) {
+                        tracing::debug!(%error, "a connection was gone before it was served");
+                    }
+                    tasks.spawn(serve(tcp, source, room));
+                }
+                Err(detail) => {
+                    let (reason, listener, peer) = (RefusalReason::LimitReached, name.clone(), String::new());
+                    shared.ledger.refused(Refusal { direction, reason, detail, listener, source: Some(source), peer });
+                }
+            },
+        }
+    }
+    drop(listener);
+    while let Some(result) = tasks.join_next().await {
+        log_panic(result);
+    }
+}
+
+fn log_panic(result: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = result {
+        tracing::error!(%error, "a task of the proxy ended by a panic");
+    }
+}
+
+/// What the handshake settled, for the first sight of a peer.
+fn secured(connection: &rustls::CommonState, address: SocketAddr) -> Secured {
+    let tls_version = connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"));
+    let group =
+        connection.negotiated_key_exchange_group().map_or_else(String::new, |group| format!("{:?}", group.name()));
+    Secured { address: address.to_string(), tls_version, group }
+}
+
+/// The closed word and the exact text for a handshake that failed.
+fn fault_of(error: &io::Error) -> (RefusalReason, String) {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(fault) => (sidewarden_proto::tls::refusal_of(fault), fault.to_string()),
+        None => (RefusalReason::HandshakeFailed, error.to_string()),
+    }
+}
