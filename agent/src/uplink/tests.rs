@@ -281,7 +281,8 @@ async fn a_collector_with_another_history_gets_everything_in_a_new_epoch() {
     {
         // As if the spool had been restored from a copy: the collector is ahead of it.
         let mut log = collector.log.lock().unwrap();
-        let mut events = vec![Event::new(Timestamp(1), Severity::Info, "y", &AgentStopping { reason: "y".into() }.into())];
+        let mut events =
+            vec![Event::new(Timestamp(1), Severity::Info, "y", &AgentStopping { reason: "y".into() }.into())];
         let batch = sidewarden_proto::batch::Batch::seal(before, 1, Sha256::ZERO, &mut events).unwrap();
         (log.links, log.epoch) = (vec![Link::Batch(batch)], Some(before));
     }
