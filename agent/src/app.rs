@@ -329,7 +329,7 @@ fn start_watch(
     opened: &Opened,
     stop: &CancellationToken,
 ) -> Result<Option<Watch>, StartError> {
-    let subject = Subject { mode, cgroup: config.watch.cgroup.clone() };
+    let subject = Subject { mode, cgroup: config.watch.subject.clone() };
     let vantage = facts::observe(root.as_deref().unwrap_or(Path::new("/")), &subject).vantage;
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let body = AgentStarted { version, mode, vantage, clean: opened.clean, heartbeat_secs: HEARTBEAT_SECS };

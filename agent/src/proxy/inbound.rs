@@ -16,9 +16,9 @@ use tokio_rustls::server::TlsStream;
 use super::accounting::{Pair, Refusal};
 use super::handshake::{ALERT_PROTOCOL_VERSION, Opening, Replayed, part, read_opening};
 use super::relay::{Side, relay};
-use super::{Room, Shared, accept_each, fault_of, secured};
+use super::{Room, Shared, accept_each, secured};
 use crate::config::Inbound;
-use crate::dial::connect_from;
+use crate::dial::{connect_from, handshake_fault};
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
@@ -136,7 +136,7 @@ async fn accept_tls(mut tcp: TcpStream, identity: &Identity) -> Result<PeerStrea
         Err((error, mut rest)) => {
             // rustls has written its alert; the client should get to read it.
             part_soon(&mut rest, &[]).await;
-            Err(Refused::new(fault_of(&error)))
+            Err(Refused::new(handshake_fault(&error)))
         }
     }
 }

@@ -18,8 +18,9 @@ use tokio_rustls::client::TlsStream;
 
 use super::accounting::{Pair, Refusal};
 use super::relay::{End, Side, relay};
-use super::{Room, Shared, accept_each, fault_of, secured};
+use super::{Room, Shared, accept_each, secured};
 use crate::config::{self, Outbound};
+use crate::dial::handshake_fault;
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
@@ -124,7 +125,7 @@ impl Route {
         match timeout(within, connecting).await {
             Ok(Ok(stream)) => Ok((stream, address)),
             Ok(Err(error)) => {
-                let (reason, detail) = fault_of(&error);
+                let (reason, detail) = handshake_fault(&error);
                 Err(at(Refused::new(reason, detail)))
             }
             Err(_) => {
@@ -163,7 +164,7 @@ impl Route {
 
 /// With TLS 1.3 our handshake is over before the peer has judged our certificate: its no comes as the first thing.
 fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
-    match fault_of(error) {
+    match handshake_fault(error) {
         (RefusalReason::HandshakeFailed, detail) => {
             (RefusalReason::RefusedByPeer, format!("it closed before a first byte: {detail}"))
         }
