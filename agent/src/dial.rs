@@ -130,11 +130,16 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// The closed word and the exact text for a TLS handshake that failed.
+/// The closed word and the exact text for a TLS handshake that failed, or whose connection did.
 pub fn handshake_fault(error: &io::Error) -> (RefusalReason, String) {
-    let Some(fault) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
-        return (RefusalReason::HandshakeFailed, error.to_string());
-    };
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(fault) => tls_fault(fault),
+        None => (RefusalReason::HandshakeFailed, error.to_string()),
+    }
+}
+
+/// The same, of TLS itself.
+pub fn tls_fault(fault: &rustls::Error) -> (RefusalReason, String) {
     let text = match (tls::fault_of(fault), fault) {
         (Some(ours), _) => ours.to_string(),
         (None, rustls::Error::InvalidCertificate(fault)) => certificate_text(fault),

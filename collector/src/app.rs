@@ -16,6 +16,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::alert;
+use crate::api;
 use crate::ca::{self, Authority, Issuer, Register};
 use crate::commit::{self, Committer, Parts};
 use crate::config::Config;
@@ -23,6 +25,7 @@ use crate::fleet::{Directives, Fleet};
 use crate::index::{Index, Writer};
 use crate::ingest::{self, Refusals, Shared};
 use crate::log::{Log, SqliteLog};
+use crate::metrics;
 
 /// How often time passes in the log: the grain of silence, `for` and retention.
 const TICK: Duration = Duration::from_secs(10);
@@ -57,6 +60,10 @@ pub struct Core {
 pub struct App {
     /// Where agents come in.
     pub agents: SocketAddr,
+    /// Where the API and the page are, by HTTPS.
+    pub api: SocketAddr,
+    /// Where Prometheus scrapes.
+    pub metrics: SocketAddr,
     /// What the parts share.
     pub core: Core,
     /// The committing thread, which ends when nobody can hand anything in any more.
@@ -82,10 +89,11 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let fleet = Arc::new(Fleet::default());
     let core = Core { config, commits, index, fleet, directives, issuer, shutdown, tasks, clock };
     tell_start(&core, first).await?;
+    let (api, metrics) = open_face(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
-    Ok(App { agents, core, committing, lock })
+    Ok(App { agents, api, metrics, core, committing, lock })
 }
 
 impl App {
@@ -97,7 +105,7 @@ impl App {
         if tokio::time::timeout(core.config.drain_timeout, core.tasks.wait()).await.is_err() {
             tracing::warn!("some connections did not end in time");
         }
-        let _ = core.commits.flush().await;
+        let _ = tokio::time::timeout(core.config.drain_timeout, core.commits.flush()).await;
         drop(core);
         let joined = tokio::task::spawn_blocking(move || committing.join());
         if !matches!(tokio::time::timeout(Duration::from_secs(10), joined).await, Ok(Ok(Ok(())))) {
@@ -182,6 +190,7 @@ async fn open_ingest(core: &Core) -> anyhow::Result<SocketAddr> {
         refusals,
         connections: Arc::new(Semaphore::new(agents.max_connections)),
         handshakes: Arc::new(Semaphore::new(agents.max_handshakes)),
+        max_handshakes: agents.max_handshakes,
         handshake_timeout: agents.handshake_timeout,
         links_per_second: agents.max_links_per_second,
         shutdown: core.shutdown.clone(),
@@ -189,6 +198,24 @@ async fn open_ingest(core: &Core) -> anyhow::Result<SocketAddr> {
         clock: core.clock,
     };
     Ok(ingest::start(agents.listen, Arc::new(shared)).await?)
+}
+
+/// What people and Prometheus see, before the first agent comes in: no event is too early for its alert.
+async fn open_face(core: &Core) -> anyhow::Result<(SocketAddr, SocketAddr)> {
+    let name = core.config.api.names.first().map_or("localhost", String::as_str);
+    let parts = alert::Parts {
+        config: core.config.alerts.clone(),
+        committer: core.commits.clone(),
+        index: core.index.clone(),
+        page: format!("https://{name}:{}/", core.config.api.listen.port()),
+        certificate_life: core.config.certificate_life,
+        now: core.clock,
+    };
+    let (alerts, watching) = alert::start(parts, core.shutdown.clone().cancelled_owned())?;
+    core.tasks.spawn(async move { drop(watching.await) });
+    let api = api::start(core, alerts.clone()).await?;
+    let metrics = metrics::start(core, alerts).await?;
+    Ok((api, metrics))
 }
 
 async fn tick(core: Core) {

@@ -39,7 +39,10 @@ pub struct EventsQuery {
 
 impl EventsQuery {
     fn pairs(&self) -> Vec<(&'static str, String)> {
-        let mut pairs: Vec<_> = self.kinds.iter().map(|kind| ("kind", kind.clone())).collect();
+        let mut pairs = Vec::new();
+        if !self.kinds.is_empty() {
+            pairs.push(("kind", self.kinds.join(",")));
+        }
         pairs.extend(self.workload.iter().map(|id| ("workload", id.to_string())));
         pairs.extend(self.min_severity.iter().map(|severity| ("min_severity", severity.to_string())));
         pairs.push(("limit", self.limit.to_string()));
@@ -101,7 +104,7 @@ impl Client {
         }
         let body: Value = serde_json::from_str(&text).unwrap_or_default();
         let word = |key: &str| clean(body[key].as_str().unwrap_or_default());
-        anyhow::bail!("the collector answers {status}: {} {}", word("error"), word("hint"))
+        anyhow::bail!("the collector answers {status}: {}: {}", word("error"), word("hint"))
     }
 
     /// Every cause in one line: what failed is at the end of the chain.

@@ -10,6 +10,8 @@ use sidewarden_proto::config::{Bytes, Env, Faults, Reader, load};
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::secret::Secret;
 
+use crate::alert;
+
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// All settings.
@@ -34,7 +36,7 @@ pub struct Config {
     /// `/metrics`.
     pub metrics: Metrics,
     /// Who is told of alerts.
-    pub alerts: Alerts,
+    pub alerts: alert::Config,
     /// How long events are kept.
     pub retention: Retention,
 }
@@ -71,28 +73,6 @@ pub struct Metrics {
     /// HTTPS with the collector's own certificate.
     pub tls: bool,
     /// A bearer token that scrapers must show.
-    pub token: Option<Secret>,
-}
-
-/// Who is told of alerts.
-#[derive(Clone, Debug)]
-pub struct Alerts {
-    /// Base URLs of every member of an Alertmanager cluster.
-    pub alertmanagers: Vec<String>,
-    /// Webhooks.
-    pub webhooks: Vec<Webhook>,
-    /// How long an alert about a momentary event lasts after the last occurrence.
-    pub hold: Duration,
-    /// How often a firing alert is sent again.
-    pub resend: Duration,
-}
-
-/// One webhook.
-#[derive(Clone, Debug)]
-pub struct Webhook {
-    /// Where a JSON document is posted.
-    pub url: String,
-    /// A bearer token to show there.
     pub token: Option<Secret>,
 }
 
@@ -150,7 +130,7 @@ fn config(reader: &mut Reader<'_>) -> Config {
         agents: reader.section("agents", agents),
         api: reader.section("api", api),
         metrics: reader.section("metrics", metrics),
-        alerts: reader.section("alerts", alerts),
+        alerts: reader.section("alerts", alert::Config::read),
         retention: reader.section("retention", retention),
     };
     contradictions(reader, &config);
@@ -180,33 +160,8 @@ fn metrics(reader: &mut Reader<'_>) -> Metrics {
     }
 }
 
-fn alerts(reader: &mut Reader<'_>) -> Alerts {
-    Alerts {
-        alertmanagers: reader.value("alertmanagers", Vec::new()),
-        webhooks: reader.list("webhooks", webhook).into_iter().flatten().collect(),
-        hold: reader.value("hold", Duration::from_secs(600)),
-        resend: reader.value("resend", Duration::from_secs(60)),
-    }
-}
-
-fn webhook(reader: &mut Reader<'_>) -> Option<Webhook> {
-    let (url, token) = (reader.required::<String>("url"), reader.optional("token"));
-    let url = url?;
-    check_url(reader, "url", &url);
-    Some(Webhook { url, token })
-}
-
 fn retention(reader: &mut Reader<'_>) -> Retention {
     Retention { days: reader.value("days", 30), bytes: reader.value("bytes", Bytes(16 << 30)) }
-}
-
-fn check_url(reader: &mut Reader<'_>, key: &str, url: &str) {
-    if !(url.starts_with("http://") || url.starts_with("https://")) {
-        reader.fault(
-            key,
-            format!("must begin with http:// or https://, not `{}`", url.chars().take(60).collect::<String>()),
-        );
-    }
 }
 
 /// What is wrong only when two settings are seen together, or has a limit.
@@ -247,9 +202,6 @@ fn contradictions(reader: &mut Reader<'_>, config: &Config) {
             reader.fault(key, "must be at least 1");
         }
     }
-    for url in &config.alerts.alertmanagers {
-        check_url(reader, "alerts.alertmanagers", url);
-    }
     if config.metrics.token.is_some() && !config.metrics.tls && !config.metrics.listen.ip().is_loopback() {
         reader.fault("metrics.token", "would cross the network in plain text: set metrics.tls = true");
     }
@@ -282,9 +234,9 @@ mod tests {
         // Keys that have no default stand there as comments.
         let keys = ["data_dir", "trust_domain", "instance", "certificate_life", "grace", "drain_timeout", "listen"];
         let more = ["handshake_timeout", "max_handshakes", "max_connections", "max_links_per_second", "names", "tls"];
-        let last = ["token", "alertmanagers", "webhooks", "url", "hold", "resend", "days", "bytes"];
+        let last = ["token", "alertmanagers", "webhooks", "url", "ca_file", "log", "hold", "resend", "days", "bytes"];
         for key in keys.iter().chain(&more).chain(&last) {
-            let shown = EXAMPLE.lines().any(|l| l.trim_start_matches(['#', ' ', '[']).starts_with(key));
+            let shown = EXAMPLE.contains(&format!("{key} = ")) || EXAMPLE.contains(&format!("{key}]]"));
             assert!(shown, "{key} is not in deploy/collector.toml");
         }
     }

@@ -1,8 +1,9 @@
 //! The collector: takes the events of all agents in, keeps them, and knows what is true now.
 //!
 //! Read in this order: how it is put together (`app`, `config`), what is true (`state`), how an event gets to disk
-//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`),
-//! and the commands that ask a running collector (`client`, `table`).
+//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`), what is told to people
+//! (`alert`, `api`, `page`) and to Prometheus (`metrics`), and the commands that ask a running collector (`client`,
+//! `table`).
 
 pub mod app;
 pub mod config;
@@ -15,6 +16,11 @@ pub mod state;
 pub mod ca;
 pub mod fleet;
 pub mod ingest;
+
+pub mod alert;
+pub mod api;
+pub mod metrics;
+pub mod page;
 
 pub mod client;
 pub mod table;

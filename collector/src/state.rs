@@ -296,7 +296,7 @@ impl Agent {
 }
 
 /// Kinds that change more than counters, and who may say them.
-fn is_of_the_collector(kind: &str) -> bool {
+pub(crate) fn is_of_the_collector(kind: &str) -> bool {
     const KINDS: [&str; 11] = [
         "collector.started",
         "clock.tick",
@@ -548,5 +548,211 @@ mod pairs {
         V: Deserialize<'de>,
     {
         Ok(Vec::<(K, V)>::deserialize(d)?.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sidewarden_proto::batch::LossReason;
+    use sidewarden_proto::event::*;
+    use sidewarden_proto::finding::{CisIds, Evidence, Remedy, Verdict};
+    use sidewarden_proto::identity::Sha256;
+
+    use super::*;
+
+    const WEB: &str = "spiffe://x.example/shop/web#c1";
+    const COLLECTOR: &str = "spiffe://x.example/sidewarden/collector#k";
+
+    /// A history being told, a second after each event.
+    struct Told {
+        state: State,
+        now: Timestamp,
+    }
+
+    impl Told {
+        fn new() -> Told {
+            let mut told = Told { state: State::default(), now: Timestamp::from_secs(1_000) };
+            told.by(COLLECTOR, CollectorStarted { version: "1".into(), first: true });
+            told
+        }
+
+        fn by(&mut self, agent: &str, body: impl Into<Body>) -> &mut Told {
+            self.event(agent, Event::new(self.now, Severity::Info, "", &body.into()))
+        }
+
+        fn event(&mut self, agent: &str, event: Event) -> &mut Told {
+            let (id, epoch) = (agent.parse().unwrap(), Epoch([0; 16]));
+            let stamp = Stamp { position: self.state.position + 1, agent: &id, epoch, received: self.now };
+            self.state.apply_owned(stamp, &event);
+            self.now = self.now.plus(Duration::from_secs(1));
+            self
+        }
+
+        fn web(&self) -> &Agent {
+            &self.state.agents[&WEB.parse().unwrap()]
+        }
+
+        fn web_status(&self, later_secs: u64) -> Status {
+            self.state.status(self.web(), self.now.plus(Duration::from_secs(later_secs)))
+        }
+    }
+
+    fn started() -> AgentStarted {
+        let (version, mode, vantage) = ("0.1.0".into(), Mode::Sidecar, Vantage::Ptrace);
+        AgentStarted { version, mode, vantage, clean: true, heartbeat_secs: 5 }
+    }
+
+    fn connected() -> AgentConnected {
+        let workload = WEB.parse::<AgentId>().unwrap().workload;
+        let (source, transport) = ("10.0.0.1:1".into(), "quic".into());
+        AgentConnected { workload, instance: "c1".into(), source, transport, version: "0.1.0".into() }
+    }
+
+    fn disconnected(clean: bool) -> AgentDisconnected {
+        let workload = WEB.parse::<AgentId>().unwrap().workload;
+        AgentDisconnected { workload, instance: "c1".into(), reason: "r".into(), clean }
+    }
+
+    fn finding(check: &str, verdict: Verdict) -> Finding {
+        Finding {
+            check: check.into(),
+            ids: CisIds::default(),
+            title: check.into(),
+            severity: Severity::Warning,
+            verdict,
+            evidence: vec![Evidence::new("s", "l")],
+            remedy: Remedy::default(),
+            vantage: Vantage::Open,
+        }
+    }
+
+    #[test]
+    fn presence_follows_sessions_and_time() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected()).by(WEB, started());
+        assert_eq!(told.web_status(9_999_999), Status::Live, "a live session is live however long it says nothing");
+        told.by(COLLECTOR, disconnected(false));
+        for (later, status) in [(0, Status::Away), (13, Status::Away), (14, Status::Silent), (90_000, Status::Gone)] {
+            assert_eq!(told.web_status(later), status, "{later} s later");
+        }
+        told.by(COLLECTOR, connected()).by(COLLECTOR, disconnected(true));
+        assert_eq!((told.web_status(60), told.web_status(90_000)), (Status::Stopped, Status::Gone));
+    }
+
+    #[test]
+    fn a_restart_of_the_collector_gives_agents_time_to_come_back() {
+        let mut told = Told::new();
+        told.by(WEB, started()).by(COLLECTOR, connected());
+        told.now = told.now.plus(Duration::from_secs(3600));
+        told.by(COLLECTOR, CollectorStarted { version: "1".into(), first: false });
+        assert_eq!((told.web_status(5), told.web_status(20)), (Status::Away, Status::Silent));
+    }
+
+    #[test]
+    fn only_the_collector_speaks_for_others() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected());
+        let mallory = "spiffe://x.example/shop/mallory#c9";
+        told.by(mallory, disconnected(false)).by(mallory, CollectorStarted { version: "9".into(), first: true });
+        assert_eq!(told.web_status(0), Status::Live);
+        assert_eq!(told.state.totals.forged, 2);
+        assert_eq!(told.state.collector, Some(COLLECTOR.parse().unwrap()));
+    }
+
+    #[test]
+    fn posture_is_the_baseline_and_what_changed_since() {
+        let mut told = Told::new();
+        let (pass, fail) = (Verdict::Pass, Verdict::Fail);
+        told.by(WEB, PostureBaseline { findings: vec![finding("a", pass.clone()), finding("b", fail.clone())] });
+        let since = |told: &Told, check: &str| told.web().findings[check].since;
+        let (a, b) = (since(&told, "a"), since(&told, "b"));
+        told.by(WEB, VerdictChanged { before: "pass".into(), finding: finding("a", fail.clone()) });
+        assert!(since(&told, "a") > a);
+        told.by(WEB, PostureBaseline { findings: vec![finding("b", fail)] });
+        assert_eq!(since(&told, "b"), b, "the same verdict stands since when it first did");
+        assert_eq!((told.web().count("fail"), told.web().findings.len()), (1, 1), "what a baseline omits is gone");
+    }
+
+    #[test]
+    fn an_unknown_kind_and_an_unreadable_body_are_counted_and_hurt_nothing() {
+        let mut told = Told::new();
+        let event = |kind: &'static str| Event {
+            seq: 1,
+            at_us: Timestamp(1),
+            kind: kind.into(),
+            severity: Severity::Critical,
+            summary: String::new(),
+            body: serde_json::value::RawValue::from_string("{\"version\":7}".into()).unwrap(),
+        };
+        told.event(WEB, event("weather.changed")).event(WEB, event("agent.started"));
+        let totals = &told.state.totals;
+        assert_eq!((totals.unknown_kinds, totals.unreadable), (1, 1));
+        assert_eq!(totals.events["weather.changed"], [0, 0, 0, 1]);
+        assert_eq!(told.web().events, [0, 0, 0, 2]);
+    }
+
+    #[test]
+    fn maps_that_outsiders_fill_are_bounded() {
+        let mut told = Told::new();
+        for i in 0..1_000 {
+            let mut event = Event::new(told.now, Severity::Info, "", &Body::from(started()));
+            event.kind = format!("made.up.{i}").into();
+            told.event(WEB, event);
+            let peer = PeerFirstSeen {
+                direction: Direction::Inbound,
+                peer: format!("p{i}"),
+                address: String::new(),
+                tls_version: String::new(),
+                group: String::new(),
+            };
+            told.by(WEB, peer)
+                .by(WEB, VerdictChanged { before: String::new(), finding: finding(&format!("c{i}"), Verdict::Pass) });
+        }
+        let web = told.web();
+        assert_eq!((web.peers.len(), web.peers_beyond, web.findings.len()), (MAX_PEERS, 744, MAX_FINDINGS));
+        let kinds = &told.state.totals.events;
+        assert!(kinds.len() <= MAX_WORDS + 1);
+        assert_eq!(kinds.values().map(|n| n.iter().sum::<u64>()).sum::<u64>(), 3_001);
+    }
+
+    #[test]
+    fn losses_are_counted_by_reason() {
+        let mut told = Told::new();
+        let lost = EventsLost { first_seq: 3, last_seq: 7, by_severity: [0; 4], reason: "spool_full".into() };
+        told.by(WEB, lost);
+        let (prev, hash, reason) = (Sha256::ZERO, Sha256::ZERO, LossReason::Damaged);
+        let (epoch, by_severity) = (Epoch([0; 16]), [0; 4]);
+        let tombstone = Tombstone { epoch, first_seq: 8, last_seq: 9, by_severity, reason, prev, hash };
+        let id = WEB.parse().unwrap();
+        told.state.apply_loss(Stamp { position: 9, agent: &id, epoch, received: told.now }, &tombstone);
+        let counts = |word: &str| (told.web().lost[word].count, told.state.totals.lost[word]);
+        assert_eq!((counts("spool_full"), counts("damaged")), ((5, 5), (2, 2)));
+    }
+
+    #[test]
+    fn an_agent_gone_for_a_month_is_forgotten_when_time_passes() {
+        let mut told = Told::new();
+        told.by(COLLECTOR, connected()).by(COLLECTOR, disconnected(true));
+        told.now = told.now.plus(Duration::from_secs(31 * 86_400));
+        told.by(COLLECTOR, ClockTick {});
+        assert!(told.state.agents.is_empty());
+    }
+
+    #[test]
+    fn a_saved_state_comes_back_whole() {
+        let mut told = Told::new();
+        let peer = "spiffe://x.example/shop/db".to_owned();
+        let (tls_version, group) = (String::new(), String::new());
+        told.by(COLLECTOR, connected()).by(WEB, started());
+        told.by(WEB, PostureBaseline { findings: vec![finding("a", Verdict::Fail)] });
+        told.by(
+            WEB,
+            PeerFirstSeen { direction: Direction::Outbound, peer, address: String::new(), tls_version, group },
+        );
+        let json = serde_json::to_string(&told.state).unwrap();
+        let back: State = serde_json::from_str(&json).unwrap();
+        assert_eq!(back.agents, told.state.agents);
+        assert_eq!((back.position, &back.totals), (told.state.position, &told.state.totals));
+        assert_eq!(serde_json::from_str::<State>("{}").unwrap().position, 0, "an older form has defaults");
     }
 }

@@ -414,6 +414,8 @@ fn finish_server(mut config: ServerConfig, alpn: &[&[u8]]) -> Arc<ServerConfig> 
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
+    // The agent's record layer takes the traffic keys over once the handshake is done.
+    config.enable_secret_extraction = true;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }
@@ -448,6 +450,7 @@ pub fn pinned_client_config(pin: Sha256, alpn: &[&[u8]]) -> Result<Arc<ClientCon
 fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
+    config.enable_secret_extraction = true;
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }

@@ -6,9 +6,11 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use sidewarden_proto::event::RefusalReason;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::timeout;
 
 /// Most bytes read for a ClientHello; real ones have 200 to 2,000.
 const MAX_HELLO: usize = 16 << 10;
@@ -21,7 +23,10 @@ pub enum Opening {
     /// The beginning of a ClientHello: more is needed.
     More,
     /// A ClientHello that offers TLS 1.2 or newer.
-    Tls,
+    Tls {
+        /// It offers TLS 1.3.
+        offers_1_3: bool,
+    },
     /// Something to refuse, and what it is.
     Refuse(RefusalReason, String),
 }
@@ -92,12 +97,13 @@ fn hello_of(mut bytes: &[u8]) -> Option<Result<Vec<u8>, &'static str>> {
 
 fn judge_version(hello: &[u8]) -> Opening {
     let Some((legacy, offered)) = versions(hello) else { return broken("a ClientHello that cannot be read") };
+    let offers_1_3 = offered.as_ref().is_some_and(|offered| offered.contains(&0x0304));
     let newest = match offered {
         Some(offered) => offered.into_iter().filter(|version| version >> 8 == 3).max(),
         None => Some(legacy),
     };
     match newest {
-        Some(version) if version >= 0x0303 => Opening::Tls,
+        Some(version) if version >= 0x0303 => Opening::Tls { offers_1_3 },
         Some(version) => old(&format!("offered {}", version_name(version))),
         None => old("offered no known version"),
     }
@@ -185,6 +191,18 @@ pub async fn part<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, farewell: &
         }
     }
     Ok(())
+}
+
+/// A refused client gets this long to read why.
+const PART_WITHIN: Duration = Duration::from_secs(1);
+
+/// [`part`], within a limit. That the client was gone first is no news.
+pub async fn part_soon<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, farewell: &[u8]) {
+    match timeout(PART_WITHIN, part(stream, farewell)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::trace!(%error, "a refused client was gone first"),
+        Err(_) => tracing::trace!("a refused client did not close"),
+    }
 }
 
 /// A stream that first gives again what was read from it.
@@ -316,7 +334,10 @@ mod tests {
             let bytes = records(&hello(legacy, supported), 9999);
             match offered {
                 Some(offered) => check(&bytes, RefusalReason::ProtocolVersion, offered),
-                None => assert_eq!(classify(&bytes), Opening::Tls, "{legacy:x} {supported:?}"),
+                None => {
+                    let offers_1_3 = supported.is_some_and(|list| list.contains(&0x0304));
+                    assert_eq!(classify(&bytes), Opening::Tls { offers_1_3 }, "{legacy:x} {supported:?}");
+                }
             }
         }
     }
@@ -329,7 +350,7 @@ mod tests {
             for cut in 0..bytes.len() {
                 assert_eq!(classify(&bytes[..cut]), Opening::More, "records of {size}, cut at {cut}");
             }
-            assert_eq!(classify(&bytes), Opening::Tls);
+            assert_eq!(classify(&bytes), Opening::Tls { offers_1_3: true });
         }
     }
 

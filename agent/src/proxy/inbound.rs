@@ -2,30 +2,26 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::identity::{Peer, Usage};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::peer_of;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::accounting::{Pair, Refusal};
-use super::handshake::{ALERT_PROTOCOL_VERSION, Opening, Replayed, part, read_opening};
-use super::relay::{Side, relay};
-use super::{Room, Shared, accept_each, secured};
+use super::handshake::{ALERT_PROTOCOL_VERSION, Opening, part_soon, read_opening};
+use super::relay::relay;
+use super::secure::Secure;
+use super::{Room, Shared, accept_each};
 use crate::config::Inbound;
-use crate::dial::{connect_from, handshake_fault};
+use crate::dial::connect_from;
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
-/// A refused client gets this long to read why.
-const PART_WITHIN: Duration = Duration::from_secs(1);
-
-type PeerStream = TlsStream<Replayed<TcpStream>>;
+/// TLS access_denied: the certificate is good, its holder is not wanted here.
+const ACCESS_DENIED: u8 = 49;
+/// TLS internal_error: nobody to hand the connection to.
+const INTERNAL_ERROR: u8 = 80;
 
 struct Listener {
     shared: Arc<Shared>,
@@ -55,7 +51,7 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Inbound) 
     accept_each(shared, listener, Direction::Inbound, name, |tcp, source, room| {
         let this = this.clone();
         async move {
-            if let Err(refused) = this.serve_one(tcp, source, room).await {
+            if let Err(refused) = this.serve_one(tcp, room).await {
                 this.book(refused, source);
             }
         }
@@ -70,12 +66,12 @@ impl Listener {
         self.shared.ledger.refused(Refusal { direction, reason, detail, listener, source, peer });
     }
 
-    async fn serve_one(&self, tcp: TcpStream, source: SocketAddr, room: Room) -> Result<(), Refused> {
+    async fn serve_one(&self, tcp: TcpStream, room: Room) -> Result<(), Refused> {
         let identity = self.shared.usable_identity().map_err(Refused::new)?;
-        let mut stream = self.shake_hands(tcp, &identity).await?;
+        let secure = self.shake_hands(tcp, &identity).await?;
         let Room { _connection, handshake } = room;
         drop(handshake);
-        let peer = peer_of_stream(&stream)?;
+        let peer = secure.peer.clone();
         let live =
             self.shared.registry.register(Direction::Inbound, peer.clone(), self.rules.clone(), &self.shared.cut);
         // Asked after registering, with the newest directive: a change in between is seen here or by the review.
@@ -84,25 +80,28 @@ impl Listener {
         if let Decision::Refuse(reason, detail) =
             decide(&self.rules, &peer, newest.directive.as_deref(), Timestamp::now())
         {
-            stream.reset_on_drop();
+            secure.refuse(ACCESS_DENIED).await;
             return Err(refuse(reason, detail));
         }
-        let mut workload = match self.dial().await {
+        let workload = match self.dial().await {
             Ok(workload) => workload,
             Err(detail) => {
-                stream.reset_on_drop();
+                secure.refuse(INTERNAL_ERROR).await;
                 return Err(refuse(RefusalReason::WorkloadUnreachable, detail));
             }
         };
         let pair = Pair { direction: Direction::Inbound, peer: peer.name.to_string(), listener: self.name.clone() };
-        self.shared.ledger.opened(&pair, secured(stream.get_ref().1, source));
+        let how = secure.how.clone();
+        let mover = secure.into_mover(workload);
+        let mover = mover.map_err(|error| refuse(RefusalReason::HandshakeFailed, error.to_string()))?;
+        self.shared.ledger.opened(&pair, how);
         let own = identity.credential.peer();
-        let outcome = relay(&mut workload, &mut stream, self.shared.bounds(&live, own), || {}).await;
+        let outcome = relay(mover, self.shared.bounds(&live, own), || {}).await;
         self.shared.settle(&live, own, &pair, &outcome);
         Ok(())
     }
 
-    async fn shake_hands(&self, tcp: TcpStream, identity: &Identity) -> Result<PeerStream, Refused> {
+    async fn shake_hands(&self, tcp: TcpStream, identity: &Identity) -> Result<Secure, Refused> {
         let within = self.shared.timeouts.handshake;
         let late = || {
             Refused::new((RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}")))
@@ -121,35 +120,20 @@ impl Listener {
     }
 }
 
-async fn accept_tls(mut tcp: TcpStream, identity: &Identity) -> Result<PeerStream, Refused> {
+async fn accept_tls(mut tcp: TcpStream, identity: &Identity) -> Result<Secure, Refused> {
     let broken = |error: std::io::Error| Refused::new((RefusalReason::HandshakeFailed, error.to_string()));
-    let (opening, first) = read_opening(&mut tcp).await.map_err(broken)?;
-    if let Opening::Refuse(reason, detail) = opening {
-        // Who speaks no TLS gets no answer: nothing of ours ever goes out in plaintext.
-        let farewell: &[u8] = if reason == RefusalReason::ProtocolVersion { &ALERT_PROTOCOL_VERSION } else { &[] };
-        part_soon(&mut tcp, farewell).await;
-        return Err(Refused::new((reason, detail)));
-    }
-    let accepting = TlsAcceptor::from(identity.server.clone()).accept(Replayed::new(first, tcp)).into_fallible();
-    match accepting.await {
-        Ok(stream) => Ok(stream),
-        Err((error, mut rest)) => {
-            // rustls has written its alert; the client should get to read it.
-            part_soon(&mut rest, &[]).await;
-            Err(Refused::new(handshake_fault(&error)))
+    let (opening, hello) = read_opening(&mut tcp).await.map_err(broken)?;
+    let config = identity.server.clone();
+    let secure = match opening {
+        Opening::Tls { offers_1_3: true } => Secure::accept(tcp, hello, config).await,
+        Opening::Tls { offers_1_3: false } => Secure::accept_1_2(tcp, hello, config).await,
+        Opening::Refuse(reason, detail) => {
+            // Who speaks no TLS gets no answer: nothing of ours ever goes out in plaintext.
+            let farewell: &[u8] = if reason == RefusalReason::ProtocolVersion { &ALERT_PROTOCOL_VERSION } else { &[] };
+            part_soon(&mut tcp, farewell).await;
+            Err((reason, detail))
         }
-    }
-}
-
-async fn part_soon<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(stream: &mut S, farewell: &[u8]) {
-    match timeout(PART_WITHIN, part(stream, farewell)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::trace!(%error, "a refused client was gone first"),
-        Err(_) => tracing::trace!("a refused client did not close"),
-    }
-}
-
-fn peer_of_stream(stream: &PeerStream) -> Result<Peer, Refused> {
-    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    peer_of(chain, Usage::Client).map_err(|fault| Refused::new((RefusalReason::BadCertificate, fault.to_string())))
+        Opening::More => Err((RefusalReason::HandshakeFailed, "its hello has no end".to_owned())),
+    };
+    secure.map_err(Refused::new)
 }

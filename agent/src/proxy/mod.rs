@@ -6,11 +6,15 @@
 
 pub mod accounting;
 pub mod connections;
+pub mod flow;
 pub mod handshake;
 mod hold;
 mod inbound;
 mod outbound;
+pub mod pump;
+pub mod record;
 pub mod relay;
+mod secure;
 #[cfg(test)]
 mod tests;
 

@@ -8,17 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::identity::{Peer, Usage};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{Expect, Floor, TlsError, peer_of};
+use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use super::accounting::{Pair, Refusal};
 use super::relay::{End, Side, relay};
-use super::{Room, Shared, accept_each, secured};
+use super::secure::{Fault, Secure};
+use super::{Room, Shared, accept_each};
 use crate::config::{self, Outbound};
 use crate::dial::handshake_fault;
 use crate::identity::Identity;
@@ -56,12 +54,10 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
     };
     let tls = Mutex::new(None);
     let this = Arc::new(Route { shared: shared.clone(), config, name: name.clone(), rules: Arc::new(rules), tls });
-    accept_each(shared, listener, Direction::Outbound, name, |mut tcp, _, room| {
+    accept_each(shared, listener, Direction::Outbound, name, |tcp, _, room| {
         let this = this.clone();
         async move {
-            if let Err(refused) = this.serve_one(&mut tcp, room).await {
-                // What the workload may not see is an end that looks whole.
-                tcp.reset_on_drop();
+            if let Err(refused) = this.serve_one(tcp, room).await {
                 this.book(refused);
             }
         }
@@ -76,31 +72,39 @@ impl Route {
         self.shared.ledger.refused(Refusal { direction, reason, detail, listener, source, peer });
     }
 
-    async fn serve_one(&self, workload: &mut TcpStream, room: Room) -> Result<(), Refused> {
-        let identity = self.shared.usable_identity().map_err(|(reason, detail)| Refused::new(reason, detail))?;
-        let (mut stream, address) = self.reach(&identity).await?;
+    async fn serve_one(&self, workload: TcpStream, room: Room) -> Result<(), Refused> {
+        let (identity, secure) = match self.reach().await {
+            Ok(reached) => reached,
+            Err(refused) => {
+                // What the workload may not see is an end that looks whole.
+                workload.reset_on_drop();
+                return Err(refused);
+            }
+        };
         let Room { _connection, handshake } = room;
         drop(handshake);
-        let peer = peer_of_stream(&stream)?;
-        let refuse = |reason, detail| Refused { reason, detail, peer: peer.name.to_string(), address: Some(address) };
+        let (peer, how) = (secure.peer.clone(), secure.how.clone());
+        let address = how.address.parse().ok();
+        let refuse = |reason, detail| Refused { reason, detail, peer: peer.name.to_string(), address };
         let live =
             self.shared.registry.register(Direction::Outbound, peer.clone(), self.rules.clone(), &self.shared.cut);
         let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| identity.clone());
         if let Decision::Refuse(reason, detail) =
             decide(&self.rules, &peer, newest.directive.as_deref(), Timestamp::now())
         {
-            stream.reset_on_drop();
+            workload.reset_on_drop();
             return Err(refuse(reason, detail));
         }
+        let mover = secure.into_mover(workload);
+        let mover = mover.map_err(|error| refuse(RefusalReason::HandshakeFailed, error.to_string()))?;
         let pair = Pair { direction: Direction::Outbound, peer: peer.name.to_string(), listener: self.name.clone() };
-        let how = secured(stream.get_ref().1, address);
         let own = identity.credential.peer();
         let told = AtomicBool::new(false);
         let tell = || {
             told.store(true, Relaxed);
             self.shared.ledger.opened(&pair, how.clone());
         };
-        let outcome = relay(workload, &mut stream, self.shared.bounds(&live, own), tell).await;
+        let outcome = relay(mover, self.shared.bounds(&live, own), tell).await;
         if let (false, End::PeerCut(error)) = (told.load(Relaxed), &outcome.end) {
             let (reason, detail) = refused_by_peer(error);
             return Err(refuse(reason, detail));
@@ -112,37 +116,34 @@ impl Route {
         Ok(())
     }
 
-    async fn reach(&self, identity: &Arc<Identity>) -> Result<(TlsStream<TcpStream>, SocketAddr), Refused> {
+    async fn reach(&self) -> Result<(Arc<Identity>, Secure), Refused> {
+        let identity = self.shared.usable_identity().map_err(|(reason, detail)| Refused::new(reason, detail))?;
         let unreachable = |error: String| Refused::new(RefusalReason::Unreachable, error);
         let tcp = self.shared.resolver.connect(&self.config.to, self.shared.timeouts.connect).await;
         let tcp = tcp.map_err(|error| unreachable(error.to_string()))?;
         let address = tcp.peer_addr().map_err(|error| unreachable(error.to_string()))?;
-        let at = |refused: Refused| Refused { address: Some(address), ..refused };
-        let config = self.tls_config(identity);
-        let config = config.map_err(|error| at(Refused::new(RefusalReason::NoIdentity, error.to_string())))?;
-        let within = self.shared.timeouts.handshake;
-        let connecting = TlsConnector::from(config).connect(self.server_name(address), tcp);
-        match timeout(within, connecting).await {
-            Ok(Ok(stream)) => Ok((stream, address)),
-            Ok(Err(error)) => {
-                let (reason, detail) = handshake_fault(&error);
-                Err(at(Refused::new(reason, detail)))
-            }
-            Err(_) => {
-                let detail = format!("the handshake was not finished within {within:?}");
-                Err(at(Refused::new(RefusalReason::HandshakeTimeout, detail)))
-            }
-        }
+        let config = self.tls_config(&identity).map_err(|error| (RefusalReason::NoIdentity, error.to_string()));
+        let secure = match config {
+            Ok(config) => self.shake_hands(tcp, config).await,
+            Err(fault) => Err(fault),
+        };
+        let at = |(reason, detail)| Refused { address: Some(address), ..Refused::new(reason, detail) };
+        Ok((identity, secure.map_err(at)?))
     }
 
-    /// A foreign server may need its name to choose a certificate; ours proves its identity without one.
-    fn server_name(&self, address: SocketAddr) -> ServerName<'static> {
-        match &self.config.peer {
-            config::Peer::Dns(host) => {
-                ServerName::try_from(host.clone()).unwrap_or_else(|_| ServerName::from(address.ip()))
+    async fn shake_hands(&self, tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
+        let within = self.shared.timeouts.handshake;
+        let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
+        let shaking = async {
+            match &self.config.peer {
+                config::Peer::Workload(_) => Secure::connect(tcp, config).await,
+                config::Peer::Dns(host) => {
+                    let bad = |_| (RefusalReason::WrongPeer, format!("`{host}` is no DNS name"));
+                    Secure::connect_foreign(tcp, config, ServerName::try_from(host.clone()).map_err(bad)?).await
+                }
             }
-            config::Peer::Workload(_) => ServerName::from(address.ip()),
-        }
+        };
+        timeout(within, shaking).await.unwrap_or_else(|_| Err(late()))
     }
 
     fn tls_config(&self, identity: &Arc<Identity>) -> Result<Arc<ClientConfig>, TlsError> {
@@ -152,11 +153,12 @@ impl Route {
         {
             return Ok(config.clone());
         }
-        let expect = match &self.config.peer {
-            config::Peer::Workload(id) => Expect::Workload(id.clone()),
-            config::Peer::Dns(host) => Expect::Dns(host.clone()),
+        // Agents speak TLS 1.3 among themselves; a foreign server may be older.
+        let (expect, floor) = match &self.config.peer {
+            config::Peer::Workload(id) => (Expect::Workload(id.clone()), Floor::Tls13),
+            config::Peer::Dns(host) => (Expect::Dns(host.clone()), Floor::Tls12),
         };
-        let config = identity.client(expect, Floor::Tls12, &[])?;
+        let config = identity.client(expect, floor, &[])?;
         *cached = Some((identity.clone(), config.clone()));
         Ok(config)
     }
@@ -170,9 +172,4 @@ fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
         }
         told => told,
     }
-}
-
-fn peer_of_stream(stream: &TlsStream<TcpStream>) -> Result<Peer, Refused> {
-    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    peer_of(chain, Usage::Server).map_err(|fault| Refused::new(RefusalReason::BadCertificate, fault.to_string()))
 }

@@ -3,6 +3,9 @@
 //! Nothing is held for a connection that is idle: bytes go through a buffer of the thread, and only what the other side
 //! would not take at once is kept. An end is handed on as an end (FIN, close_notify), a cut as a reset: the workload must
 //! never take a truncated message for a whole one.
+//!
+//! Here are the bounds of every connection, and the plain way of copying, which TLS 1.2 takes. TLS 1.3 goes through
+//! [`super::flow`].
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -97,29 +100,35 @@ pub struct Outcome {
     pub end: End,
 }
 
-/// Relays until the end. `on_first_byte` is called when the peer has said something: with TLS 1.3 a client has finished
-/// its handshake before the server has judged it, so nothing before that is a success.
-pub async fn relay<W: Side, P: Side>(
-    workload: &mut W,
-    peer: &mut P,
-    bounds: Bounds,
-    on_first_byte: impl FnOnce(),
-) -> Outcome {
-    let mut copying = Copying { inward: Flow::default(), outward: Flow::default(), on_first_byte: Some(on_first_byte) };
-    let end = run(&mut copying, workload, peer, bounds).await;
-    if !matches!(end, End::Whole) {
-        workload.reset_on_drop();
-        peer.reset_on_drop();
-    }
-    Outcome { bytes_in: copying.inward.bytes, bytes_out: copying.outward.bytes, end }
+/// Something that moves bytes both ways between the workload and its peer.
+pub trait Mover {
+    /// Goes on until there is nothing to do, or the end.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End>;
+    /// Bytes moved so far: from the peer, and to it.
+    fn moved(&self) -> (u64, u64);
+    /// Whether just one of the two has said that it is done.
+    fn is_half_closed(&self) -> bool;
+    /// Makes the end of both a reset.
+    fn cut(&mut self);
 }
 
-async fn run<W: Side, P: Side, F: FnOnce()>(
-    copying: &mut Copying<F>,
-    workload: &mut W,
-    peer: &mut P,
-    bounds: Bounds,
-) -> End {
+/// Relays until the end. `on_first_byte` is called when the peer has said something: with TLS 1.3 a client has finished
+/// its handshake before the server has judged it, so nothing before that is a success.
+pub async fn relay(mut mover: Box<dyn Mover + Send>, bounds: Bounds, on_first_byte: impl FnOnce()) -> Outcome {
+    let end = run(&mut *mover, bounds, on_first_byte).await;
+    if !matches!(end, End::Whole) {
+        mover.cut();
+    }
+    let (bytes_in, bytes_out) = mover.moved();
+    Outcome { bytes_in, bytes_out, end }
+}
+
+/// Copies between two streams.
+pub fn copying<W: Side + Send, P: Side + Send>(workload: W, peer: P) -> impl Mover + Send {
+    Copying { workload, peer, inward: Flow::default(), outward: Flow::default() }
+}
+
+async fn run(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl FnOnce()) -> End {
     let deadline = async {
         match bounds.deadline {
             Some(at) => tokio::time::sleep_until(at).await,
@@ -127,21 +136,34 @@ async fn run<W: Side, P: Side, F: FnOnce()>(
         }
     };
     tokio::pin!(deadline);
-    let mut counted = None;
+    let (mut counted, mut on_first_byte) = (None, Some(on_first_byte));
     loop {
-        let patience = copying.patience(&bounds);
-        let half_closed = copying.is_half_closed();
+        let half_closed = mover.is_half_closed();
+        let patience = if half_closed { bounds.half_closed } else { bounds.idle };
         let timer = async { if patience.is_zero() { std::future::pending().await } else { sleep(patience).await } };
+        let moving = poll_fn(|cx| {
+            let polled = mover.poll(cx).map(Step::Ended);
+            if mover.moved().0 > 0
+                && let Some(tell) = on_first_byte.take()
+            {
+                tell();
+            }
+            if polled.is_pending() && mover.is_half_closed() && !half_closed {
+                Poll::Ready(Step::HalfClosed)
+            } else {
+                polled
+            }
+        });
         tokio::select! {
             biased;
             () = bounds.cancelled.cancelled() => return End::Cancelled,
             () = &mut deadline => return End::Deadline,
-            end = poll_fn(|cx| copying.poll(cx, workload, peer, half_closed)) => match end {
+            step = moving => match step {
                 Step::Ended(end) => return end,
                 Step::HalfClosed => {}
             },
             () = timer => {
-                let bytes = (copying.inward.bytes, copying.outward.bytes);
+                let bytes = mover.moved();
                 if counted.replace(bytes) == Some(bytes) {
                     return End::Idle;
                 }
@@ -156,46 +178,40 @@ enum Step {
     HalfClosed,
 }
 
-struct Copying<F> {
+struct Copying<W, P> {
+    workload: W,
+    peer: P,
     inward: Flow,
     outward: Flow,
-    on_first_byte: Option<F>,
 }
 
-impl<F: FnOnce()> Copying<F> {
+impl<W: Side, P: Side> Mover for Copying<W, P> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let outward = self.outward.poll(cx, &mut self.workload, &mut self.peer);
+        let inward = self.inward.poll(cx, &mut self.peer, &mut self.workload);
+        match (outward, inward) {
+            (_, Poll::Ready(Err(Fault::Reading(error)))) | (Poll::Ready(Err(Fault::Writing(error))), _) => {
+                Poll::Ready(End::PeerCut(error))
+            }
+            (_, Poll::Ready(Err(Fault::Writing(error)))) | (Poll::Ready(Err(Fault::Reading(error))), _) => {
+                Poll::Ready(End::WorkloadCut(error))
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Whole),
+            _ => Poll::Pending,
+        }
+    }
+
+    fn moved(&self) -> (u64, u64) {
+        (self.inward.bytes, self.outward.bytes)
+    }
+
     fn is_half_closed(&self) -> bool {
         self.inward.done != self.outward.done
     }
 
-    fn patience(&self, bounds: &Bounds) -> Duration {
-        if self.is_half_closed() { bounds.half_closed } else { bounds.idle }
-    }
-
-    fn poll<W: Side, P: Side>(
-        &mut self,
-        cx: &mut Context<'_>,
-        workload: &mut W,
-        peer: &mut P,
-        was_half_closed: bool,
-    ) -> Poll<Step> {
-        let outward = self.outward.poll(cx, workload, peer);
-        let inward = self.inward.poll(cx, peer, workload);
-        if self.inward.bytes > 0
-            && let Some(tell) = self.on_first_byte.take()
-        {
-            tell();
-        }
-        match (outward, inward) {
-            (_, Poll::Ready(Err(Fault::Reading(error)))) | (Poll::Ready(Err(Fault::Writing(error))), _) => {
-                Poll::Ready(Step::Ended(End::PeerCut(error)))
-            }
-            (_, Poll::Ready(Err(Fault::Writing(error)))) | (Poll::Ready(Err(Fault::Reading(error))), _) => {
-                Poll::Ready(Step::Ended(End::WorkloadCut(error)))
-            }
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Step::Ended(End::Whole)),
-            _ if self.is_half_closed() && !was_half_closed => Poll::Ready(Step::HalfClosed),
-            _ => Poll::Pending,
-        }
+    fn cut(&mut self) {
+        self.workload.reset_on_drop();
+        self.peer.reset_on_drop();
     }
 }
 
@@ -322,8 +338,8 @@ mod tests {
     }
 
     async fn world(bounds: Bounds) -> World {
-        let ((mut to_workload, workload), (mut to_peer, peer)) = (pair().await, pair().await);
-        let relay = tokio::spawn(async move { relay(&mut to_workload, &mut to_peer, bounds, || {}).await });
+        let ((to_workload, workload), (to_peer, peer)) = (pair().await, pair().await);
+        let relay = tokio::spawn(relay(Box::new(copying(to_workload, to_peer)), bounds, || {}));
         World { workload, peer, relay }
     }
 

@@ -8,6 +8,9 @@ mod files;
 mod issue;
 mod tokens;
 
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 
 pub use authority::{Authority, LEEWAY};

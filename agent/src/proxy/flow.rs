@@ -1,0 +1,472 @@
+//! Moves the bytes of one TLS 1.3 connection between its peer and the workload, both ways at once.
+//!
+//! All buffers belong to the thread: they are borrowed for one batch of records and given back before anything waits,
+//! so that a connection at rest holds a few hundred bytes. What a slow reader leaves over is the exception: it is kept
+//! with the connection until it could be written, and nothing more is read in that direction meanwhile.
+//!
+//! The end of a stream keeps its meaning: FIN from the workload becomes close_notify and FIN, close_notify becomes FIN,
+//! and an end without close_notify is a truncation that resets the other side, never a clean end.
+
+use std::cell::RefCell;
+use std::io::{self, ErrorKind, IoSliceMut, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::unix::AsyncFd;
+
+use super::record::{HEADER, Opened, RecordError, Records, SLOT};
+use super::relay::{End, Mover};
+
+/// Records of one batch: 256 KiB was the knee of the curve (research/performance.md, lesson 2).
+const BATCH: usize = 16;
+/// Batches of one connection before others get their turn.
+const TURNS: usize = 4;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BATCH * SLOT].into_boxed_slice());
+}
+
+/// A socket with what could not be written to it yet.
+struct Side {
+    socket: AsyncFd<TcpStream>,
+    unsent: Vec<u8>,
+    sent: usize,
+    /// Nothing more will be read from it.
+    ended: bool,
+    /// Its write half is shut.
+    shut: bool,
+}
+
+impl Side {
+    fn new(socket: TcpStream) -> io::Result<Side> {
+        socket.set_nonblocking(true)?;
+        // SAFETY: a `TcpStream` owns its descriptor and answers with the same one until it is dropped; nothing here
+        // takes it out of the `AsyncFd` before.
+        let socket = unsafe { AsyncFd::register(socket)? };
+        Ok(Side { socket, unsent: Vec::new(), sent: 0, ended: false, shut: false })
+    }
+
+    /// One read when there is something to read. A read that comes short has emptied the socket, so the next one would
+    /// only tell that there is nothing: it is not tried before the kernel says so.
+    fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        room: usize,
+        mut read: impl FnMut(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.socket.poll_read_ready(cx))?;
+            match read(self.socket.get_ref()) {
+                Ok(n) => {
+                    if n > 0 && n < room {
+                        guard.clear_ready();
+                    }
+                    return Poll::Ready(Ok(n));
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        }
+    }
+
+    /// Writes what it can of `bytes` at once and keeps the rest.
+    fn write_or_keep(&mut self, bytes: &[u8]) -> io::Result<()> {
+        debug_assert!(self.unsent.is_empty());
+        let written = match self.socket.get_ref().write(bytes) {
+            Ok(n) => n,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
+            Err(e) => return Err(e),
+        };
+        if written < bytes.len() {
+            self.unsent.extend_from_slice(&bytes[written..]);
+        }
+        Ok(())
+    }
+
+    /// Writes what was kept; ready once nothing is left.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sent < self.unsent.len() {
+            let mut guard = ready!(self.socket.poll_write_ready(cx))?;
+            match self.socket.get_ref().write(&self.unsent[self.sent..]) {
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        }
+        (self.unsent, self.sent) = (Vec::new(), 0);
+        Poll::Ready(Ok(()))
+    }
+
+    fn shut(&mut self) -> io::Result<()> {
+        self.shut = true;
+        match self.socket.get_ref().shutdown(Shutdown::Write) {
+            Err(e) if e.kind() != ErrorKind::NotConnected => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A peer that breaks the protocol, or ends with an alert, is cut like one whose socket fails.
+fn broken(error: RecordError) -> End {
+    End::PeerCut(io::Error::new(ErrorKind::InvalidData, error))
+}
+
+/// Makes the close of `socket` a reset, so that the other end cannot take it for a clean one.
+fn reset_on_close(socket: &impl std::os::fd::AsFd) {
+    let now = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &now);
+}
+
+/// One connection whose handshake is done.
+pub struct Flow {
+    records: Records,
+    peer: Side,
+    workload: Side,
+    /// The begin of a record whose end has not come; at first, what came with the handshake.
+    partial: Vec<u8>,
+    is_new: bool,
+    /// Bytes from the peer to the workload.
+    inward: u64,
+    /// Bytes from the workload to the peer.
+    outward: u64,
+}
+
+impl Flow {
+    /// A flow between the TLS connection on `peer` and `workload`. `early` is what came after the handshake already.
+    pub fn new(records: Records, peer: TcpStream, early: Vec<u8>, workload: TcpStream) -> io::Result<Flow> {
+        Ok(Flow {
+            records,
+            peer: Side::new(peer)?,
+            workload: Side::new(workload)?,
+            partial: early,
+            is_new: true,
+            inward: 0,
+            outward: 0,
+        })
+    }
+
+    /// Opens what came with the handshake; it is as long as the peer chose, so it has no place in the scratch.
+    fn open_early(&mut self) -> Result<(), End> {
+        let mut early = std::mem::take(&mut self.partial);
+        let length = early.len();
+        self.open_batch(&mut early, length)
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        if std::mem::replace(&mut self.is_new, false)
+            && let Err(end) = self.open_early()
+        {
+            return Poll::Ready(end);
+        }
+        for _ in 0..TURNS {
+            let inward = self.poll_inward(cx);
+            let outward = self.poll_outward(cx);
+            match (inward, outward) {
+                (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => return Poll::Ready(end),
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) if self.is_done() => return Poll::Ready(End::Whole),
+                (Poll::Pending, Poll::Pending) => return Poll::Pending,
+                (Poll::Ready(Ok(())), Poll::Pending) if self.workload.shut => return Poll::Pending,
+                (Poll::Pending, Poll::Ready(Ok(()))) if self.peer.shut => return Poll::Pending,
+                _ => {}
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn is_done(&self) -> bool {
+        self.peer.shut && self.workload.shut
+    }
+
+    /// One batch from the peer to the workload.
+    fn poll_inward(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        ready!(self.workload.poll_flush(cx)).map_err(End::WorkloadCut)?;
+        if self.peer.ended {
+            if !self.workload.shut {
+                self.workload.shut().map_err(End::WorkloadCut)?;
+            }
+            return Poll::Ready(Ok(()));
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let kept = self.partial.len();
+            let room = scratch.len() - kept;
+            let n = ready!(self.peer.poll_read(cx, room, |mut socket| socket.read(&mut scratch[kept..])));
+            match n.map_err(End::PeerCut)? {
+                0 => Poll::Ready(Err(End::PeerCut(ErrorKind::UnexpectedEof.into()))),
+                n => {
+                    scratch[..kept].copy_from_slice(&self.partial);
+                    self.partial.clear();
+                    Poll::Ready(self.open_batch(scratch, kept + n))
+                }
+            }
+        })
+    }
+
+    /// Opens every whole record of the first `length` bytes and passes their data on.
+    ///
+    /// The plaintexts are moved together in place, which costs less than a system call for each.
+    fn open_batch(&mut self, scratch: &mut [u8], length: usize) -> Result<(), End> {
+        let (mut at, mut plain) = (0, 0);
+        while at < length && !self.peer.ended {
+            match self.records.open(&mut scratch[at..length]).map_err(broken)? {
+                Opened::Partial => break,
+                Opened::Control { consumed } => at += consumed,
+                Opened::Close { consumed } => {
+                    self.peer.ended = true;
+                    at += consumed;
+                }
+                Opened::Data { consumed, plain: range } => {
+                    let data = range.len();
+                    scratch.copy_within(at + range.start..at + range.end, plain);
+                    (at, plain) = (at + consumed, plain + data);
+                }
+            }
+        }
+        if !self.peer.ended {
+            self.partial.extend_from_slice(&scratch[at..length]);
+        }
+        if self.partial.is_empty() {
+            self.partial = Vec::new();
+        }
+        self.inward += plain as u64;
+        if plain > 0 { self.workload.write_or_keep(&scratch[..plain]).map_err(End::WorkloadCut) } else { Ok(()) }
+    }
+
+    /// One batch from the workload to the peer.
+    fn poll_outward(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
+        if self.workload.ended {
+            return self.poll_close_outward(cx);
+        }
+        if self.records.owes_key_update() {
+            self.update_keys()?;
+            ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut slots: [IoSliceMut<'_>; BATCH] = plaintext_slots(scratch);
+            let room = BATCH * super::record::MAX_PLAIN;
+            let n = ready!(self.workload.poll_read(cx, room, |mut socket| socket.read_vectored(&mut slots)));
+            match n.map_err(End::WorkloadCut)? {
+                0 => {
+                    self.workload.ended = true;
+                    Poll::Ready(self.seal_close())
+                }
+                n => Poll::Ready(self.seal_batch(scratch, n)),
+            }
+        })
+    }
+
+    /// Seals the `n` bytes that lie in the slots of `scratch` and sends the records in one write.
+    fn seal_batch(&mut self, scratch: &mut [u8], n: usize) -> Result<(), End> {
+        let (mut left, mut at) = (n, 0);
+        while left > 0 {
+            let data = left.min(super::record::MAX_PLAIN);
+            at += self.records.seal(&mut scratch[at..], data).map_err(broken)?;
+            left -= data;
+        }
+        self.outward += n as u64;
+        self.peer.write_or_keep(&scratch[..at]).map_err(End::PeerCut)
+    }
+
+    fn update_keys(&mut self) -> Result<(), End> {
+        let mut slot = [0; HEADER + 64];
+        let length = self.records.seal_key_update(&mut slot).map_err(broken)?;
+        self.peer.write_or_keep(&slot[..length]).map_err(End::PeerCut)
+    }
+
+    /// The workload has no more to say: close_notify.
+    fn seal_close(&mut self) -> Result<(), End> {
+        let mut slot = [0; HEADER + 64];
+        let length = self.records.seal_close(&mut slot).map_err(broken)?;
+        self.peer.write_or_keep(&slot[..length]).map_err(End::PeerCut)
+    }
+
+    /// FIN, once close_notify is written.
+    fn poll_close_outward(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
+        if !self.peer.shut {
+            self.peer.shut().map_err(End::PeerCut)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Mover for Flow {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        self.poll_both(cx)
+    }
+
+    fn moved(&self) -> (u64, u64) {
+        (self.inward, self.outward)
+    }
+
+    fn is_half_closed(&self) -> bool {
+        self.peer.ended != self.workload.ended
+    }
+
+    fn cut(&mut self) {
+        reset_on_close(self.peer.socket.get_ref());
+        reset_on_close(self.workload.socket.get_ref());
+    }
+}
+
+/// The room for data in each slot of `scratch`, so that one read fills many records.
+fn plaintext_slots(scratch: &mut [u8]) -> [IoSliceMut<'_>; BATCH] {
+    let mut slots = scratch.chunks_exact_mut(SLOT);
+    [(); BATCH].map(|()| {
+        let slot = slots.next().expect("the scratch is a batch of slots");
+        IoSliceMut::new(&mut slot[HEADER..HEADER + super::record::MAX_PLAIN])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use rustls::client::UnbufferedClientConnection;
+    use rustls::server::UnbufferedServerConnection;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::proxy::pump::{Handshaking, Progress, advance};
+    use crate::proxy::record::tests::configs;
+    use crate::proxy::relay::{Bounds, Outcome, relay};
+
+    /// Two ends of one TCP connection on loopback.
+    async fn wire() -> (tokio::net::TcpStream, tokio::net::TcpStream) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (one, two) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());
+        (one.unwrap(), two.unwrap().0)
+    }
+
+    async fn shake<C: Handshaking>(connection: &mut C, socket: &mut tokio::net::TcpStream) -> Vec<u8> {
+        let (mut input, mut output) = (Vec::new(), Vec::new());
+        loop {
+            let progress = advance(connection, &mut input, &mut output).unwrap();
+            socket.write_all(&output).await.unwrap();
+            output.clear();
+            if progress == Progress::Done {
+                return input;
+            }
+            assert_ne!(socket.read_buf(&mut input).await.unwrap(), 0, "the peer went away");
+        }
+    }
+
+    /// An application's end with one flow behind it.
+    struct Stage {
+        client: tokio::net::TcpStream,
+        server: tokio::net::TcpStream,
+        ends: [tokio::task::JoinHandle<Outcome>; 2],
+    }
+
+    fn spawn(flow: Flow) -> tokio::task::JoinHandle<Outcome> {
+        let (cancelled, wait) = (CancellationToken::new(), Duration::from_secs(60));
+        let bounds = Bounds { cancelled, deadline: None, idle: wait, half_closed: wait };
+        tokio::spawn(relay(Box::new(flow), bounds, || {}))
+    }
+
+    /// client ⇄ flow ⇄ TLS ⇄ flow ⇄ server
+    async fn stage() -> Stage {
+        let ((client, client_side), (server, server_side), (mut a, mut b)) = (wire().await, wire().await, wire().await);
+        let (client_config, server_config) = configs();
+        let (client_config, server_config): (Arc<_>, Arc<_>) = (client_config, server_config);
+        let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
+        let mut two = UnbufferedServerConnection::new(server_config).unwrap();
+        let (early_one, early_two) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
+        let std = |socket: tokio::net::TcpStream| socket.into_std().unwrap();
+        let one = Flow::new(Records::of_client(one).unwrap(), std(a), early_one, std(client_side)).unwrap();
+        let two = Flow::new(Records::of_server(two).unwrap(), std(b), early_two, std(server_side)).unwrap();
+        Stage { client, server, ends: [spawn(one), spawn(two)] }
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut x = 1u32;
+        std::iter::repeat_with(|| {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (x >> 24) as u8
+        })
+        .take(length)
+        .collect()
+    }
+
+    #[tokio::test]
+    async fn megabytes_go_both_ways_at_once_and_both_ends_close_clean() {
+        let Stage { client, server, ends } = stage().await;
+        let data = noise(5_000_001);
+        let push = |socket: tokio::net::TcpStream, data: Vec<u8>| async move {
+            let (mut read, mut write) = socket.into_split();
+            let send = tokio::spawn(async move {
+                write.write_all(&data).await.unwrap();
+                write.shutdown().await.unwrap();
+            });
+            let mut got = Vec::new();
+            read.read_to_end(&mut got).await.unwrap();
+            send.await.unwrap();
+            got
+        };
+        let (one, two) = tokio::join!(push(client, data.clone()), push(server, data.clone()));
+        assert!(one == data && two == data);
+        for end in ends {
+            let Outcome { bytes_in, bytes_out, end } = end.await.unwrap();
+            assert!(matches!(end, End::Whole), "{end:?}");
+            assert_eq!((bytes_in, bytes_out), (data.len() as u64, data.len() as u64));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_half_closed_client_still_gets_its_answer() {
+        let Stage { mut client, mut server, ends } = stage().await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = Vec::new();
+        server.read_to_end(&mut question).await.unwrap();
+        assert_eq!(question, b"question");
+        server.write_all(&noise(300_000)).await.unwrap();
+        drop(server);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, noise(300_000));
+        for end in ends {
+            assert!(matches!(end.await.unwrap().end, End::Whole));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stops_holds_only_its_own_direction() {
+        let Stage { mut client, mut server, .. } = stage().await;
+        let flood = tokio::spawn(async move {
+            let (mut read, mut write) = client.split();
+            let data = noise(30_000_000);
+            let mut answer = [0; 4];
+            let (sent, _) = tokio::join!(write.write_all(&data), read.read_exact(&mut answer));
+            sent.unwrap();
+            answer
+        });
+        server.write_all(b"pong").await.unwrap();
+        let mut got = vec![0; 30_000_000];
+        server.read_exact(&mut got).await.unwrap();
+        assert!(got == noise(30_000_000));
+        assert_eq!(&flood.await.unwrap(), b"pong");
+    }
+
+    #[tokio::test]
+    async fn a_stream_cut_without_close_notify_resets_the_workload() {
+        let ((mut server, server_side), (mut a, mut b)) = (wire().await, wire().await);
+        let (client_config, server_config) = configs();
+        let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
+        let mut two = UnbufferedServerConnection::new(server_config).unwrap();
+        let (_, early) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
+        let records = Records::of_server(two).unwrap();
+        let flow = Flow::new(records, b.into_std().unwrap(), early, server_side.into_std().unwrap()).unwrap();
+        let end = spawn(flow);
+        drop(a);
+        assert!(matches!(end.await.unwrap().end, End::PeerCut(_)));
+        let error = server.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+}

@@ -1,0 +1,162 @@
+//! A connection whose handshake is done, in the form that its version of TLS allows.
+//!
+//! TLS 1.3 is driven through rustls' unbuffered API and then moved by [`super::flow`]; TLS 1.2 and foreign servers go
+//! through tokio-rustls and are copied.
+
+use std::io;
+use std::sync::Arc;
+
+use rustls::client::UnbufferedClientConnection;
+use rustls::pki_types::ServerName;
+use rustls::server::UnbufferedServerConnection;
+use rustls::{ClientConfig, CommonState, ServerConfig};
+use sidewarden_proto::event::RefusalReason;
+use sidewarden_proto::identity::{Peer, Usage};
+use sidewarden_proto::tls::peer_of;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use super::accounting::Secured;
+use super::flow::Flow;
+use super::handshake::{Replayed, part_soon};
+use super::pump::{Handshaking, Progress, advance};
+use super::record::Records;
+use super::relay::{Mover, Side, copying};
+use super::secured;
+use crate::dial::{handshake_fault, tls_fault};
+
+/// A peer that says this much before its handshake is done wants something else.
+const MAX_FLIGHT: usize = 256 << 10;
+
+/// Why there was no handshake: the closed word and the exact text.
+pub type Fault = (RefusalReason, String);
+
+/// The peer's side of a connection, authenticated.
+pub struct Secure {
+    /// Who is there.
+    pub peer: Peer,
+    /// How it was settled.
+    pub how: Secured,
+    stream: Stream,
+}
+
+enum Stream {
+    Records { socket: TcpStream, records: Box<Records>, early: Vec<u8> },
+    Accepted(Box<tokio_rustls::server::TlsStream<Replayed<TcpStream>>>),
+    Connected(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+}
+
+impl Secure {
+    /// The server's half of a TLS 1.3 handshake that begins with `hello`.
+    pub async fn accept(mut socket: TcpStream, mut hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
+        let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
+        drive(&mut connection, &mut socket, &mut hello).await?;
+        let (peer, how) = settled(&connection, Usage::Client, &socket)?;
+        let records = Records::of_server(connection).map_err(unusable)?;
+        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early: hello } })
+    }
+
+    /// The server's half of a TLS 1.2 handshake that begins with `hello`.
+    pub async fn accept_1_2(socket: TcpStream, hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
+        match TlsAcceptor::from(config).accept(Replayed::new(hello, socket)).into_fallible().await {
+            Ok(stream) => {
+                let (socket, connection) = stream.get_ref();
+                let (peer, how) = settled(connection, Usage::Client, socket.inner())?;
+                Ok(Secure { peer, how, stream: Stream::Accepted(Box::new(stream)) })
+            }
+            Err((error, mut rest)) => {
+                // rustls has written its alert; the client should get to read it.
+                part_soon(&mut rest, &[]).await;
+                Err(handshake_fault(&error))
+            }
+        }
+    }
+
+    /// The client's half of a TLS 1.3 handshake with another agent, which needs no name: its identity says who it is.
+    pub async fn connect(mut socket: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
+        let name = socket.peer_addr().map(|address| ServerName::from(address.ip())).map_err(|error| cut(&error))?;
+        let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
+        let mut early = Vec::new();
+        drive(&mut connection, &mut socket, &mut early).await?;
+        let (peer, how) = settled(&connection, Usage::Server, &socket)?;
+        let records = Records::of_client(connection).map_err(unusable)?;
+        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early } })
+    }
+
+    /// The client's half of a handshake with a foreign server, which may need its name to choose a certificate.
+    pub async fn connect_foreign(
+        socket: TcpStream,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+    ) -> Result<Secure, Fault> {
+        let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
+        let (socket, connection) = stream.get_ref();
+        let (peer, how) = settled(connection, Usage::Server, socket)?;
+        Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)) })
+    }
+
+    /// Ends the connection with a fatal `alert`, where the form of the stream allows one, and otherwise with a reset.
+    pub async fn refuse(self, alert: u8) {
+        match self.stream {
+            Stream::Records { mut socket, mut records, .. } => {
+                let mut slot = [0; 64];
+                match records.seal_alert(alert, &mut slot) {
+                    Ok(length) => part_soon(&mut socket, &slot[..length]).await,
+                    Err(_) => socket.reset_on_drop(),
+                }
+            }
+            Stream::Accepted(stream) => stream.reset_on_drop(),
+            Stream::Connected(stream) => stream.reset_on_drop(),
+        }
+    }
+
+    /// What moves its bytes to `workload` and back.
+    pub fn into_mover(self, workload: TcpStream) -> io::Result<Box<dyn Mover + Send>> {
+        Ok(match self.stream {
+            Stream::Records { socket, records, early } => {
+                Box::new(Flow::new(*records, socket.into_std()?, early, workload.into_std()?)?)
+            }
+            Stream::Accepted(stream) => Box::new(copying(workload, *stream)),
+            Stream::Connected(stream) => Box::new(copying(workload, *stream)),
+        })
+    }
+}
+
+fn settled(connection: &CommonState, usage: Usage, socket: &TcpStream) -> Result<(Peer, Secured), Fault> {
+    let address = socket.peer_addr().map_err(|error| cut(&error))?;
+    let chain = connection.peer_certificates().unwrap_or_default();
+    let peer = peer_of(chain, usage).map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
+    Ok((peer, secured(connection, address)))
+}
+
+fn unusable(error: super::record::RecordError) -> Fault {
+    (RefusalReason::HandshakeFailed, error.to_string())
+}
+
+fn cut(error: &io::Error) -> Fault {
+    (RefusalReason::HandshakeFailed, format!("the connection broke: {error}"))
+}
+
+/// Drives a handshake to its end. What is left in `input` then is data.
+async fn drive<C: Handshaking>(connection: &mut C, socket: &mut TcpStream, input: &mut Vec<u8>) -> Result<(), Fault> {
+    let mut output = Vec::new();
+    loop {
+        let progress = advance(connection, input, &mut output);
+        if let Err(error) = progress {
+            part_soon(socket, &output).await;
+            return Err(tls_fault(&error));
+        }
+        socket.write_all(&output).await.map_err(|error| cut(&error))?;
+        output.clear();
+        if progress == Ok(Progress::Done) {
+            return Ok(());
+        }
+        if input.len() > MAX_FLIGHT {
+            return Err((RefusalReason::HandshakeFailed, "its handshake has no end".into()));
+        }
+        if socket.read_buf(input).await.map_err(|error| cut(&error))? == 0 {
+            return Err((RefusalReason::HandshakeFailed, "it closed within the handshake".into()));
+        }
+    }
+}

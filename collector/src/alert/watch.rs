@@ -1,0 +1,317 @@
+//! Keeps the engine at work: committed events go in, changes go out to sinks and into the history.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sidewarden_proto::event::{AlertFiring, AlertResolved, Body, Event, EventsLost, Severity};
+use sidewarden_proto::finding::Verdict;
+use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::time::Timestamp;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::deliver::{Outbox, Stats};
+use super::engine::{Alert, Change, Engine, Settings, Status};
+use super::rule::{self, Seen};
+use super::{Config, Notice, SinkError};
+use crate::commit::{Committed, Committer, What};
+use crate::index::{Index, IndexError, Order, Query, Record};
+use crate::state::{self, Agent, Session, State};
+
+/// How often time passes for alerts: for `for`, hold and expiry, not for what events raise.
+const STEP: Duration = Duration::from_secs(1);
+/// Events that are read again after a restart, at most: the rest would be older than any hold.
+const TAIL_EVENTS: usize = 20_000;
+/// Alert events that are read again after a restart, newest first.
+const TOLD_EVENTS: usize = 20_000;
+/// Events of the last moments may carry agents' clocks that are behind.
+const CLOCK_SLACK: Duration = Duration::from_secs(3600);
+/// How long sinks may take to be rid of what waits when the collector ends.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// What [`start`] needs.
+pub struct Parts {
+    /// Whom to tell.
+    pub config: Config,
+    /// Where events come from, and where changes of alerts go.
+    pub committer: Committer,
+    /// Where the last events are read after a restart.
+    pub index: Index,
+    /// Where the page is, for links; empty when not known.
+    pub page: String,
+    /// The life of a certificate, of which the last quarter alerts.
+    pub certificate_life: Duration,
+    /// The clock.
+    pub now: fn() -> Timestamp,
+}
+
+/// What fires now, for the API and the metrics. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Alerts {
+    shown: watch::Receiver<Arc<Vec<Alert>>>,
+    stats: Stats,
+}
+
+impl Alerts {
+    /// Every alert that is shown: firing, resolved a while ago, or pending.
+    pub fn shown(&self) -> Arc<Vec<Alert>> {
+        self.shown.borrow().clone()
+    }
+
+    /// What delivering did, in numbers.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Waits until what is shown changes; false when alerts are watched no more.
+    pub async fn changed(&mut self) -> bool {
+        self.shown.changed().await.is_ok()
+    }
+
+    /// Alerts that never change, for tests of what shows them.
+    pub fn fixed(alerts: Vec<Alert>) -> Alerts {
+        Alerts { shown: watch::channel(Arc::new(alerts)).1, stats: Stats::default() }
+    }
+}
+
+/// Begins to watch; ends when `shutdown` does. To be called after the collector's own start is committed, since that
+/// is what ends the sessions of the run before.
+pub fn start(
+    parts: Parts,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(Alerts, JoinHandle<()>), SinkError> {
+    let stats = Stats::default();
+    let outbox = Outbox::start(parts.config.sinks()?, parts.config.resend, stats.clone());
+    let (show, shown) = watch::channel(Arc::new(Vec::new()));
+    // Subscribed before the state is read: an event in between is seen twice rather than never.
+    let events = parts.committer.subscribe();
+    let settings = parts.config.settings();
+    let watcher = Watcher { engine: Engine::new(settings), settings, parts, outbox, show, up_to: 0 };
+    Ok((Alerts { shown, stats }, tokio::spawn(watcher.run(events, shutdown))))
+}
+
+struct Watcher {
+    parts: Parts,
+    settings: Settings,
+    engine: Engine,
+    outbox: Outbox,
+    show: watch::Sender<Arc<Vec<Alert>>>,
+    /// Everything up to this position was in the state that the engine began with.
+    up_to: u64,
+}
+
+impl Watcher {
+    async fn run(mut self, mut events: broadcast::Receiver<Arc<Committed>>, shutdown: impl Future<Output = ()>) {
+        tokio::pin!(shutdown);
+        self.restore().await;
+        let mut step = tokio::time::interval(STEP);
+        step.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut repeated = Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut shutdown => break,
+                link = events.recv() => match link {
+                    Ok(link) => self.take(&link, &mut events),
+                    Err(RecvError::Lagged(missed)) => {
+                        tracing::warn!(missed, "alerts fell behind the events and begin again from the state");
+                        self.restore().await;
+                    }
+                    Err(RecvError::Closed) => break,
+                },
+                _ = step.tick() => {}
+            }
+            self.tell().await;
+            if repeated.elapsed() >= self.parts.config.resend {
+                repeated = Instant::now();
+                self.repeat();
+            }
+        }
+        self.outbox.drain(DRAIN).await;
+    }
+
+    /// Takes a link, and whatever else is there already, so that a burst is one notice.
+    fn take(&mut self, first: &Committed, events: &mut broadcast::Receiver<Arc<Committed>>) {
+        self.observe(first);
+        for _ in 0..256 {
+            // What is lost here is found by the next `recv`.
+            let Ok(link) = events.try_recv() else { break };
+            self.observe(&link);
+        }
+    }
+
+    fn observe(&mut self, link: &Committed) {
+        if link.position <= self.up_to {
+            return;
+        }
+        match &link.what {
+            What::Events(events) => {
+                events.iter().for_each(|event| observe(&mut self.engine, &link.agent, link.received, event));
+            }
+            What::Lost(tombstone) => {
+                let body = Body::from(EventsLost {
+                    first_seq: tombstone.first_seq,
+                    last_seq: tombstone.last_seq,
+                    by_severity: tombstone.by_severity,
+                    reason: tombstone.reason.word().to_owned(),
+                });
+                let event = Event::new(link.received, Severity::Warning, "events were lost", &body);
+                observe(&mut self.engine, &link.agent, link.received, &event);
+            }
+        }
+    }
+
+    /// Tells what changed: first people, then the history.
+    async fn tell(&mut self) {
+        let now = (self.parts.now)();
+        let changes = self.engine.advance(now);
+        self.outbox.stats().over_limit.set(i64::try_from(self.engine.over_limit()).unwrap_or(i64::MAX));
+        if changes.is_empty() && self.show.borrow().is_empty() && self.engine.alerts().next().is_none() {
+            return;
+        }
+        self.show.send_replace(Arc::new(self.engine.alerts().filter(|a| a.since <= now).cloned().collect()));
+        if changes.is_empty() {
+            return;
+        }
+        let alerts = changes.iter().map(|change| change.alert().clone()).collect();
+        self.outbox.tell(Notice { at: now, alerts, page: self.parts.page.clone() });
+        for change in &changes {
+            if self.parts.committer.own(event_of(now, change)).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn repeat(&self) {
+        let standing =
+            self.engine.alerts().filter(|alert| alert.status != Status::Pending).cloned().collect::<Vec<_>>();
+        if !standing.is_empty() {
+            self.outbox.repeat(Notice { at: (self.parts.now)(), alerts: standing, page: self.parts.page.clone() });
+        }
+    }
+
+    /// Begins anew from what is true, what happened last, and what was told.
+    async fn restore(&mut self) {
+        let now = (self.parts.now)();
+        let mut engine = Engine::new(self.settings);
+        {
+            let state = self.parts.committer.state();
+            self.up_to = state.position;
+            from_state(&mut engine, &state, now, self.parts.certificate_life);
+        }
+        match self.past(now).await {
+            Ok(past) => past.iter().for_each(|record| replay(&mut engine, record)),
+            Err(error) => tracing::error!(%error, "the last events cannot be read: some alerts may be told again"),
+        }
+        engine.settle(now);
+        self.engine = engine;
+    }
+
+    async fn past(&self, now: Timestamp) -> Result<Vec<Record>, IndexError> {
+        let told = ["alert.firing".to_owned(), "alert.resolved".to_owned()];
+        let mut records = self.page(Query { kinds: told.to_vec(), ..Query::default() }, TOLD_EVENTS).await?;
+        let since = now.minus(self.settings.hold + CLOCK_SLACK);
+        let tail = Query { min_severity: Severity::Warning, since: Some(since), ..Query::default() };
+        let tail = self.page(tail, TAIL_EVENTS).await?;
+        records.extend(tail.into_iter().filter(|record| !told.contains(&record.kind)));
+        Ok(records)
+    }
+
+    /// The newest `most` events that answer `query`, oldest first.
+    async fn page(&self, query: Query, most: usize) -> Result<Vec<Record>, IndexError> {
+        let mut found = Vec::new();
+        let mut before = None;
+        while found.len() < most {
+            let query = Query { order: Order::Newest(before), limit: crate::index::MAX_LIMIT, ..query.clone() };
+            let answer = self.parts.index.query(query).await?;
+            found.extend(answer.events);
+            before = answer.next;
+            if before.is_none() {
+                break;
+            }
+        }
+        found.reverse();
+        Ok(found)
+    }
+}
+
+/// The event that keeps a change in the history.
+fn event_of(now: Timestamp, change: &Change) -> Event {
+    let alert = change.alert();
+    let (severity, word, body) = match change {
+        Change::Firing(_) => (alert.severity, "firing", Body::from(AlertFiring(alert.changed()))),
+        Change::Resolved(_) => (Severity::Notice, "resolved", Body::from(AlertResolved(alert.changed()))),
+    };
+    Event::new(now, severity, format!("{} {word}: {}", alert.rule, alert.summary()), &body)
+}
+
+fn replay(engine: &mut Engine, record: &Record) {
+    let event = Event {
+        seq: record.seq,
+        at_us: record.at_us,
+        kind: record.kind.clone().into(),
+        severity: record.severity,
+        summary: record.summary.clone(),
+        body: record.body.clone(),
+    };
+    observe(engine, &record.agent, record.received_us, &event);
+}
+
+/// Shows one event to the engine. What only a collector may say is not believed of anybody else.
+fn observe(engine: &mut Engine, agent: &AgentId, received: Timestamp, event: &Event) {
+    let forged = state::is_of_the_collector(&event.kind) && !state::is_collector_path(agent);
+    let read = |rule: &rule::Rule| rule.reads(&event.kind, forged);
+    let remembered = ["collector.started", "alert.firing", "alert.resolved"].contains(&event.kind.as_ref());
+    if !remembered && !rule::RULES.iter().any(read) {
+        return;
+    }
+    let body = event.body().unwrap_or_else(|error| {
+        tracing::debug!(%agent, kind = %event.kind, %error, "an event's body does not fit its kind");
+        None
+    });
+    engine.observe(Seen {
+        agent,
+        at: event.at_us,
+        received,
+        kind: &event.kind,
+        severity: event.severity,
+        summary: &event.summary,
+        body: body.as_ref(),
+        last_tick: None,
+        forged,
+    });
+}
+
+/// Raises what the state says holds.
+fn from_state(engine: &mut Engine, state: &State, now: Timestamp, certificate_life: Duration) {
+    for (id, agent) in &state.agents {
+        match state.status(agent, now) {
+            state::Status::Stopped | state::Status::Gone => continue,
+            _ => from_agent(engine, id, agent, state.started, certificate_life),
+        }
+    }
+}
+
+fn from_agent(engine: &mut Engine, id: &AgentId, agent: &Agent, started: Timestamp, life: Duration) {
+    let raise = |engine: &mut Engine, name, case, at| {
+        let rule = rule::by_name(name).expect("the name stands in the table of rules");
+        engine.raise(rule, case, at);
+    };
+    if let Session::Ended { at, clean: false, .. } = agent.session {
+        raise(engine, rule::SILENT, rule::not_back(id, at.max(started)), at);
+    }
+    for standing in agent.findings.values().filter(|s| s.finding.verdict == Verdict::Fail) {
+        if let Some(case) = rule::broken(id, &standing.finding) {
+            raise(engine, "CheckFailed", case, standing.since);
+        }
+    }
+    if let Some(certificate) = &agent.certificate {
+        let due = certificate.not_after.minus(life / 4);
+        raise(engine, "CertificateExpiring", rule::expiring(id, certificate.not_after, due), started);
+    }
+    if let Some(error) = &agent.renewal_failed {
+        raise(engine, "RenewalFailing", rule::not_renewed(id, error), started);
+    }
+}

@@ -1,0 +1,210 @@
+//! Every route of the API, once: the router and the OpenAPI document both come from this table.
+
+use serde_json::{Map, Value, json};
+
+/// What a route does; `mod.rs` has a handler for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// The collector answers.
+    Health,
+    /// Versions, times, counts.
+    Status,
+    /// All workloads.
+    Workloads,
+    /// All agents.
+    Agents,
+    /// The CIS table.
+    Posture,
+    /// Events of the past.
+    Events,
+    /// Events of the present.
+    Stream,
+    /// Alerts.
+    Alerts,
+    /// What alerts mean.
+    Rules,
+    /// This table.
+    OpenApi,
+}
+
+/// Who may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Anybody.
+    Open,
+    /// Who shows a token.
+    Token,
+}
+
+/// A query parameter: its name and what it is.
+pub type Parameter = (&'static str, &'static str);
+
+/// One route. All are GET.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    /// What it does.
+    pub operation: Operation,
+    /// The path.
+    pub path: &'static str,
+    /// One line about it.
+    pub summary: &'static str,
+    /// Who may ask.
+    pub access: Access,
+    /// Its query parameters.
+    pub parameters: &'static [Parameter],
+}
+
+const FILTERS: [Parameter; 4] = [
+    ("kind", "only these kinds, separated by commas"),
+    ("workload", "only this SPIFFE ID"),
+    ("instance", "only this instance"),
+    ("min_severity", "info, notice, warning or critical, and above"),
+];
+
+/// All of them.
+pub const ROUTES: &[Route] = &[
+    Route {
+        operation: Operation::Health,
+        path: "/healthz",
+        summary: "Whether the collector takes events; 503 when its store refuses them.",
+        access: Access::Open,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::Status,
+        path: "/api/v1/status",
+        summary: "Version, trust domain, counts of agents and alerts, the log's size.",
+        access: Access::Token,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::Workloads,
+        path: "/api/v1/workloads",
+        summary: "Every workload with its instances, posture counts and firing alerts, the troubled first.",
+        access: Access::Token,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::Agents,
+        path: "/api/v1/agents",
+        summary: "Every agent: version, presence, session, certificate, peers, refusals, losses.",
+        access: Access::Token,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::Posture,
+        path: "/api/v1/posture",
+        summary: "The CIS table of a workload's instances: every check with verdict, evidence and remedy.",
+        access: Access::Token,
+        parameters: &[("workload", "its SPIFFE ID; required"), ("instance", "only this instance")],
+    },
+    Route {
+        operation: Operation::Events,
+        path: "/api/v1/events",
+        summary: "Events, newest first; oldest first after a cursor.",
+        access: Access::Token,
+        parameters: &[
+            FILTERS[0],
+            FILTERS[1],
+            FILTERS[2],
+            FILTERS[3],
+            ("since", "not before this time, RFC 3339 or microseconds since 1970"),
+            ("until", "before this time"),
+            ("before", "go on here, newest first: `next` of the answer before"),
+            ("after", "only what was taken after this cursor, oldest first"),
+            ("limit", "at most this many, 1 to 1000; 100 if not given"),
+        ],
+    },
+    Route {
+        operation: Operation::Stream,
+        path: "/api/v1/events/stream",
+        summary: "Events as they are committed (text/event-stream); `skipped` tells what a slow client lost.",
+        access: Access::Token,
+        parameters: &FILTERS,
+    },
+    Route {
+        operation: Operation::Alerts,
+        path: "/api/v1/alerts",
+        summary: "Alerts that fire, are pending, or ended a few minutes ago; worst first.",
+        access: Access::Token,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::Rules,
+        path: "/api/v1/rules",
+        summary: "Every alert rule: what it means and what to do.",
+        access: Access::Token,
+        parameters: &[],
+    },
+    Route {
+        operation: Operation::OpenApi,
+        path: "/api/v1/openapi.json",
+        summary: "This document.",
+        access: Access::Token,
+        parameters: &[],
+    },
+];
+
+/// The table as an OpenAPI document.
+pub fn openapi() -> Value {
+    let paths: Map<String, Value> = ROUTES.iter().map(|route| (route.path.to_owned(), path_item(route))).collect();
+    json!({
+        "openapi": "3.1.0",
+        "info": {"title": "Sidewarden collector", "version": env!("CARGO_PKG_VERSION")},
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"Error": {
+                "type": "object",
+                "required": ["error", "hint"],
+                "properties": {"error": {"type": "string"}, "hint": {"type": "string"}},
+            }},
+        },
+        "paths": paths,
+    })
+}
+
+fn path_item(route: &Route) -> Value {
+    let parameters: Vec<Value> = route
+        .parameters
+        .iter()
+        .map(|(name, what)| {
+            let required = what.ends_with("required");
+            json!({"name": name, "in": "query", "required": required, "description": what, "schema": {"type": "string"}})
+        })
+        .collect();
+    let form = if route.operation == Operation::Stream { "text/event-stream" } else { "application/json" };
+    let error = json!({"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}});
+    let security = match route.access {
+        Access::Open => json!([]),
+        Access::Token => json!([{"token": []}]),
+    };
+    json!({"get": {
+        "summary": route.summary,
+        "parameters": parameters,
+        "security": security,
+        "responses": {
+            "200": {"description": "the answer", "content": {form: {}}},
+            "default": {"description": "what is wrong, and what to do", "content": error},
+        },
+    }})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_route_stands_in_the_document_once() {
+        let document = openapi();
+        assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
+        for route in ROUTES {
+            assert_eq!(document["paths"][route.path]["get"]["summary"], route.summary);
+        }
+    }
+
+    #[test]
+    fn only_health_is_open() {
+        let open: Vec<&str> = ROUTES.iter().filter(|r| r.access == Access::Open).map(|r| r.path).collect();
+        assert_eq!(open, ["/healthz"]);
+    }
+}

@@ -1,0 +1,178 @@
+//! The CA's files and rules.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use rcgen::KeyPair;
+use sidewarden_proto::identity::{PeerName, TrustDomain, Usage};
+use sidewarden_proto::secret::Secret;
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
+use tempfile::{TempDir, tempdir};
+
+use super::*;
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+fn domain() -> TrustDomain {
+    "x.example".parse().unwrap()
+}
+
+fn open_at(dir: &Path, now: Timestamp) -> Result<(Authority, bool), CaError> {
+    Authority::open(dir, &domain(), &["localhost".into(), "127.0.0.1".into()], 16 * DAY, now)
+}
+
+fn made() -> (TempDir, Timestamp) {
+    let (dir, now) = (tempdir().unwrap(), Timestamp::now());
+    assert!(open_at(dir.path(), now).unwrap().1, "the first start makes it");
+    (dir, now)
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn the_second_start_finds_the_same_root_and_nobody_else_can_read_the_keys() {
+    let (dir, now) = made();
+    let pin = Authority::read_pin(dir.path()).unwrap();
+    let (again, first) = open_at(dir.path(), now).unwrap();
+    assert!(!first && again.pin().unwrap() == pin);
+    for name in ["root", "issuing"] {
+        assert_eq!(mode(&dir.path().join(name)), 0o700, "{name}");
+        assert_eq!(mode(&dir.path().join(name).join("key.pem")), 0o600, "{name}");
+    }
+}
+
+#[test]
+fn what_was_tampered_with_is_named() {
+    type Spoil = fn(&Path);
+    let rows: [(&str, Spoil, &str); 7] = [
+        (
+            "readable key",
+            |d| std::fs::set_permissions(d.join("root/key.pem"), PermissionsExt::from_mode(0o644)).unwrap(),
+            "chmod 600",
+        ),
+        (
+            "open directory",
+            |d| std::fs::set_permissions(d.join("issuing"), PermissionsExt::from_mode(0o755)).unwrap(),
+            "chmod 700",
+        ),
+        ("lost root key", |d| std::fs::remove_file(d.join("root/key.pem")).unwrap(), "is there and"),
+        ("lost root certificate", |d| std::fs::remove_file(d.join("root/cert.pem")).unwrap(), "is there and"),
+        ("keys swapped", swap_keys, "no CA certificate of the key"),
+        ("no certificate", |d| std::fs::write(d.join("issuing/cert.pem"), "x").unwrap(), "no certificate"),
+        ("another root's", other_issuing, "was not signed by this root"),
+    ];
+    for (what, spoil, wanted) in rows {
+        let (dir, now) = made();
+        spoil(dir.path());
+        let error = open_at(dir.path(), now).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains(wanted), "{what}: {error:?}");
+    }
+}
+
+fn swap_keys(dir: &Path) {
+    std::fs::copy(dir.join("root/key.pem"), dir.join("issuing/key.pem")).unwrap();
+}
+
+fn other_issuing(dir: &Path) {
+    let (other, _) = made();
+    for name in ["issuing/cert.pem", "issuing/key.pem"] {
+        std::fs::copy(other.path().join(name), dir.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn a_wrong_clock_and_a_wrong_domain_are_named_as_such() {
+    let (dir, now) = made();
+    for wrong in [now.minus(3 * DAY), now.plus(4000 * DAY)] {
+        let error = open_at(dir.path(), wrong).unwrap_err().to_string();
+        assert!(error.contains("clock"), "{error}");
+    }
+    let other = "y.example".parse().unwrap();
+    let error = Authority::open(dir.path(), &other, &[], DAY, now).unwrap_err().to_string();
+    assert!(error.contains("trust_domain = \"x.example\""), "{error}");
+}
+
+#[test]
+fn certificates_renew_before_they_run_out() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    let (own, issuing) = (authority.own(), std::fs::read(dir.path().join("issuing/cert.pem")).unwrap());
+    let serial = own.borrow().peer().serial.clone();
+    assert!(!authority.renew_due(now.plus(7 * DAY)).unwrap());
+    assert!(authority.renew_due(now.plus(9 * DAY)).unwrap());
+    assert_ne!(own.borrow().peer().serial, serial);
+    assert_eq!(std::fs::read(dir.path().join("issuing/cert.pem")).unwrap(), issuing);
+    assert!(authority.renew_due(now.plus(250 * DAY)).unwrap());
+    assert_ne!(std::fs::read(dir.path().join("issuing/cert.pem")).unwrap(), issuing);
+    let later = now.plus(250 * DAY);
+    tls::verify_chain(own.borrow().chain(), &authority.trust(), Usage::Server, later).unwrap();
+}
+
+#[test]
+fn a_leaf_names_its_workload_and_nothing_else_and_never_outlives_its_issuer() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    let (workload, key) = (domain().workload("shop/web").unwrap(), KeyPair::generate().unwrap());
+    let chain = authority.sign(&workload, &key, DAY, now).unwrap();
+    let peer = tls::verify_chain(&chain, &authority.trust(), Usage::Client, now).unwrap();
+    assert_eq!((peer.name, chain.len()), (PeerName::Spiffe(workload.clone()), 3));
+    assert_eq!(peer.not_before.as_secs(), now.minus(LEEWAY).as_secs());
+    assert_eq!(peer.not_after.as_secs(), now.plus(DAY).as_secs());
+    assert_eq!(tls::spki_of(&chain[2]).unwrap(), authority.pin().unwrap());
+    let long = authority.sign(&workload, &key, 900 * DAY, now).unwrap();
+    let peer = tls::peer_of(&long, Usage::Client).unwrap();
+    assert!(peer.not_after <= now.plus(366 * DAY), "{}", peer.not_after);
+}
+
+#[test]
+fn patterns_cover_what_they_say() {
+    let rows = [
+        ("shop/web", "shop/web", true),
+        ("shop/web", "shop/webby", false),
+        ("shop/*", "shop/web", true),
+        ("shop/*", "shop/a/b", true),
+        ("shop/*", "shop", false),
+        ("shop/*", "shopping/web", false),
+    ];
+    for (pattern, path, covered) in rows {
+        assert_eq!(pattern.parse::<Pattern>().unwrap().covers(path), covered, "{pattern} {path}");
+    }
+    for bad in
+        ["", "*", "/shop", "shop//web", "shop/**", "a*/b", "shop/", "../x", "sidewarden/collector", "sidewarden/*"]
+    {
+        assert!(bad.parse::<Pattern>().is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn of_a_token_only_the_hash_is_kept() {
+    let (dir, now) = made();
+    let path = dir.path().join("ca.db");
+    let register = Register::open(&path).unwrap();
+    let pin = Authority::read_pin(dir.path()).unwrap();
+    let (token, _) = register.create(&"shop/*".parse().unwrap(), 2, DAY, pin, now).unwrap();
+    assert!(register.find(&token.id, &token.secret).unwrap().is_some());
+    assert!(register.find(&token.id, &Secret::new("x")).unwrap().is_none());
+    assert!(register.find("0000000000000000", &token.secret).unwrap().is_none());
+    drop(register);
+    for name in ["ca.db", "ca.db-wal"] {
+        let bytes = std::fs::read(dir.path().join(name)).unwrap_or_default();
+        let secret = token.secret.reveal().as_bytes();
+        assert!(!bytes.windows(secret.len()).any(|w| w == secret), "the secret is in {name}");
+    }
+}
+
+#[test]
+fn a_new_token_is_told_once() {
+    let (dir, now) = made();
+    let register = Register::open(&dir.path().join("ca.db")).unwrap();
+    let pin = Authority::read_pin(dir.path()).unwrap();
+    register.create(&"shop/web".parse().unwrap(), 1, DAY, pin, now).unwrap();
+    assert_eq!(register.take_unannounced().unwrap().len(), 1);
+    assert_eq!(register.take_unannounced().unwrap().len(), 0);
+    assert!(matches!(register.revoke("nope"), Err(CaError::NoToken(_))));
+}

@@ -1,0 +1,203 @@
+//! The binary as an operator meets it.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use sidewarden_proto::enrol::Token;
+use tempfile::tempdir;
+
+fn collector() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sidewarden-collector"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("SIDEWARDEN_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    collector().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A running server that is ended when the test is.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Server {
+    /// Starts, and waits for the line that says it is ready.
+    fn start(dir: &Path) -> Server {
+        Server::start_with(dir, 0)
+    }
+
+    fn start_with(dir: &Path, api_port: u16) -> Server {
+        let mut command = serve(dir);
+        command.env("SIDEWARDEN_API_LISTEN", format!("127.0.0.1:{api_port}"));
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("collector ready"));
+        assert!(ready, "it ended without being ready");
+        std::thread::spawn(move || lines.for_each(drop));
+        Server(child)
+    }
+}
+
+fn serve(dir: &Path) -> Command {
+    let mut command = collector();
+    command.args(["serve", "--data-dir"]).arg(dir);
+    for name in ["AGENTS", "API", "METRICS"] {
+        command.env(format!("SIDEWARDEN_{name}_LISTEN"), "127.0.0.1:0");
+    }
+    command
+}
+
+#[test]
+fn help_teaches_the_first_steps() {
+    let help = text(&run(&["--help"]).stdout);
+    for wanted in ["No configuration is needed", "token create --workload", "Exit codes", "check-config"] {
+        assert!(help.contains(wanted), "{wanted} is not in:\n{help}");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_exit_code_2() {
+    for arguments in [&["serv"][..], &["token", "create"], &["token", "create", "--workload", "a/b", "--ttl", "soon"]] {
+        assert_eq!(run(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn check_config_tells_every_fault_at_once() {
+    let dir = tempdir().unwrap();
+    let file = dir.path().join("c.toml");
+    std::fs::write(&file, "data_dri = '/x'\ngrace = 'soon'\n[api]\nlisten = '0.0.0.0:7443'\n").unwrap();
+    let output = collector().args(["check-config", "--config"]).arg(&file).output().unwrap();
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    for wanted in ["did you mean `data_dir`", "`grace`", "agents.listen"] {
+        assert!(told.contains(wanted), "{wanted} is not in:\n{told}");
+    }
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/collector.toml");
+    assert!(run(&["check-config", "--config", example]).status.success());
+    let missing = run(&["check-config", "--config", "/no/such/file"]);
+    assert!(text(&missing.stderr).contains("/no/such/file"));
+}
+
+#[test]
+fn a_token_is_made_beside_a_running_collector() {
+    let dir = tempdir().unwrap();
+    let data = dir.path().join("data");
+    let data_text = data.to_str().unwrap();
+    let early = run(&["token", "create", "--workload", "shop/web", "--data-dir", data_text]);
+    assert!(text(&early.stderr).contains("start the collector once"), "{}", text(&early.stderr));
+    let _server = Server::start(&data);
+    let made = run(&["token", "create", "--workload", "shop/web", "--uses", "3", "--data-dir", data_text]);
+    let token: Token = text(&made.stdout).parse().expect("stdout is the token and nothing else");
+    assert!(!text(&made.stderr).contains(token.secret.reveal()));
+    let list = || text(&run(&["token", "list", "--data-dir", data_text]).stdout);
+    assert!(list().contains(&token.id) && list().contains("valid") && list().contains("0/3"), "{}", list());
+    assert!(run(&["token", "revoke", &token.id, "--data-dir", data_text]).status.success());
+    assert!(list().contains("revoked"), "{}", list());
+    for bad in ["sidewarden/collector", "no spaces/x", "shop"] {
+        let refused = run(&["token", "create", "--workload", bad, "--data-dir", data_text]);
+        assert_eq!(refused.status.success(), bad == "shop", "{bad}: {}", text(&refused.stderr));
+    }
+}
+
+#[test]
+fn what_keeps_it_from_starting_is_said_in_one_line() {
+    let dir = tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut busy = serve(&dir.path().join("a"));
+    busy.env("SIDEWARDEN_AGENTS_LISTEN", taken.local_addr().unwrap().to_string());
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let mut foreign = serve(&dir.path().join("a"));
+    foreign.env("SIDEWARDEN_TRUST_DOMAIN", "other.example");
+    let rows = [
+        (busy, "another program has it"),
+        (foreign, "of trust domain `sidewarden.internal`"),
+        (serve(&file.join("below")), "data_dir must be a directory this user can write"),
+    ];
+    for (mut command, wanted) in rows {
+        let output = command.output().unwrap();
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.lines().last().is_some_and(|line| line.starts_with("error: ") && line.contains(wanted)), "{told}");
+    }
+}
+
+#[test]
+fn it_stops_in_order_on_sigterm() {
+    let dir = tempdir().unwrap();
+    let mut server = Server::start(&dir.path().join("data"));
+    let pid = nix::unistd::Pid::from_raw(server.0.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(server.0.wait().unwrap().success());
+}
+
+#[test]
+fn without_a_collector_the_commands_say_so() {
+    let dir = tempdir().unwrap();
+    let data = dir.path().join("data");
+    drop(Server::start(&data));
+    for command in ["agents", "events", "health"] {
+        // Port 1 of the loopback: nobody is there.
+        let output =
+            collector().args([command, "--url", "https://127.0.0.1:1", "--data-dir"]).arg(&data).output().unwrap();
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("is the collector running") || told.contains("admin.token"), "{command}: {told}");
+    }
+}
+
+#[test]
+fn the_commands_show_what_the_collector_knows() {
+    let dir = tempdir().unwrap();
+    let data = dir.path().join("data");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let _server = Server::start_with(&data, port);
+    let ask = |arguments: &[&str]| {
+        let mut command = collector();
+        command.args(arguments).arg("--data-dir").arg(&data);
+        let output = command.env("SIDEWARDEN_API_LISTEN", format!("127.0.0.1:{port}")).output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    assert_eq!(ask(&["health"]).0, Some(0));
+    let events = ask(&["events", "--kind", "collector.started"]);
+    assert!(events.1.contains("Collector") && events.1.lines().count() == 1, "{events:?}");
+    let json = ask(&["events", "--json", "--limit", "1"]).1;
+    assert!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["kind"].is_string());
+    let agents = ask(&["agents"]);
+    assert!(agents.1.starts_with("WORKLOAD") && agents.2.contains("token create"), "{agents:?}");
+    assert!(ask(&["posture", "shop/web"]).2.contains("no such workload"));
+    // Another collector's CA, and another token.
+    let other = dir.path().join("other");
+    drop(Server::start(&other));
+    let foreign = other.join("ca/root/cert.pem");
+    let refused = ask(&["agents", "--ca", foreign.to_str().unwrap()]);
+    assert!(refused.0 == Some(1) && refused.2.contains("certificate"), "{refused:?}");
+    let token = other.join("admin.token");
+    let refused = ask(&["agents", "--token-file", token.to_str().unwrap()]);
+    assert!(refused.0 == Some(1) && refused.2.contains("the token is wrong"), "{refused:?}");
+}
+
+#[test]
+fn logs_can_be_json() {
+    let dir = tempdir().unwrap();
+    let mut child =
+        serve(&dir.path().join("data")).args(["--log-format", "json"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    let _server = Server(child);
+    assert!(serde_json::from_str::<serde_json::Value>(&first).is_ok_and(|line| line["fields"].is_object()), "{first}");
+}
