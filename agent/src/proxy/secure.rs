@@ -12,7 +12,7 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
-use sidewarden_proto::tls::{peer_of, refusal_of};
+use sidewarden_proto::tls::peer_of;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -23,7 +23,8 @@ use super::handshake::{Replayed, part_soon};
 use super::pump::{Early, Handshaking, Progress, advance};
 use super::record::Records;
 use super::relay::{Mover, Side, copying};
-use super::{fault_of, secured};
+use super::secured;
+use crate::dial::{handshake_fault, tls_fault};
 
 /// A peer that says this much before its handshake is done wants something else.
 const MAX_FLIGHT: usize = 256 << 10;
@@ -49,7 +50,7 @@ enum Stream {
 impl Secure {
     /// The server's half of a TLS 1.3 handshake that begins with `hello`.
     pub async fn accept(mut socket: TcpStream, mut hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
-        let mut connection = UnbufferedServerConnection::new(config).map_err(|error| fault(&error))?;
+        let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
         let early = drive(&mut connection, &mut socket, &mut hello).await?;
         let (peer, how) = settled(&connection, Usage::Client, &socket)?;
         let records = Records::of_server(connection).map_err(unusable)?;
@@ -67,7 +68,7 @@ impl Secure {
             Err((error, mut rest)) => {
                 // rustls has written its alert; the client should get to read it.
                 part_soon(&mut rest, &[]).await;
-                Err(fault_of(&error))
+                Err(handshake_fault(&error))
             }
         }
     }
@@ -75,7 +76,7 @@ impl Secure {
     /// The client's half of a TLS 1.3 handshake with another agent, which needs no name: its identity says who it is.
     pub async fn connect(mut socket: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
         let name = socket.peer_addr().map(|address| ServerName::from(address.ip())).map_err(|error| cut(&error))?;
-        let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| fault(&error))?;
+        let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
         let early = drive(&mut connection, &mut socket, &mut rest).await?;
         let (peer, how) = settled(&connection, Usage::Server, &socket)?;
@@ -89,7 +90,7 @@ impl Secure {
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
     ) -> Result<Secure, Fault> {
-        let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| fault_of(&error))?;
+        let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
         let (socket, connection) = stream.get_ref();
         let (peer, how) = settled(connection, Usage::Server, socket)?;
         Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)) })
@@ -129,10 +130,6 @@ fn settled(connection: &CommonState, usage: Usage, socket: &TcpStream) -> Result
     Ok((peer, secured(connection, address)))
 }
 
-fn fault(error: &rustls::Error) -> Fault {
-    (refusal_of(error), error.to_string())
-}
-
 fn unusable(error: super::record::RecordError) -> Fault {
     (RefusalReason::HandshakeFailed, error.to_string())
 }
@@ -152,7 +149,7 @@ async fn drive<C: Handshaking>(
         let progress = advance(connection, input, &mut output, &mut early);
         if let Err(error) = progress {
             part_soon(socket, &output).await;
-            return Err(fault(&error));
+            return Err(tls_fault(&error));
         }
         socket.write_all(&output).await.map_err(|error| cut(&error))?;
         output.clear();

@@ -62,7 +62,7 @@ impl Collector {
             while let Ok((stream, _)) = tcp.accept().await {
                 let (this, tls) = (this.clone(), tls.clone());
                 tokio::spawn(async move {
-                    let stream = tokio_rustls::TlsAcceptor::from(tls).accept(stream).await.unwrap();
+                    let Ok(stream) = tokio_rustls::TlsAcceptor::from(tls).accept(stream).await else { return };
                     this.serve(stream).await;
                 });
             }
@@ -77,7 +77,7 @@ impl Collector {
             while let Some(incoming) = endpoint.accept().await {
                 let this = self.clone();
                 tokio::spawn(async move {
-                    let connection = incoming.await.unwrap();
+                    let Ok(connection) = incoming.await else { return };
                     let (send, receive) = connection.accept_bi().await.unwrap();
                     this.serve(tokio::io::join(receive, send)).await;
                     connection.closed().await;
@@ -267,7 +267,7 @@ async fn an_impostor_gets_no_event() {
         }
         tokio::task::yield_now().await;
     };
-    assert!(error.contains("UnknownIssuer") || error.contains("handshake"), "{error}");
+    assert!(error.contains("signed by a CA that is not trusted here"), "{error}");
     assert_eq!(impostor.log.lock().unwrap().sessions, 0);
     agent.stop().await;
 }
