@@ -567,10 +567,11 @@ pub fn broken(agent: &AgentId, finding: &Finding) -> Option<Case> {
     Some(case)
 }
 
+/// Titles say what the rule asks for, so they are quoted: the sentence says that it is broken.
 fn failed_in_words(finding: &Finding) -> String {
     let id = if finding.ids.v1_3_1.is_empty() { String::new() } else { format!("CIS {} ", finding.ids.v1_3_1) };
-    let evidence = finding.evidence.first().map(|e| format!(" ({})", short(&e.line, 120))).unwrap_or_default();
-    format!("{id}{} fails: {}{evidence}", finding.check, finding.title)
+    let evidence = finding.evidence.first().map(|e| format!(": {}", short(&e.line, 120))).unwrap_or_default();
+    format!("breaks {id}{} “{}”{evidence}", finding.check, finding.title)
 }
 
 fn remedy(finding: &Finding) -> Option<String> {

@@ -7,6 +7,7 @@ const main = document.getElementById("main");
 const WORST_FIRST = ["critical", "warning", "notice", "info"];
 const VERDICT_WORDS = { fail: "FAIL", unknown: "UNKNOWN", pass: "PASS", waived: "WAIVED", not_applicable: "N/A" };
 const MAX_LINES = 500;
+const MAX_BRIEF = 8;
 const REFRESH = 5000;
 
 // ---- building blocks
@@ -19,7 +20,7 @@ function el(name, attributes = {}, ...children) {
     else if (value === true) node.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false && child !== ""));
   return node;
 }
 
@@ -95,6 +96,7 @@ class Refused extends Error {
   constructor(status, error, hint) {
     super(hint ? `${error}: ${hint}` : error);
     this.status = status;
+    this.short = sentence(error);
   }
 }
 
@@ -129,7 +131,7 @@ function repeat(show) {
       trouble(null);
     } catch (error) {
       if (stop.signal.aborted) return;
-      if (error.status === 401) return enter(error.message);
+      if (error.status === 401) return enter(error.short);
       trouble(error);
     }
     if (!stop.signal.aborted) setTimeout(round, REFRESH);
@@ -183,16 +185,33 @@ async function overview(signal) {
     tile(sum("fail"), "checks fail", "bad"),
     tile(sum("unknown"), "checks unknown", "doubt"),
     tile(state.agents.live, state.agents.live === 1 ? "agent live" : "agents live"),
-    tile(state.events.toLocaleString("en"), "events kept account of"));
+    tile(state.events.toLocaleString("en"), "events taken"));
   show(tiles, firing.length ? firingBlock(firing) : "", el("h2", { role: "heading", "aria-level": "1" }, "Workloads"),
     list.workloads.length ? table(["Workload", "State", "Posture", "Alerts", "Instances", "Mode", "Sees", "Last heard"], list.workloads.map(workloadRow)) : noAgents(state));
 }
 
+/** Alerts of one rule, severity and workload are one line here; the view of alerts has each. */
 function firingBlock(firing) {
-  const first = firing.slice(0, 5);
-  const rest = firing.length - first.length;
-  return [el("h2", {}, "Firing now"), el("ul", { class: "alerts" }, first.map((alert) => alertItem(alert))),
-    rest > 0 ? el("p", {}, el("a", { href: "#/alerts" }, `and ${rest} more`)) : ""].filter(Boolean);
+  const groups = new Map();
+  for (const alert of firing) {
+    const key = [alert.severity, alert.alert, alert.labels.workload].join(" ");
+    groups.set(key, [...(groups.get(key) || []), alert]);
+  }
+  const all = [...groups.values()];
+  const rest = all.slice(MAX_BRIEF).reduce((sum, group) => sum + group.length, 0);
+  return [el("h2", {}, "Firing now"), el("ul", { class: "alerts brief" }, all.slice(0, MAX_BRIEF).map(briefItem)),
+    rest > 0 ? el("p", { class: "more" }, el("a", { href: "#/alerts" }, `and ${rest} more`)) : ""].filter(Boolean);
+}
+
+function briefItem(group) {
+  const [alert] = group;
+  const workload = alert.labels.workload;
+  const who = workload ? el("a", { href: link(workload) }, short(workload)) : el("span", { class: "soft" }, "collector");
+  const names = group.map((one) => one.labels.check || one.labels.reason || one.labels.instance);
+  const what = group.length === 1 ? alert.summary.replace(/^[^ ]+ \([^)]*\): /, "") : `${group.length}: ${names.join(", ")}`;
+  return el("li", { class: `alert ${alert.severity}` }, tag(alert.severity),
+    el("a", { class: "rule-name", href: group.length === 1 ? `#/alerts/${alert.id}` : "#/alerts" }, alert.alert), who,
+    el("span", { class: "what", title: what }, what), when(Math.max(...group.map((one) => one.since_us))));
 }
 
 function workloadRow(workload) {
@@ -229,7 +248,8 @@ async function workloadView(id, signal) {
     json(`/api/v1/posture?${query}`, signal), json(`/api/v1/events?${query}&limit=50`, signal)]);
   frame(state);
   const agents = list.agents.filter((agent) => agent.workload === id);
-  const alerts = told.alerts.filter((alert) => alert.labels.workload === id && alert.status !== "resolved");
+  // What checks say stands in their table; here is the rest.
+  const alerts = told.alerts.filter((alert) => alert.labels.workload === id && alert.status !== "resolved" && alert.alert !== "CheckFailed");
   show(el("div", { class: "head" }, el("h1", {}, short(id)), el("code", { class: "soft" }, id)),
     alerts.length ? [el("ul", { class: "alerts" }, alerts.map((alert) => alertItem(alert)))] : [],
     found.instances.flatMap((instance) => instanceBlock(instance, agents.find((agent) => agent.instance === instance.instance))),
@@ -299,16 +319,16 @@ async function alertsView(id, signal) {
 }
 
 function alertItem(alert, open = false) {
-  const more = alert.evidence.length > 0 || alert.what_to_do.includes("\n");
+  const remedy = alert.what_to_do.includes("\n");
+  const more = alert.evidence.length > 0 || remedy;
   const workload = alert.labels.workload;
-  const todo = alert.what_to_do.split("\n")[0];
   return el("li", { class: `alert ${alert.status === "resolved" ? "resolved" : alert.severity}` },
     el("div", { class: "line" }, tag(alert.severity), el("a", { href: `#/rules/${alert.alert}`, "data-key": `alert/${alert.id}` }, el("b", {}, alert.alert)),
       workload ? el("a", { href: link(workload) }, short(workload)) : "", alert.inhibited ? tag("pending", "held back: the agent is silent") : "", when(alert.ended_us || alert.since_us)),
     el("p", { class: "summary" }, alert.summary),
-    el("p", { class: "todo" }, `What to do: ${todo}`),
-    more ? el("details", { "data-key": `more/${alert.id}`, open }, el("summary", {}, "Evidence"), el("ul", { class: "evidence" }, alert.evidence.map((line) => el("li", {}, line))),
-      alert.what_to_do.includes("\n") ? el("pre", { class: "body" }, alert.what_to_do) : "") : "");
+    remedy ? "" : el("p", { class: "todo" }, `What to do: ${alert.what_to_do}`),
+    more ? el("details", { "data-key": `more/${alert.id}`, open }, el("summary", {}, remedy ? "Evidence and what to do" : "Evidence"),
+      el("ul", { class: "evidence" }, alert.evidence.map((line) => el("li", {}, line))), remedy ? el("pre", { class: "body" }, alert.what_to_do) : "") : "");
 }
 
 async function rulesView(name, signal) {
@@ -337,7 +357,7 @@ function eventRow(event, fresh = false) {
   try { body = JSON.stringify(event.body, null, 2); } catch { body = String(event.body); }
   return el("tr", { class: fresh ? "row fresh" : "row" },
     el("td", {}, exact), el("td", {}, tag(event.severity)), el("td", { class: "mono nowrap" }, event.kind),
-    el("td", { class: "nowrap" }, event.agent.workload.endsWith("/sidewarden/collector") ? el("span", { class: "soft" }, "collector") : el("a", { href: link(event.agent.workload) }, short(event.agent.workload)), el("div", { class: "soft mono" }, event.agent.instance)),
+    el("td", { class: "nowrap" }, event.agent.workload.endsWith("/sidewarden/collector") ? el("span", { class: "soft" }, "collector") : el("a", { href: link(event.agent.workload) }, short(event.agent.workload)), " ", el("span", { class: "soft mono" }, event.agent.instance)),
     el("td", { class: "wide" }, event.summary, body && body !== "{}" ? el("details", { "data-key": `event/${event.cursor}` }, el("summary", {}, "Details"), el("pre", { class: "body" }, body)) : ""));
 }
 
@@ -361,7 +381,8 @@ async function eventsView(query) {
   let state = "live";
   const tell = () => { note.textContent = paused ? `paused, ${plural(held.length, "event")} waiting` : state; };
   const add = (event, fresh = true) => {
-    if (seen.has(event.cursor)) return;
+    // The collector's clock is history, too, but nothing to read unless it is asked for.
+    if (seen.has(event.cursor) || (event.kind === "clock.tick" && !wanted.kind)) return;
     seen.add(event.cursor);
     empty.hidden = true;
     fresh ? rows.prepend(eventRow(event, true)) : rows.append(eventRow(event));
@@ -386,13 +407,13 @@ async function eventsView(query) {
   if (wanted.workload) filter.set("workload", wanted.workload);
   const live = (name, data) => {
     if (name === "skipped") { state = `live; ${plural(data.batches, "batch")} came too fast and can be found in the history`; return tell(); }
-    if (paused) { if (held.push(data) > MAX_LINES) held.shift(); return tell(); }
+    if (paused && data.kind !== "clock.tick") { if (held.push(data) > MAX_LINES) held.shift(); return tell(); }
     add(data);
   };
   for (let pauseFor = 500; !stop.signal.aborted; pauseFor = Math.min(pauseFor * 2, 15000)) {
     try {
       const answer = await ask(`/api/v1/events/stream?${filter}`, stop.signal);
-      const past = await json(`/api/v1/events?${filter}&limit=100`, stop.signal);
+      const past = await json(`/api/v1/events?${filter}&limit=200`, stop.signal);
       if (rows.children.length === 0) past.events.forEach((event) => add(event, false));
       else past.events.reverse().forEach((event) => add(event));
       frame(await json("/api/v1/status", stop.signal));
@@ -402,7 +423,7 @@ async function eventsView(query) {
       await read(answer, live);
     } catch (error) {
       if (stop.signal.aborted) return;
-      if (error.status === 401) return enter(error.message);
+      if (error.status === 401) return enter(error.short);
       if (error.status === 400) { trouble(error); note.textContent = "not connected"; return; }
       trouble(error);
     }
@@ -466,7 +487,7 @@ function once(show) {
   running = stop;
   show(stop.signal).then(() => trouble(null), (error) => {
     if (stop.signal.aborted) return;
-    error.status === 401 ? enter(error.message) : trouble(error);
+    error.status === 401 ? enter(error.short) : trouble(error);
   });
 }
 

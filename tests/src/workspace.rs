@@ -1,0 +1,22 @@
+//! Where things are: the sources, and the folder under cargo's target folder where the demo keeps what it makes.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// The checkout we were built from.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+}
+
+/// Cargo's target folder.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// A folder of ours under the target folder, made if it is not there.
+pub fn folder(name: &str) -> Result<PathBuf> {
+    let path = target().join("demo").join(name);
+    std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    Ok(path)
+}
