@@ -106,7 +106,7 @@ async fn a_user_sees_the_state_of_the_shop() {
     assert_shows(&page, &["&lt;script&gt;document.title='owned'&lt;/script&gt;"]);
     assert!(!page.contains("<script>document.title") && !page.contains("<title>owned"), "{page}");
 
-    let page = browser.look(&scene.app, "rules", &at("/rules/RootExec")).await;
+    let page = browser.look(&scene.app, "rules", &at("/rules")).await;
     assert_shows(&page, &["id=\"rule-RootExec\"", "What makes an alert"]);
     scene.app.stop().await;
 }
