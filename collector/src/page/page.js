@@ -208,7 +208,7 @@ function briefItem(group) {
   const workload = alert.labels.workload;
   const who = workload ? el("a", { href: link(workload) }, short(workload)) : el("span", { class: "soft" }, "collector");
   const names = group.map((one) => one.labels.check || one.labels.reason || one.labels.instance);
-  const what = group.length === 1 ? alert.summary.replace(/^[^ ]+ \([^)]*\): /, "") : `${group.length}: ${names.join(", ")}`;
+  const what = group.length === 1 ? alert.summary.replace(/^[^ ]+ \([^)]*\): /, "") : `${plural(group.length, alert.labels.check ? "check" : "alert")}: ${names.join(", ")}`;
   return el("li", { class: `alert ${alert.severity}` }, tag(alert.severity),
     el("a", { class: "rule-name", href: group.length === 1 ? `#/alerts/${alert.id}` : "#/alerts" }, alert.alert), who,
     el("span", { class: "what", title: what }, what), when(Math.max(...group.map((one) => one.since_us))));
