@@ -87,10 +87,13 @@ async fn a_real_alertmanager_receives_and_resolves() {
     scene.app.stop().await;
 }
 
+/// The token that was shown, and what was posted.
+type Posted = (Option<String>, Value);
+
 /// What a small receiver was posted, and how it answers.
 #[derive(Clone, Default)]
 struct Receiver {
-    posts: Arc<Mutex<Vec<(Option<String>, Value)>>>,
+    posts: Arc<Mutex<Vec<Posted>>>,
     /// How many requests are still to be refused.
     moody: Arc<Mutex<u32>>,
 }

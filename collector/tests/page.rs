@@ -106,8 +106,29 @@ async fn a_user_sees_the_state_of_the_shop() {
     assert_shows(&page, &["&lt;script&gt;document.title='owned'&lt;/script&gt;"]);
     assert!(!page.contains("<script>document.title") && !page.contains("<title>owned"), "{page}");
 
-    let page = browser.look(&scene.app, "rules", &at("/rules/RootExec")).await;
+    let page = browser.look(&scene.app, "rules", &at("/rules")).await;
     assert_shows(&page, &["id=\"rule-RootExec\"", "What makes an alert"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_appear_while_the_page_is_open() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let place = format!("#token={}&/events", token(&scene.app));
+    let mut agent = scene::Agent::new("shop/web#web-1");
+    let mut look = Box::pin(browser.look(&scene.app, "live", &place));
+    // One every moment until the browser has looked: those it was not open for are past ones to it.
+    let page = loop {
+        tokio::select! {
+            page = &mut look => break page,
+            () = tokio::time::sleep(std::time::Duration::from_millis(100)) => {
+                agent.send(&scene.app, vec![scene::plaintext("172.18.0.1:1")]).await;
+            }
+        }
+    };
+    drop(look);
+    assert_shows(&page, &["class=\"row fresh\"", ">live<", "refused plaintext from 172.18.0.1:1"]);
     scene.app.stop().await;
 }
 

@@ -208,7 +208,7 @@ function briefItem(group) {
   const workload = alert.labels.workload;
   const who = workload ? el("a", { href: link(workload) }, short(workload)) : el("span", { class: "soft" }, "collector");
   const names = group.map((one) => one.labels.check || one.labels.reason || one.labels.instance);
-  const what = group.length === 1 ? alert.summary.replace(/^[^ ]+ \([^)]*\): /, "") : `${group.length}: ${names.join(", ")}`;
+  const what = group.length === 1 ? alert.summary.replace(/^[^ ]+ \([^)]*\): /, "") : `${plural(group.length, alert.labels.check ? "check" : "alert")}: ${names.join(", ")}`;
   return el("li", { class: `alert ${alert.severity}` }, tag(alert.severity),
     el("a", { class: "rule-name", href: group.length === 1 ? `#/alerts/${alert.id}` : "#/alerts" }, alert.alert), who,
     el("span", { class: "what", title: what }, what), when(Math.max(...group.map((one) => one.since_us))));
@@ -294,7 +294,7 @@ function findingRow(instance, finding) {
     el("td", { class: "wide" }, finding.title, el("div", { class: "soft mono" }, finding.check)),
     el("td", { class: "nowrap" }, tag(finding.verdict, VERDICT_WORDS[finding.verdict] || finding.verdict), " ", bad),
     el("td", { class: "wide" }, why ? el("div", {}, why) : "", told,
-      wanted ? el("details", { "data-key": `${instance}/${finding.check}` }, el("summary", {}, "How to mend it"), el("div", { class: "remedy" }, ways.map(([name, key]) => way(name, finding.remedy[key])))) : ""),
+      wanted ? el("details", { "data-key": `${instance}/${finding.check}` }, el("summary", {}, finding.verdict === "unknown" ? "How to keep this rule" : "How to mend it"), el("div", { class: "remedy" }, ways.map(([name, key]) => way(name, finding.remedy[key])))) : ""),
     el("td", {}, when(finding.since_us)));
 }
 
@@ -339,7 +339,11 @@ async function rulesView(name, signal) {
       el("h3", {}, rule.alert, " ", tag(rule.severity)),
       el("p", {}, sentence(rule.meaning)), el("p", { class: "soft" }, `What to do: ${rule.what_to_do}.`),
       el("p", { class: "soft" }, `${rule.wait_seconds ? `Fires after ${span(rule.wait_seconds)}` : "Fires at once"}; ends ${rule.ends}.`))));
-  if (name) document.getElementById(`rule-${name}`)?.scrollIntoView({ block: "center" });
+  const wanted = name && document.getElementById(`rule-${name}`);
+  if (wanted) {
+    wanted.classList.add("wanted");
+    wanted.scrollIntoView({ block: "center" });
+  }
 }
 
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
@@ -358,7 +362,7 @@ function eventRow(event, fresh = false) {
   return el("tr", { class: fresh ? "row fresh" : "row" },
     el("td", {}, exact), el("td", {}, tag(event.severity)), el("td", { class: "mono nowrap" }, event.kind),
     el("td", { class: "nowrap" }, event.agent.workload.endsWith("/sidewarden/collector") ? el("span", { class: "soft" }, "collector") : el("a", { href: link(event.agent.workload) }, short(event.agent.workload)), " ", el("span", { class: "soft mono" }, event.agent.instance)),
-    el("td", { class: "wide" }, event.summary, body && body !== "{}" ? el("details", { "data-key": `event/${event.cursor}` }, el("summary", {}, "Details"), el("pre", { class: "body" }, body)) : ""));
+    el("td", { class: "wide" }, body && body !== "{}" ? el("details", { "data-key": `event/${event.cursor}` }, el("summary", { class: "plain", title: "Show the details" }, event.summary), el("pre", { class: "body" }, body)) : event.summary));
 }
 
 /** Past events first, then live ones on top; subscribed before the past is asked for, so that nothing falls between. */
