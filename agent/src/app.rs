@@ -157,6 +157,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let talking = tokio::spawn(uplink.run(stop_talking.clone()));
     let admin = Admin {
         identity: identity.clone(),
+        trouble: keeper.trouble(),
         uplink: uplink_status.clone(),
         spool: spool.clone(),
         metrics,
@@ -329,7 +330,7 @@ fn start_watch(
     opened: &Opened,
     stop: &CancellationToken,
 ) -> Result<Option<Watch>, StartError> {
-    let subject = Subject { mode, cgroup: config.watch.cgroup.clone() };
+    let subject = Subject { mode, cgroup: config.watch.subject.clone() };
     let vantage = facts::observe(root.as_deref().unwrap_or(Path::new("/")), &subject).vantage;
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let body = AgentStarted { version, mode, vantage, clean: opened.clean, heartbeat_secs: HEARTBEAT_SECS };
@@ -372,4 +373,121 @@ pub fn check(config: &Config) -> Result<(), StartError> {
         keeper::read_dns_roots(path)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sidewarden_proto::batch::{Cursor, Link};
+    use sidewarden_proto::config::HostPort;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::backoff;
+    use crate::config::Collector;
+    use crate::identity::made_up::Ca;
+
+    /// A collector that nobody runs.
+    fn config(dir: &Path) -> Config {
+        let nowhere = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut config = Config { data_dir: dir.to_owned(), ..Config::default() };
+        config.collector = Collector { addresses: vec![nowhere], ..Collector::default() };
+        config.admin.listen = "127.0.0.1:0".parse().unwrap();
+        config.instance = Some("c1".parse().unwrap());
+        config
+    }
+
+    fn setup(config: Config) -> Setup {
+        Setup { mode: Mode::Sidecar, config, root: None, shares_user: false, random: backoff::random }
+    }
+
+    async fn ask(admin: SocketAddr, request: &str) -> String {
+        let mut tcp = TcpStream::connect(admin).await.unwrap();
+        tcp.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        tcp.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn with_an_identity_on_disk_it_is_ready_without_a_collector() {
+        let dir = tempfile::tempdir().unwrap();
+        Store::open(dir.path()).unwrap().save(&Ca::new("td").issue("shop/web")).unwrap();
+        let app = start(setup(config(dir.path()))).await.unwrap();
+        let admin = app.addresses.admin;
+        for (request, status, part) in [
+            ("GET /healthz", 200, "ok"),
+            ("GET /readyz", 200, "identity: ok"),
+            ("GET /metrics", 200, "sidewarden_agent_certificate_not_after_seconds 1"),
+            ("GET /posture", 404, "nothing is watched"),
+            ("GET /elsewhere", 404, "/healthz"),
+            ("POST /healthz", 405, "only GET"),
+        ] {
+            let answer = ask(admin, request).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(part), "{request}: {answer}");
+        }
+        let (ready, _) = tokio::task::spawn_blocking(move || admin::probe(admin)).await.unwrap().unwrap();
+        assert!(ready);
+        app.stop("test").await;
+    }
+
+    #[tokio::test]
+    async fn without_an_identity_it_runs_but_is_not_ready_and_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let app = start(setup(config(dir.path()))).await.unwrap();
+        let answer = ask(app.addresses.admin, "GET /readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("has not enrolled yet"), "{answer}");
+        app.stop("test").await;
+    }
+
+    #[tokio::test]
+    async fn an_endless_head_and_a_silent_client_get_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let app = start(setup(config(dir.path()))).await.unwrap();
+        let mut tcp = TcpStream::connect(app.addresses.admin).await.unwrap();
+        let head = format!("GET /healthz HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(64 << 10));
+        let _ = tcp.write_all(head.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = tcp.read_to_end(&mut answer).await;
+        assert!(!answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+        app.stop("test").await;
+    }
+
+    #[tokio::test]
+    async fn a_run_begins_and_ends_with_an_event_and_the_next_one_knows_how_it_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let app = start(setup(config(dir.path()))).await.unwrap();
+            app.stop("SIGTERM").await;
+        }
+        let limits = Limits { disk_bytes: 8 << 20, memory_bytes: 1 << 20, links: 100 };
+        let (spool, writer, opened) =
+            Spool::open(&dir.path().join("spool"), limits, backoff::random, Timestamp::now).unwrap();
+        assert!(opened.clean);
+        let (mut at, mut kinds) = (Cursor::START, Vec::new());
+        while let Some(link) = spool.after(at).await {
+            at = Cursor { seq: link.last_seq(), hash: link.hash() };
+            let Link::Batch(batch) = link else { continue };
+            kinds.extend(batch.open().unwrap().events().unwrap().iter().map(|event| event.kind.to_string()));
+        }
+        writer.finish();
+        assert_eq!(kinds, ["agent.started", "agent.stopping", "agent.started", "agent.stopping"]);
+    }
+
+    #[tokio::test]
+    async fn a_key_that_the_workload_could_read_is_not_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        Store::open(dir.path()).unwrap().save(&Ca::new("td").issue("shop/web")).unwrap();
+        let app = start(Setup { shares_user: true, ..setup(config(dir.path())) }).await.unwrap();
+        assert!(app.identity.borrow().is_none(), "what is there is not taken");
+        app.stop("test").await;
+    }
+
+    #[tokio::test]
+    async fn a_damaged_identity_is_an_error_and_nothing_is_left_running() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("identity.json"), "{").unwrap();
+        let Err(error) = start(setup(config(dir.path()))).await else { panic!("it started") };
+        assert!(error.to_string().contains("enrol again with a new token"), "{error}");
+    }
 }

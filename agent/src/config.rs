@@ -130,7 +130,7 @@ pub struct Watch {
     /// How often everything is judged anew even if nothing seems to have changed.
     pub posture_interval: Duration,
     /// Part of the workload's cgroup path, where nothing else tells it from others.
-    pub cgroup: Option<String>,
+    pub subject: Option<String>,
     /// What is no news.
     pub normal: Normal,
 }
@@ -190,7 +190,7 @@ impl Default for Watch {
         Watch {
             tick: Duration::from_millis(50),
             posture_interval: Duration::from_secs(30),
-            cgroup: None,
+            subject: None,
             normal: Normal::default(),
         }
     }
@@ -328,7 +328,7 @@ fn watch(r: &mut Reader<'_>) -> Watch {
     Watch {
         tick: r.value("tick", default.tick),
         posture_interval: r.value("posture_interval", default.posture_interval),
-        cgroup: r.optional("cgroup"),
+        subject: r.optional("subject"),
         normal: Normal { healthchecks: r.value("healthchecks", Vec::new()), shells: r.value("shells", Vec::new()) },
     }
 }
@@ -605,7 +605,7 @@ mod tests {
             "user",
             "tick",
             "posture_interval",
-            "cgroup",
+            "subject",
             "healthchecks",
             "shells",
             "capabilities",

@@ -1,12 +1,15 @@
-//! From a name to a TCP connection: names through hickory-resolver, never getaddrinfo, which would load modules from
-//! the file system of the workload.
+//! From a name to a TCP connection, and what went wrong on the way. Names go through hickory-resolver, never getaddrinfo,
+//! which would load modules from the file system of the workload.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
+use rustls::CertificateError;
 use sidewarden_proto::config::HostPort;
+use sidewarden_proto::event::RefusalReason;
+use sidewarden_proto::tls;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout};
 
@@ -127,6 +130,39 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// The closed word and the exact text for a TLS handshake that failed, or whose connection did.
+pub fn handshake_fault(error: &io::Error) -> (RefusalReason, String) {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(fault) => tls_fault(fault),
+        None => (RefusalReason::HandshakeFailed, error.to_string()),
+    }
+}
+
+/// The same, of TLS itself.
+pub fn tls_fault(fault: &rustls::Error) -> (RefusalReason, String) {
+    let text = match (tls::fault_of(fault), fault) {
+        (Some(ours), _) => ours.to_string(),
+        (None, rustls::Error::InvalidCertificate(fault)) => certificate_text(fault),
+        (None, rustls::Error::NoCertificatesPresented) => "no certificate was shown".into(),
+        (None, other) => other.to_string(),
+    };
+    (tls::refusal_of(fault), text)
+}
+
+fn certificate_text(fault: &CertificateError) -> String {
+    match fault {
+        // A CA of the same name with another key shows as a bad signature.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "its certificate is signed by a CA that is not trusted here".into()
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => "its certificate has ended".into(),
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "clock: its certificate is not valid yet by our clock: compare both clocks".into()
+        }
+        other => format!("its certificate is not accepted: {other:?}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,6 +178,18 @@ mod tests {
         drop(listener);
         let error = resolver.connect(&to, Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().starts_with(&format!("dialling {address}: ")), "{error}");
+    }
+
+    #[test]
+    fn a_failed_handshake_is_told_in_words() {
+        let check = |fault: rustls::Error, reason, part| {
+            let (got, text) = handshake_fault(&io::Error::new(io::ErrorKind::InvalidData, fault));
+            assert_eq!((got, text.contains(part)), (reason, true), "{text}");
+        };
+        check(rustls::Error::NoCertificatesPresented, RefusalReason::NoCertificate, "no certificate");
+        check(CertificateError::UnknownIssuer.into(), RefusalReason::UnknownCa, "not trusted here");
+        check(CertificateError::NotValidYet.into(), RefusalReason::Expired, "clock: ");
+        check(tls::PeerFault::PinMismatch.into(), RefusalReason::UnknownCa, "not the pinned one");
     }
 
     #[tokio::test]

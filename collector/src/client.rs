@@ -104,7 +104,7 @@ impl Client {
         }
         let body: Value = serde_json::from_str(&text).unwrap_or_default();
         let word = |key: &str| clean(body[key].as_str().unwrap_or_default());
-        anyhow::bail!("the collector answers {status}: {} {}", word("error"), word("hint"))
+        anyhow::bail!("the collector answers {status}: {}: {}", word("error"), word("hint"))
     }
 
     /// Every cause in one line: what failed is at the end of the chain.

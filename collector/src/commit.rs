@@ -9,22 +9,24 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge};
-use sidewarden_proto::batch::{Batch, Cursor, Epoch, Fit, Lines, Link, MAX_EVENTS, Tombstone};
+use sidewarden_proto::batch::{Batch, Cursor, Epoch, Fit, Lines, Link, MAX_EVENTS, MAX_LINK, Malformed, Tombstone};
 use sidewarden_proto::event::{Body, ClockTick, Event, EventRef, Severity};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use crate::index::{Indexed, Record, Writer};
 use crate::log::{Entry, Keep, Log, LogError, Stored};
 use crate::state::{Stamp, State};
 
-/// Requests that wait. With links of up to 4 MiB this bounds memory together with each session's window.
+/// Requests that wait.
 const QUEUE: usize = 1024;
+/// KiB of links that wait, as sent: sixteen of the largest.
+const QUEUE_KIB: usize = 16 * MAX_LINK / 1024;
 /// Most links of one group.
 const GROUP_LINKS: usize = 512;
-/// A group is closed once it holds this many bytes.
-const GROUP_BYTES: usize = 16 << 20;
+/// A group is closed once it holds this many bytes, decompressed.
+const GROUP_BYTES: usize = 32 << 20;
 /// Links a slow listener may lag behind before it loses the oldest and is told so.
 const LISTENERS_LAG: usize = 4096;
 /// Own events kept while the store refuses them; the oldest go first, counted.
@@ -34,7 +36,7 @@ const CACHED_CHAINS: usize = 50_000;
 /// The state is saved after this many links, or at the first tick after [`SNAPSHOT_EVERY`].
 const SNAPSHOT_LINKS: u64 = 50_000;
 /// See [`SNAPSHOT_LINKS`].
-const SNAPSHOT_EVERY: std::time::Duration = std::time::Duration::from_secs(60);
+const SNAPSHOT_EVERY: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// A link that is on disk, with what the collector knows of it.
 #[derive(Clone, Debug)]
@@ -113,11 +115,20 @@ pub enum Fault {
 pub struct Closed;
 
 enum Request {
-    Link { agent: Arc<AgentId>, received: Timestamp, link: Link, progress: watch::Sender<Progress> },
+    Link(Offer),
     Own(Event),
     Tick(Timestamp),
     Cursor { agent: Arc<AgentId>, epoch: Epoch, reply: oneshot::Sender<Result<Cursor, String>> },
     Flush(oneshot::Sender<()>),
+}
+
+/// A link of a session, and the room it takes in the queue.
+struct Offer {
+    agent: Arc<AgentId>,
+    received: Timestamp,
+    link: Link,
+    progress: watch::Sender<Progress>,
+    room: OwnedSemaphorePermit,
 }
 
 /// What committing did, in numbers.
@@ -181,6 +192,7 @@ impl Stats {
 #[derive(Clone, Debug)]
 pub struct Committer {
     queue: mpsc::Sender<Request>,
+    room: Arc<Semaphore>,
     listeners: broadcast::Sender<Arc<Committed>>,
     state: Arc<RwLock<State>>,
     stats: Stats,
@@ -195,7 +207,10 @@ impl Committer {
         link: Link,
         progress: watch::Sender<Progress>,
     ) -> Result<(), Closed> {
-        self.queue.send(Request::Link { agent, received, link, progress }).await.map_err(|_| Closed)
+        let size = if let Link::Batch(batch) = &link { batch.body.len() } else { 0 };
+        let kib = u32::try_from(size / 1024 + 1).unwrap_or(u32::MAX).min(QUEUE_KIB as u32);
+        let room = self.room.clone().acquire_many_owned(kib).await.map_err(|_| Closed)?;
+        self.queue.send(Request::Link(Offer { agent, received, link, progress, room })).await.map_err(|_| Closed)
     }
 
     /// Takes an event of the collector itself; waits while the queue is full.
@@ -291,7 +306,8 @@ pub fn start(parts: Parts) -> Result<(Committer, std::thread::JoinHandle<()>), L
         .name("commit".into())
         .spawn(move || thread.run(requests))
         .map_err(|error| LogError::Access { path: "the commit thread".into(), error })?;
-    Ok((Committer { queue, listeners, state, stats }, handle))
+    let room = Arc::new(Semaphore::new(QUEUE_KIB));
+    Ok((Committer { queue, room, listeners, state, stats }, handle))
 }
 
 /// The last snapshot and everything after it. A snapshot that cannot be read is no loss while the log has it all.
@@ -304,25 +320,41 @@ fn restore(log: &dyn Log) -> Result<(State, u64), LogError> {
             Err(error) => tracing::warn!(%error, "the saved state cannot be read and is folded anew from the log"),
         }
     }
+    let mut from = state.position.max(snapshot_position) + 1;
     loop {
-        let links = log.read_from(state.position.max(snapshot_position) + 1, GROUP_LINKS)?;
-        if links.is_empty() {
-            return Ok((state, snapshot_position));
+        match log.read_from(from, GROUP_LINKS) {
+            Ok(links) if links.is_empty() => return Ok((state, snapshot_position)),
+            Ok(links) => {
+                from += links.len() as u64;
+                links.iter().for_each(|stored| replay(&mut state, stored));
+                from = from.max(state.position + 1);
+            }
+            Err(LogError::Damaged { position, error }) => {
+                damaged(position, &error);
+                from = position + 1;
+            }
+            Err(error) => return Err(error),
         }
-        links.iter().try_for_each(|stored| replay(&mut state, stored))?;
     }
 }
 
-fn replay(state: &mut State, stored: &Stored) -> Result<(), LogError> {
-    let damaged = |error| LogError::Damaged { position: stored.position, error };
-    match &stored.entry.link {
-        Link::Batch(batch) => {
-            let lines = batch.open().map_err(damaged)?;
-            apply(state, stored, &lines.events().map_err(damaged)?);
-        }
-        Link::Tombstone(_) => apply(state, stored, &[]),
+fn damaged(position: u64, error: &Malformed) {
+    tracing::error!(position, %error, "a link in the log is damaged: what it said is missing from the state");
+}
+
+fn replay(state: &mut State, stored: &Stored) {
+    let text = match &stored.entry.link {
+        Link::Batch(batch) => batch.open().map(Some),
+        Link::Tombstone(_) => Ok(None),
+    };
+    let read = text.and_then(|text| {
+        let events = text.as_ref().map_or(Ok(Vec::new()), Lines::events)?;
+        apply(state, stored, &events);
+        Ok(())
+    });
+    if let Err(error) = read {
+        damaged(stored.position, &error);
     }
-    Ok(())
 }
 
 fn apply(state: &mut State, stored: &Stored, events: &[EventRef<'_>]) {
@@ -358,12 +390,21 @@ struct Group {
     entries: Vec<Entry>,
     /// The text of each entry; none for a tombstone.
     texts: Vec<Option<Lines>>,
-    /// For each entry of a session: its progress and where it will then stand.
-    sessions: Vec<(watch::Sender<Progress>, Cursor)>,
+    sessions: Vec<Waiting>,
+    /// How far each chain is known once this group is on disk.
     cursors: HashMap<Chain, Cursor>,
     tick: Option<Timestamp>,
     flushes: Vec<oneshot::Sender<()>>,
     bytes: usize,
+    /// Given back when the group is done.
+    room: Vec<OwnedSemaphorePermit>,
+}
+
+/// A session that waits to hear how far it is on disk.
+struct Waiting {
+    chain: Chain,
+    progress: watch::Sender<Progress>,
+    then: Cursor,
 }
 
 impl Thread {
@@ -382,7 +423,7 @@ impl Thread {
 
     fn take(&mut self, request: Request, group: &mut Group) {
         match request {
-            Request::Link { agent, received, link, progress } => self.take_link(agent, received, link, progress, group),
+            Request::Link(offer) => self.take_link(offer, group),
             Request::Own(event) => self.take_own(event),
             Request::Tick(now) => {
                 group.tick = Some(now);
@@ -417,30 +458,26 @@ impl Thread {
         Ok(cursor)
     }
 
-    fn take_link(
-        &mut self,
-        agent: Arc<AgentId>,
-        received: Timestamp,
-        link: Link,
-        progress: watch::Sender<Progress>,
-        group: &mut Group,
-    ) {
+    fn take_link(&mut self, offer: Offer, group: &mut Group) {
+        let Offer { agent, received, link, progress, room } = offer;
+        group.room.push(room);
         if matches!(*progress.borrow(), Progress::Failed(_)) {
             return;
         }
         let chain = (agent, link.epoch());
-        match self.judge(&chain, link, group) {
+        let then = match self.judge(&chain, link, group) {
             Ok(Judged::Next { link, after, text }) => {
-                group.bytes += if let Link::Batch(batch) = &link { batch.body.len() } else { 128 };
+                group.bytes += if let Link::Batch(batch) = &link { batch.header.raw_len as usize } else { 128 };
                 group.cursors.insert(chain.clone(), after);
-                group.entries.push(Entry { agent: chain.0, received, link });
+                group.entries.push(Entry { agent: chain.0.clone(), received, link });
                 group.texts.push(text);
-                group.sessions.push((progress, after));
+                after
             }
             // On disk already, or in this very group: acknowledged with it.
-            Ok(Judged::Known(cursor)) => group.sessions.push((progress, cursor)),
-            Err(fault) => drop(progress.send_replace(Progress::Failed(fault))),
-        }
+            Ok(Judged::Known(cursor)) => cursor,
+            Err(fault) => return drop(progress.send_replace(Progress::Failed(fault))),
+        };
+        group.sessions.push(Waiting { chain, progress, then });
     }
 
     fn judge(&mut self, chain: &Chain, link: Link, group: &Group) -> Result<Judged, Fault> {
@@ -453,10 +490,8 @@ impl Thread {
         };
         let text = match &link {
             Link::Batch(batch) => {
-                let malformed = |error: sidewarden_proto::batch::Malformed| Fault::Malformed(error.to_string());
-                let text = batch.open().map_err(malformed)?;
-                text.events().map_err(malformed)?;
-                Some(text)
+                let malformed = |error: Malformed| Fault::Malformed(error.to_string());
+                Some(batch.open().map_err(malformed)?)
             }
             Link::Tombstone(_) => None,
         };
@@ -466,24 +501,51 @@ impl Thread {
     fn commit(&mut self, mut group: Group) {
         let own = self.seal_own(&mut group);
         let started = std::time::Instant::now();
+        let texts = std::mem::take(&mut group.texts);
+        let events = self.read_events(&texts, &mut group);
         if !group.entries.is_empty() {
             match self.log.append(&group.entries) {
                 Ok(first) => {
                     self.stats.commit_seconds.observe(started.elapsed().as_secs_f64());
-                    self.appended(first, &mut group, own);
+                    self.appended(first, &mut group, &events, own);
                 }
                 Err(error) => self.refused(&error, &mut group),
             }
         }
-        for (progress, cursor) in group.sessions.drain(..) {
-            progress.send_if_modified(|p| advance(p, cursor));
-        }
+        acknowledge(&mut group);
         if let Some(now) = group.tick {
             self.keep_house(now);
         }
         for flush in group.flushes.drain(..) {
             let _ = flush.send(());
         }
+    }
+
+    /// The events of every entry. An entry that cannot be read leaves the group, and so does what follows it in its chain.
+    fn read_events<'t>(&mut self, texts: &'t [Option<Lines>], group: &mut Group) -> Vec<Vec<EventRef<'t>>> {
+        let mut broken: HashMap<Chain, Fault> = HashMap::new();
+        let mut events = Vec::with_capacity(texts.len());
+        let mut texts = texts.iter();
+        group.entries.retain(|entry| {
+            let chain = (entry.agent.clone(), entry.link.epoch());
+            let text = texts.next().and_then(Option::as_ref);
+            match text.map_or_else(|| Ok(Vec::new()), Lines::events) {
+                Ok(read) if !broken.contains_key(&chain) => events.push(read),
+                Ok(_) => return false,
+                Err(error) => {
+                    broken.entry(chain).or_insert(Fault::Malformed(error.to_string()));
+                    return false;
+                }
+            }
+            true
+        });
+        for (chain, fault) in broken {
+            // What of the chain stays in the group will be in the log, which then knows how far it goes.
+            group.cursors.remove(&chain);
+            self.cursors.remove(&chain);
+            fail(group, |waiting| waiting.chain == chain, &fault);
+        }
+        events
     }
 
     /// Makes a link of the own events that wait; how many of them.
@@ -510,36 +572,31 @@ impl Thread {
         }
     }
 
-    fn appended(&mut self, first: u64, group: &mut Group, own: usize) {
+    fn appended(&mut self, first: u64, group: &mut Group, events: &[Vec<EventRef<'_>>], own: usize) {
         self.cursors.extend(group.cursors.drain());
         self.own_pending.drain(..own);
         // The acknowledgement comes first: it waits for the disk and for nothing else.
-        for (progress, cursor) in group.sessions.drain(..) {
-            progress.send_if_modified(|p| advance(p, cursor));
-        }
+        acknowledge(group);
         if self.stats.store_up.get() == 0 {
             tracing::info!("the store takes events again");
             self.stats.store_up.set(1);
         }
         let stored: Vec<Stored> =
             (first..).zip(group.entries.drain(..)).map(|(position, entry)| Stored { position, entry }).collect();
-        self.tell(&stored, &group.texts);
+        self.tell(&stored, events);
     }
 
     /// State, then index, then listeners: who is told of an event finds it in both.
-    fn tell(&mut self, stored: &[Stored], texts: &[Option<Lines>]) {
-        let no_events = || Ok(Vec::new());
-        let events: Vec<Vec<EventRef<'_>>> =
-            texts.iter().map(|t| t.as_ref().map_or_else(no_events, Lines::events).unwrap_or_default()).collect();
+    fn tell(&mut self, stored: &[Stored], events: &[Vec<EventRef<'_>>]) {
         {
             let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-            stored.iter().zip(&events).for_each(|(stored, events)| apply(&mut state, stored, events));
+            stored.iter().zip(events).for_each(|(stored, events)| apply(&mut state, stored, events));
         }
-        let indexed: Vec<_> = stored.iter().zip(&events).map(|(stored, events)| Indexed { stored, events }).collect();
+        let indexed: Vec<_> = stored.iter().zip(events).map(|(stored, events)| Indexed { stored, events }).collect();
         self.index(&indexed);
         self.stats.links.inc_by(stored.len() as u64);
         self.stats.events.inc_by(events.iter().map(|e| e.len() as u64).sum());
-        for (stored, events) in stored.iter().zip(&events) {
+        for (stored, events) in stored.iter().zip(events) {
             if self.listeners.receiver_count() > 0 {
                 let _ = self.listeners.send(Arc::new(committed(stored, events)));
             }
@@ -560,10 +617,7 @@ impl Thread {
             tracing::error!(%error, "the store refuses events: agents keep theirs until it takes them again");
             self.stats.store_up.set(0);
         }
-        let fault = Fault::Store(error.to_string());
-        for (progress, _) in group.sessions.drain(..) {
-            progress.send_replace(Progress::Failed(fault.clone()));
-        }
+        fail(group, |_| true, &Fault::Store(error.to_string()));
     }
 
     fn keep_house(&mut self, now: Timestamp) {
@@ -619,6 +673,20 @@ impl Thread {
 enum Judged {
     Next { link: Link, after: Cursor, text: Option<Lines> },
     Known(Cursor),
+}
+
+/// Tells every session of the group that its links are on disk.
+fn acknowledge(group: &mut Group) {
+    for Waiting { progress, then, .. } in group.sessions.drain(..) {
+        progress.send_if_modified(|progress| advance(progress, then));
+    }
+}
+
+/// Tells some sessions of the group that theirs are not.
+fn fail(group: &mut Group, which: impl Fn(&Waiting) -> bool, fault: &Fault) {
+    for Waiting { progress, .. } in group.sessions.extract_if(.., |waiting| which(waiting)) {
+        progress.send_replace(Progress::Failed(fault.clone()));
+    }
 }
 
 fn advance(progress: &mut Progress, to: Cursor) -> bool {
@@ -727,6 +795,12 @@ mod tests {
             self.dir
         }
 
+        /// Keeps the thread from finishing its group, so that what is given meanwhile forms one group.
+        fn hold(&self) -> RwLockReadGuard<'_, State> {
+            self.commits.queue.try_send(Request::Own(event("first"))).unwrap();
+            self.commits.state()
+        }
+
         async fn give(&self, agent: &str, link: Link) -> watch::Receiver<Progress> {
             let (progress, heard) = watch::channel(Progress::Committed(Cursor::START));
             self.give_with(agent, link, &progress).await;
@@ -811,6 +885,35 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(
+        clippy::await_holding_lock,
+        reason = "holding it is how the thread is kept waiting; nothing else runs here"
+    )]
+    async fn an_unreadable_event_is_refused_with_all_that_follows_and_spares_other_chains() {
+        let world = World::new();
+        // Sealed by somebody who cannot count: the body's numbers are not those of the header.
+        let (good, after) = (links(3), Cursor { seq: 1, hash: links(1)[0].hash() });
+        let Ok(mut lying) = Batch::seal(Epoch([1; 16]), 9, after.hash, &mut [event("x")]) else { unreachable!() };
+        lying.header.first_seq = 2;
+        let follows = Batch::seal(Epoch([1; 16]), 3, lying.hash, &mut [event("x")]).unwrap();
+        let hold = world.hold();
+        let first = world.give("web", good[0].clone()).await;
+        let broken = world.give("web", Link::Batch(lying)).await;
+        let next = world.give("web", Link::Batch(follows)).await;
+        let other = world.give("db", good[0].clone()).await;
+        drop(hold);
+        world.commits.flush().await.unwrap();
+        assert!(matches!(&*broken.borrow(), Progress::Failed(Fault::Malformed(_))));
+        assert_eq!((seq(&next), seq(&other)), (None, Some(1)));
+        assert!(seq(&first).is_none_or(|seq| seq == 1), "what it was told is true");
+        assert_eq!(world.log().len(), 3, "the first of each chain, and our own");
+        let again = world.give("web", good[1].clone()).await;
+        world.commits.flush().await.unwrap();
+        assert_eq!(seq(&again), Some(2));
+        world.end();
+    }
+
+    #[tokio::test]
     async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
         let (world, links) = (World::new(), links(2));
         world.full.store(true, Ordering::SeqCst);
@@ -864,7 +967,7 @@ mod tests {
         world.commits.flush().await.unwrap();
         let before = { world.commits.state().agents[&*agent_id("web")].events };
         for _ in 0..3 {
-            world.commits.tick(Timestamp::from_secs(100)).await.unwrap();
+            world.commits.tick(Timestamp::from_secs(1_000)).await.unwrap();
             world.commits.flush().await.unwrap();
         }
         assert!(world.log().len() <= 3, "{} links are left", world.log().len());
@@ -877,12 +980,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_damaged_link_costs_itself_and_nothing_else() {
+        let world = World::new();
+        for link in links(5) {
+            world.give("web", link).await;
+        }
+        world.commits.flush().await.unwrap();
+        let dir = world.end();
+        let db = rusqlite::Connection::open(dir.path().join("log.db")).unwrap();
+        db.execute("DELETE FROM snapshot", []).unwrap();
+        db.execute("UPDATE link SET bytes = x'00' WHERE position = 1", []).unwrap();
+        db.execute("UPDATE link SET bytes = substr(bytes, 1, 110) WHERE position = 4", []).unwrap();
+        std::fs::remove_file(dir.path().join("index.db")).unwrap();
+        let world = World::at(dir, 1 << 30);
+        let web = world.commits.state().agents[&*agent_id("web")].clone();
+        assert_eq!((world.commits.state().position, web.events), (5, [3, 0, 0, 0]));
+        let reader = SqliteLog::open(&world.dir.path().join("log.db")).unwrap().reader().unwrap();
+        let index = crate::index::Index::open(&world.dir.path().join("index.db"), reader).unwrap();
+        assert_eq!(index.query_now(&Default::default()).unwrap().events.len(), 3);
+        world.end();
+    }
+
+    #[tokio::test]
     async fn the_state_is_the_same_from_a_snapshot_and_from_the_whole_log() {
         let world = World::new();
         for link in links(20) {
             world.give("web", link).await;
         }
-        world.commits.tick(Timestamp::from_secs(100)).await.unwrap();
+        world.commits.tick(Timestamp::from_secs(1_000)).await.unwrap();
         world.commits.own(event("after the snapshot")).await.unwrap();
         world.commits.flush().await.unwrap();
         let saved = serde_json::to_value(&*world.commits.state()).unwrap();

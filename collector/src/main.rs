@@ -166,6 +166,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = read_config(&arguments)?;
+    // What is written is ours alone, whatever the shell's mask: logs of what happened inside are not for everybody.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     match arguments.command {
         Command::Serve => {
             start_log(arguments.log_format, &arguments.log_level)?;
@@ -222,7 +224,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let app = app::start(config, Timestamp::now).await?;
-    tracing::info!(agents = %app.agents, data_dir = %app.core.config.data_dir.display(), "collector ready");
+    let data_dir = app.core.config.data_dir.display();
+    tracing::info!(agents = %app.agents, api = %app.api, metrics = %app.metrics, %data_dir, "collector ready");
+    tracing::info!(page = format!("https://{}/", app.api), token_file = %app.core.config.data_dir.join("admin.token").display(), "the page");
     let mut watch = tokio::time::interval(Duration::from_secs(1));
     let broken = loop {
         tokio::select! {

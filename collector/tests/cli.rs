@@ -36,7 +36,12 @@ impl Drop for Server {
 impl Server {
     /// Starts, and waits for the line that says it is ready.
     fn start(dir: &Path) -> Server {
+        Server::start_with(dir, 0)
+    }
+
+    fn start_with(dir: &Path, api_port: u16) -> Server {
         let mut command = serve(dir);
+        command.env("SIDEWARDEN_API_LISTEN", format!("127.0.0.1:{api_port}"));
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("collector ready"));
@@ -118,7 +123,10 @@ fn what_keeps_it_from_starting_is_said_in_one_line() {
     std::fs::write(&file, "").unwrap();
     let mut foreign = serve(&dir.path().join("a"));
     foreign.env("SIDEWARDEN_TRUST_DOMAIN", "other.example");
+    drop(Server::start(&dir.path().join("lost")));
+    std::fs::remove_dir_all(dir.path().join("lost/ca")).unwrap();
     let rows = [
+        (serve(&dir.path().join("lost")), "restore ca/ from a backup"),
         (busy, "another program has it"),
         (foreign, "of trust domain `sidewarden.internal`"),
         (serve(&file.join("below")), "data_dir must be a directory this user can write"),
@@ -153,6 +161,37 @@ fn without_a_collector_the_commands_say_so() {
         assert_eq!(output.status.code(), Some(1), "{told}");
         assert!(told.contains("is the collector running") || told.contains("admin.token"), "{command}: {told}");
     }
+}
+
+#[test]
+fn the_commands_show_what_the_collector_knows() {
+    let dir = tempdir().unwrap();
+    let data = dir.path().join("data");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let _server = Server::start_with(&data, port);
+    let ask = |arguments: &[&str]| {
+        let mut command = collector();
+        command.args(arguments).arg("--data-dir").arg(&data);
+        let output = command.env("SIDEWARDEN_API_LISTEN", format!("127.0.0.1:{port}")).output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    assert_eq!(ask(&["health"]).0, Some(0));
+    let events = ask(&["events", "--kind", "collector.started"]);
+    assert!(events.1.contains("Collector") && events.1.lines().count() == 1, "{events:?}");
+    let json = ask(&["events", "--json", "--limit", "1"]).1;
+    assert!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["kind"].is_string());
+    let agents = ask(&["agents"]);
+    assert!(agents.1.starts_with("WORKLOAD") && agents.2.contains("token create"), "{agents:?}");
+    assert!(ask(&["posture", "shop/web"]).2.contains("no such workload"));
+    // Another collector's CA, and another token.
+    let other = dir.path().join("other");
+    drop(Server::start(&other));
+    let foreign = other.join("ca/root/cert.pem");
+    let refused = ask(&["agents", "--ca", foreign.to_str().unwrap()]);
+    assert!(refused.0 == Some(1) && refused.2.contains("certificate"), "{refused:?}");
+    let token = other.join("admin.token");
+    let refused = ask(&["agents", "--token-file", token.to_str().unwrap()]);
+    assert!(refused.0 == Some(1) && refused.2.contains("the token is wrong"), "{refused:?}");
 }
 
 #[test]

@@ -392,6 +392,70 @@ async fn strangers_at_the_door_are_refused_with_a_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_ends_when_its_certificate_does() {
+    let dir = tempdir().unwrap();
+    let mut settings = agent::settings(dir.path());
+    settings.certificate_life = Duration::from_secs(3);
+    let app = sidewarden_collector::app::start(settings, Timestamp::now).await.unwrap();
+    let web = Agent::enrolled(&app, "shop/web", "c1").await;
+    let (mut connection, _) = web.session(app.agents).await;
+    assert_eq!(connection.refusal().await, "expired");
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_door_has_room_for_so_many_and_says_when_it_is_full() {
+    let dir = tempdir().unwrap();
+    let mut settings = agent::settings(dir.path());
+    settings.agents.max_handshakes = 2;
+    settings.agents.handshake_timeout = Duration::from_secs(60);
+    let app = sidewarden_collector::app::start(settings, Timestamp::now).await.unwrap();
+    let _slow = [TcpStream::connect(app.agents).await.unwrap(), TcpStream::connect(app.agents).await.unwrap()];
+    let mut third = TcpStream::connect(app.agents).await.unwrap();
+    let mut rest = Vec::new();
+    assert!(matches!(third.read_to_end(&mut rest).await, Ok(0) | Err(_)), "it is closed at once");
+    wait_for(&app, "ingest.refused", "limit_reached").await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_thrown_at_the_quic_port_hurt_nobody() {
+    let dir = tempdir().unwrap();
+    let app = start(dir.path()).await;
+    let web = Agent::enrolled(&app, "shop/web", "c1").await;
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut junk = vec![0; 1200];
+    for _ in 0..500 {
+        sidewarden_collector::random(&mut junk);
+        junk[0] |= 0xc0;
+        let _ = socket.send_to(&junk, app.agents).await;
+    }
+    let (_connection, cursor) = web.session(app.agents).await;
+    assert_eq!(cursor, Cursor::START);
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_refuses_sends_agents_away_and_takes_them_back() {
+    let dir = tempdir().unwrap();
+    let app = start(dir.path()).await;
+    let mut web = Agent::enrolled(&app, "shop/web", "c1").await;
+    let (mut connection, _) = web.session(app.agents).await;
+    app.core.commits.flush().await.unwrap();
+    // Another process holds the file for writing, longer than we wait for it.
+    let blocker = rusqlite::Connection::open(dir.path().join("data/log.db")).unwrap();
+    blocker.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let link = web.some_events(3);
+    connection.send(&Frame::Link(link.clone())).await;
+    assert_eq!(connection.refusal().await, "overloaded");
+    blocker.execute_batch("ROLLBACK").unwrap();
+    let (mut connection, cursor) = web.session(app.agents).await;
+    assert_eq!(cursor, Cursor::START);
+    connection.deliver(link).await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn broken_requests_for_a_certificate_are_answered() {
     let dir = tempdir().unwrap();
     let app = start(dir.path()).await;

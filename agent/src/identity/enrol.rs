@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::dial::{DialError, Resolver};
+use crate::dial::{DialError, Resolver, handshake_fault};
 
 /// To reach one collector.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -35,7 +35,7 @@ pub enum EnrolError {
     #[error("the collector cannot be reached: {0}")]
     Dial(#[from] DialError),
     /// The connection broke.
-    #[error("enrolling at {address}: {error}")]
+    #[error("enrolling at {address}: {}", handshake_fault(error).1)]
     Connection {
         /// With whom.
         address: String,

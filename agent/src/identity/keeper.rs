@@ -128,6 +128,8 @@ pub struct Keeper {
     parts: Parts,
     store: Store,
     publish: watch::Sender<Option<Arc<Identity>>>,
+    /// Why the last attempt failed; `None` after one that did not.
+    trouble: watch::Sender<Option<String>>,
     issued: Option<Issued>,
     directive: Option<Arc<Directive>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
@@ -172,11 +174,26 @@ impl Keeper {
             Err(error) => return Err(error.into()),
         };
         let (directive, jitter) = (None, Duration::ZERO);
-        let mut keeper =
-            Keeper { parts, store, publish, issued, directive, key: None, refused: None, jitter, failing: false };
+        let mut keeper = Keeper {
+            parts,
+            store,
+            publish,
+            trouble: watch::Sender::default(),
+            issued,
+            directive,
+            key: None,
+            refused: None,
+            jitter,
+            failing: false,
+        };
         keeper.load_directive()?;
         keeper.publish_current()?;
         Ok((keeper, current))
+    }
+
+    /// Why there is no certificate, or no newer one, for whoever has to tell a person.
+    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.trouble.subscribe()
     }
 
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
@@ -217,6 +234,7 @@ impl Keeper {
                     Ok(()) => {
                         backoff.reset();
                         (pause, self.failing) = (Duration::ZERO, false);
+                        self.trouble.send_replace(None);
                     }
                     Err(error) => {
                         pause = backoff.after_failure();
@@ -256,37 +274,25 @@ impl Keeper {
         }
         let token: Token =
             text.reveal().parse().map_err(|fault| KeeperError::BadToken { path: path.clone(), fault })?;
-        let key = match self.key.take() {
-            Some(key) => key,
-            None => enrol::new_key()?,
-        };
-        let mut request = self.request(&key)?;
-        (request.token_id, request.token_secret) = (token.id, token.secret);
+        if self.key.is_none() {
+            self.key = Some(enrol::new_key()?);
+        }
+        let Some(key) = &self.key else { return Ok(()) };
         let source = &self.parts.source;
+        let der = key.serialize_der();
+        let mut request = request(source, key)?;
+        (request.token_id, request.token_secret) = (token.id, token.secret);
         let answer = enrol::ask(&self.parts.resolver, &source.collectors, &[token.pin], &request).await;
         if matches!(&answer, Err(error) if !error.may_pass()) {
             self.refused = Some(hash);
         }
-        let key = self.key.insert(key).serialize_der();
-        self.adopt(&key, answer?)?;
+        self.adopt(&der, answer?)?;
         self.key = None;
         match std::fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) => tracing::warn!(path = %path.display(), %error, "the used token cannot be removed"),
         }
         Ok(())
-    }
-
-    fn request(&self, key: &KeyPair) -> Result<Request, KeeperError> {
-        Ok(Request {
-            version: env!("CARGO_PKG_VERSION").into(),
-            workload: self.parts.source.workload.clone(),
-            instance: self.parts.source.instance.clone(),
-            token_id: String::new(),
-            token_secret: Secret::default(),
-            csr: enrol::certificate_request(key)?,
-            previous: Vec::new(),
-        })
     }
 
     /// Over the session, with a new key.
@@ -311,7 +317,7 @@ impl Keeper {
         let Some(issued) = self.issued.clone() else { return self.enrol().await };
         let der = issued.key()?;
         let key = KeyPair::try_from(der.as_slice()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
-        let mut request = self.request(&key)?;
+        let mut request = request(&self.parts.source, &key)?;
         request.previous = issued.chain().to_vec();
         let pins = self.root_pins();
         let source = &self.parts.source;
@@ -383,6 +389,10 @@ impl Keeper {
     }
 
     fn tell_failure(&mut self, error: &KeeperError, pause: Duration) {
+        // That the same token was refused before says less than why.
+        if !matches!(error, KeeperError::SameToken(_)) {
+            self.trouble.send_replace(Some(error.to_string()));
+        }
         let dates = self.dates();
         let urgent = dates.is_some_and(|(from, until)| until.since(Timestamp::now()) < until.since(from) / ALARM_SHARE);
         if self.failing && !urgent {
@@ -401,6 +411,18 @@ impl Keeper {
     }
 }
 
+fn request(source: &Source, key: &KeyPair) -> Result<Request, EnrolError> {
+    Ok(Request {
+        version: env!("CARGO_PKG_VERSION").into(),
+        workload: source.workload.clone(),
+        instance: source.instance.clone(),
+        token_id: String::new(),
+        token_secret: Secret::default(),
+        csr: enrol::certificate_request(key)?,
+        previous: Vec::new(),
+    })
+}
+
 fn read_token(path: &std::path::Path) -> Result<String, KeeperError> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(text.trim().to_owned()),
@@ -413,4 +435,281 @@ fn read_token(path: &std::path::Path) -> Result<String, KeeperError> {
 pub fn read_dns_roots(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, StoreError> {
     let pem = std::fs::read(path).map_err(|error| StoreError::File { path: path.to_owned(), error })?;
     tls::certificates(&pem).map_err(|e| store::StoreError::Damaged { path: path.to_owned(), detail: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use sidewarden_proto::directive::Deny;
+    use sidewarden_proto::enrol::{Der, Refused};
+    use sidewarden_proto::tls::Floor;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::identity::made_up::{Ca, validity};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_certificate_is_renewed_past_half_of_its_life_and_enrolled_anew_never_before_its_end() {
+        let (from, until) = (Timestamp::from_secs(0), Timestamp::from_secs(7200));
+        let check = |now: i64, expected| {
+            let plan = plan(Some((from, until)), Duration::from_secs(100), Timestamp::from_secs(now));
+            assert_eq!(plan, expected, "at {now}");
+        };
+        check(-500, Step::Wait(LOOK_AGAIN));
+        check(3600, Step::Wait(LOOK_AGAIN));
+        check(3690, Step::Wait(Duration::from_secs(10)));
+        check(3700, Step::Renew);
+        check(7199, Step::Renew);
+        check(7200, Step::RenewEnded);
+        assert_eq!(plan(None, Duration::ZERO, from), Step::Enrol);
+    }
+
+    /// A collector's enrolment port that answers as told, one answer a request.
+    async fn enrolment_port(ca: &Arc<Ca>, answers: Vec<Option<Refused>>) -> (HostPort, Arc<Mutex<Vec<Request>>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked: Arc<Mutex<Vec<Request>>> = Arc::default();
+        let alpn = &[sidewarden_proto::wire::ALPN_ENROL];
+        let tls = tls::server_config_without_client(&ca.collector(), Floor::Tls13, alpn).unwrap();
+        let (ca, heard) = (ca.clone(), asked.clone());
+        tokio::spawn(async move {
+            for answer in answers {
+                let (tcp, _) = listener.accept().await.unwrap();
+                let Ok(mut stream) = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(tcp).await else { continue };
+                let mut prefix = [0; 4];
+                stream.read_exact(&mut prefix).await.unwrap();
+                let mut payload = vec![0; wire::message_length(prefix).unwrap()];
+                stream.read_exact(&mut payload).await.unwrap();
+                let request: Request = wire::from_payload(&payload).unwrap();
+                let answer = match answer {
+                    Some(refused) => Answer::Refused(refused),
+                    None => Answer::Issued(ca.sign_request("shop/web", &request.csr.0)),
+                };
+                heard.lock().unwrap().push(request);
+                stream.write_all(&wire::to_message(&answer)).await.unwrap();
+                stream.shutdown().await.unwrap();
+            }
+        });
+        (HostPort { host: "127.0.0.1".into(), port: address.port() }, asked)
+    }
+
+    struct World {
+        ca: Arc<Ca>,
+        dir: tempfile::TempDir,
+        events: Arc<Mutex<Vec<Event>>>,
+        renewal_requests: mpsc::Receiver<Renewal>,
+        keeper: Keeper,
+        current: Current,
+    }
+
+    impl World {
+        fn new(ca: Arc<Ca>, collector: HostPort, kept: Option<Issued>) -> World {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            if let Some(issued) = kept {
+                store.save(&issued).unwrap();
+            }
+            let token_file = Some(dir.path().join("token"));
+            let events: Arc<Mutex<Vec<Event>>> = Arc::default();
+            let told = events.clone();
+            let (renewals, renewal_requests) = mpsc::channel(1);
+            let instance = "c1".parse().unwrap();
+            let parts = Parts {
+                source: Source { collectors: vec![collector], token_file, workload: None, instance },
+                resolver: Resolver::from_system(),
+                dns_roots: Vec::new(),
+                emit: Arc::new(move |event| told.lock().unwrap().push(event)),
+                random: crate::backoff::random,
+                renewals,
+            };
+            let (keeper, current) = Keeper::load(store, parts).unwrap();
+            World { ca, dir, events, renewal_requests, keeper, current }
+        }
+
+        fn token_path(&self) -> PathBuf {
+            self.dir.path().join("token")
+        }
+
+        fn put_token(&self, pin: Sha256) {
+            let token = Token::new(crate::backoff::random, pin);
+            std::fs::write(self.token_path(), token.text().reveal()).unwrap();
+        }
+
+        fn pin(&self) -> Sha256 {
+            tls::spki_of(&self.ca.root).unwrap()
+        }
+
+        fn workload(&self) -> Option<String> {
+            self.current.borrow().as_ref().map(|identity| identity.workload.to_string())
+        }
+
+        fn serial(&self) -> String {
+            self.current.borrow().as_ref().unwrap().credential.peer().serial.clone()
+        }
+    }
+
+    fn refused(reason: &str, retry: bool) -> Option<Refused> {
+        Some(Refused { reason: reason.into(), detail: String::new(), retry })
+    }
+
+    #[tokio::test]
+    async fn a_token_makes_an_identity_that_is_kept_and_the_token_is_gone() {
+        let ca = Arc::new(Ca::new("td"));
+        let (collector, asked) = enrolment_port(&ca, vec![None]).await;
+        let mut world = World::new(ca, collector, None);
+        world.put_token(world.pin());
+        world.keeper.act(Step::Enrol).await.unwrap();
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/web"));
+        assert!(!world.token_path().exists());
+        let kept = world.keeper.store.load().unwrap().unwrap().check().unwrap();
+        assert_eq!(kept.credential.peer().serial, world.serial());
+        assert_eq!(asked.lock().unwrap()[0].instance.as_str(), "c1");
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_is_not_tried_again_and_another_one_is() {
+        let ca = Arc::new(Ca::new("td"));
+        let (collector, asked) = enrolment_port(&ca, vec![refused("token_used_up", false), None]).await;
+        let mut world = World::new(ca, collector, None);
+        world.put_token(world.pin());
+        let error = world.keeper.act(Step::Enrol).await.unwrap_err().to_string();
+        assert!(
+            error.contains("the token is used up; make a new one with `sidewarden-collector token create"),
+            "{error}"
+        );
+        assert!(matches!(world.keeper.act(Step::Enrol).await, Err(KeeperError::SameToken(_))));
+        assert_eq!(asked.lock().unwrap().len(), 1);
+        world.put_token(world.pin());
+        world.keeper.act(Step::Enrol).await.unwrap();
+        assert!(world.workload().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_request_whose_answer_was_lost_is_repeated_with_the_same_key() {
+        let ca = Arc::new(Ca::new("td"));
+        let (collector, asked) = enrolment_port(&ca, vec![refused("internal", true), None]).await;
+        let mut world = World::new(ca, collector, None);
+        world.put_token(world.pin());
+        assert!(world.keeper.act(Step::Enrol).await.is_err());
+        world.keeper.act(Step::Enrol).await.unwrap();
+        let key = |request: &Request| {
+            rcgen::CertificateSigningRequestParams::from_der(&request.csr.0.clone().into()).unwrap().public_key
+        };
+        let asked = asked.lock().unwrap();
+        assert!(key(&asked[0]) == key(&asked[1]));
+    }
+
+    #[tokio::test]
+    async fn another_collector_than_the_pinned_one_gets_no_token() {
+        let ca = Arc::new(Ca::new("td"));
+        let (collector, asked) = enrolment_port(&ca, vec![None]).await;
+        let mut world = World::new(ca, collector, None);
+        world.put_token(Sha256([7; 32]));
+        let error = world.keeper.act(Step::Enrol).await.unwrap_err().to_string();
+        assert!(error.contains("not the pinned one"), "{error}");
+        assert!(asked.lock().unwrap().is_empty() && world.token_path().exists());
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_with_a_token_file_is_said() {
+        let ca = Arc::new(Ca::new("td"));
+        let mut world = World::new(ca, HostPort { host: "127.0.0.1".into(), port: 1 }, None);
+        let missing = world.keeper.act(Step::Enrol).await.unwrap_err().to_string();
+        assert!(missing.contains("there is no identity and no token at"), "{missing}");
+        std::fs::write(world.token_path(), "my-secret").unwrap();
+        let bad = world.keeper.act(Step::Enrol).await.unwrap_err().to_string();
+        assert!(bad.contains("no enrolment token") && !bad.contains("my-secret"), "{bad}");
+    }
+
+    #[tokio::test]
+    async fn a_renewal_over_the_session_has_a_new_key_and_is_told() {
+        let ca = Arc::new(Ca::new("td"));
+        let kept = ca.issue("shop/web");
+        let mut world = World::new(ca.clone(), HostPort { host: "127.0.0.1".into(), port: 1 }, Some(kept));
+        let before = world.current.borrow().clone().unwrap();
+        let mut requests = std::mem::replace(&mut world.renewal_requests, mpsc::channel(1).1);
+        let answering = tokio::spawn(async move {
+            let renewal = requests.recv().await.unwrap();
+            let answer = Answer::Issued(ca.sign_request("shop/web", &renewal.csr));
+            renewal.answer.send(wire::to_message(&answer)[4..].to_vec()).unwrap();
+        });
+        world.keeper.act(Step::Renew).await.unwrap();
+        answering.await.unwrap();
+        let after = world.current.borrow().clone().unwrap();
+        assert_ne!(before.credential.peer().spki, after.credential.peer().spki);
+        assert_eq!(world.events.lock().unwrap()[0].kind, "identity.renewed");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_renewal_leaves_what_holds_and_is_told_once() {
+        let ca = Arc::new(Ca::new("td"));
+        let kept = ca.issue("shop/web");
+        let mut world = World::new(ca, HostPort { host: "127.0.0.1".into(), port: 1 }, Some(kept));
+        let before = world.serial();
+        for _ in 0..2 {
+            let error = world.keeper.act(Step::Renew).await.unwrap_err();
+            world.keeper.tell_failure(&error, HOUR);
+        }
+        assert_eq!(world.serial(), before);
+        let events = world.events.lock().unwrap();
+        assert_eq!(events.iter().map(|e| e.kind.as_ref()).collect::<Vec<_>>(), ["identity.renewal_failed"]);
+    }
+
+    #[tokio::test]
+    async fn an_ended_certificate_is_renewed_with_its_own_key_and_without_a_token() {
+        let ca = Arc::new(Ca::new("td"));
+        let (collector, asked) = enrolment_port(&ca, vec![None]).await;
+        let now = Timestamp::now();
+        let mut params = ca.params("shop/web");
+        validity(&mut params, now.minus(HOUR * 2), now.minus(HOUR));
+        let mut world = World::new(ca.clone(), collector, Some(ca.issue_with(&params)));
+        let before = world.current.borrow().clone().unwrap();
+        assert!(before.usable(now).is_err());
+        world.keeper.act(plan(world.keeper.dates(), Duration::ZERO, now)).await.unwrap();
+        let after = world.current.borrow().clone().unwrap();
+        assert_eq!(before.credential.peer().spki, after.credential.peer().spki);
+        assert!(after.usable(now).is_ok());
+        let request = asked.lock().unwrap()[0].clone();
+        assert!(request.token_id.is_empty() && request.previous[0] == Der(before.credential.chain()[0].to_vec()));
+    }
+
+    #[tokio::test]
+    async fn what_was_issued_for_another_key_or_another_time_is_not_taken() {
+        let ca = Arc::new(Ca::new("td"));
+        let world = World::new(ca.clone(), HostPort { host: "127.0.0.1".into(), port: 1 }, None);
+        let mut keeper = world.keeper;
+        let (ours, other) = (enrol::new_key().unwrap(), enrol::new_key().unwrap());
+        let foreign = ca.sign_request("shop/web", &enrol::certificate_request(&other).unwrap().0);
+        let error = keeper.adopt(&ours.serialize_der(), foreign).unwrap_err().to_string();
+        assert!(error.contains("does not belong"), "{error}");
+        assert!(world.current.borrow().is_none() && keeper.store.load().unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn directives_count_only_when_proven_and_newer() {
+        let ca = Arc::new(Ca::new("td"));
+        let kept = ca.issue("shop/web");
+        let mut world = World::new(ca.clone(), HostPort { host: "127.0.0.1".into(), port: 1 }, Some(kept));
+        let version = |world: &World| world.current.borrow().as_ref().unwrap().directive_version();
+        let deny = |why: &str| vec![Deny::Key { spki: Sha256([1; 32]), why: why.into() }];
+        let now = Timestamp::now();
+        for (bytes, expected) in [
+            (ca.directive(2, deny("a"), now).to_bytes(), 2),
+            (ca.directive(1, deny("older"), now).to_bytes(), 2),
+            (Ca::new("td").directive(9, deny("foreign"), now).to_bytes(), 2),
+            (b"garbage".to_vec(), 2),
+            (ca.directive(3, deny("newer"), now).to_bytes(), 3),
+        ] {
+            world.keeper.take_directive(&bytes);
+            assert_eq!(version(&world), expected);
+        }
+        let source = world.keeper.parts.source.clone();
+        let parts = Parts { source, ..world.keeper.parts };
+        let (_, current) = Keeper::load(world.keeper.store, parts).unwrap();
+        assert_eq!(current.borrow().as_ref().unwrap().directive_version(), 3, "it is there after a restart");
+    }
 }

@@ -217,7 +217,7 @@ async fn keep_books(shared: Arc<Shared>) {
             () = sleep(TICK) => ticks = ticks.wrapping_add(1),
         }
         shared.ledger.tell(false);
-        if ticks % REVIEW_EVERY == 0 {
+        if ticks.is_multiple_of(REVIEW_EVERY) {
             // The clock may have been set, which no deadline sees.
             shared.review();
         }
@@ -351,12 +351,4 @@ fn secured(connection: &rustls::CommonState, address: SocketAddr) -> Secured {
     let group =
         connection.negotiated_key_exchange_group().map_or_else(String::new, |group| format!("{:?}", group.name()));
     Secured { address: address.to_string(), tls_version, group }
-}
-
-/// The closed word and the exact text for a handshake that failed.
-fn fault_of(error: &io::Error) -> (RefusalReason, String) {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(fault) => (sidewarden_proto::tls::refusal_of(fault), fault.to_string()),
-        None => (RefusalReason::HandshakeFailed, error.to_string()),
-    }
 }

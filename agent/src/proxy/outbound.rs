@@ -16,8 +16,9 @@ use tokio::time::timeout;
 use super::accounting::{Pair, Refusal};
 use super::relay::{End, Side, relay};
 use super::secure::{Fault, Secure};
-use super::{Room, Shared, accept_each, fault_of};
+use super::{Room, Shared, accept_each};
 use crate::config::{self, Outbound};
+use crate::dial::handshake_fault;
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
@@ -165,7 +166,7 @@ impl Route {
 
 /// With TLS 1.3 our handshake is over before the peer has judged our certificate: its no comes as the first thing.
 fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
-    match fault_of(error) {
+    match handshake_fault(error) {
         (RefusalReason::HandshakeFailed, detail) => {
             (RefusalReason::RefusedByPeer, format!("it closed before a first byte: {detail}"))
         }

@@ -111,6 +111,7 @@ struct Inbox {
     bytes: usize,
     lost: [u32; 4],
     acked: Option<Cursor>,
+    recalled: bool,
     requests: VecDeque<Request>,
     stop: bool,
 }
@@ -202,6 +203,12 @@ impl Spool {
         self.shared.wake.notify_one();
     }
 
+    /// The session ended: what was handed out and not acknowledged is not under way any more.
+    pub fn recall(&self) {
+        self.shared.lock().recalled = true;
+        self.shared.wake.notify_one();
+    }
+
     /// Waits until something was sealed since the last call.
     pub async fn sealed(&self) {
         self.shared.sealed.notified().await;
@@ -263,6 +270,7 @@ struct Work {
     events: Vec<Event>,
     lost: [u32; 4],
     acked: Option<Cursor>,
+    recalled: bool,
     requests: VecDeque<Request>,
     stop: bool,
 }
@@ -274,6 +282,9 @@ fn run(shared: &Shared, mut queue: Queue) {
         let mut damage = Vec::new();
         if let Some(cursor) = work.acked {
             queue.acknowledge(cursor);
+        }
+        if work.recalled {
+            queue.recall();
         }
         seal(shared, &mut queue, work.events, work.lost);
         told_shed = report(shared, &queue, told_shed);
@@ -301,7 +312,7 @@ fn wait(shared: &Shared, queue: &Queue) -> Work {
         }
         let left = since.map_or(RETRY, |since| group.saturating_sub(since.elapsed()));
         let due = inbox.stop || flush || (waiting && (left.is_zero() || inbox.events.len() >= INBOX / 2));
-        if due || !inbox.requests.is_empty() || inbox.acked.is_some() {
+        if due || !inbox.requests.is_empty() || inbox.acked.is_some() || inbox.recalled {
             return take(&mut inbox, due);
         }
         let (next, timeout) = shared.wake.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner);
@@ -318,7 +329,14 @@ fn take(inbox: &mut Inbox, due: bool) -> Work {
     if due {
         inbox.bytes = 0;
     }
-    Work { events, lost, acked: inbox.acked.take(), requests: std::mem::take(&mut inbox.requests), stop: inbox.stop }
+    Work {
+        events,
+        lost,
+        acked: inbox.acked.take(),
+        recalled: std::mem::take(&mut inbox.recalled),
+        requests: std::mem::take(&mut inbox.requests),
+        stop: inbox.stop,
+    }
 }
 
 fn seal(shared: &Shared, queue: &mut Queue, mut events: Vec<Event>, lost: [u32; 4]) {

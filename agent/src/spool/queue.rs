@@ -143,15 +143,9 @@ impl Queue {
         let disk = Disk::open(dir)?;
         let numbers = disk.segments();
         let clean = disk.take_clean() || numbers.is_empty();
-        let mut read = Vec::new();
-        for number in numbers {
-            let bytes = disk.read_segment(number)?;
-            let scan = record::scan(&bytes);
-            read.push((number, bytes, scan));
-        }
-        let epoch = disk.epoch().or_else(|| read.iter().rev().find_map(|(_, _, scan)| epoch_of(scan)));
+        let in_force = disk.epoch().or_else(|| numbers.iter().rev().find_map(|number| epoch_in(&disk, *number)));
         let mut queue = Queue {
-            epoch: epoch.unwrap_or(fresh),
+            epoch: in_force.unwrap_or(fresh),
             disk,
             limits,
             held: VecDeque::new(),
@@ -161,7 +155,7 @@ impl Queue {
             shed: [0; 4],
         };
         let mut damage = Vec::new();
-        if !queue.load(read, &mut damage) {
+        if !queue.load(&numbers, &mut damage) {
             // Nothing says where the chain stood: numbers must not be used twice, so another chain begins.
             queue.epoch = fresh;
         }
@@ -171,10 +165,18 @@ impl Queue {
     }
 
     /// Takes in what the segments hold; false when there were segments, but no position in any of them.
-    fn load(&mut self, segments: Vec<(u64, Vec<u8>, Scan)>, damage: &mut Vec<Damage>) -> bool {
-        let any = !segments.is_empty();
+    fn load(&mut self, segments: &[u64], damage: &mut Vec<Damage>) -> bool {
         let mut placed = false;
-        for (number, bytes, scan) in segments {
+        for &number in segments {
+            let bytes = match self.disk.read_segment(number) {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    let detail = format!("segment {number} cannot be read: {error}");
+                    damage.push(Damage { quarantined: String::new(), bytes: 0, detail });
+                    continue;
+                }
+            };
+            let scan = record::scan(&bytes);
             if epoch_of(&scan).is_some_and(|epoch| epoch != self.epoch) {
                 self.remove(number);
                 continue;
@@ -199,7 +201,7 @@ impl Queue {
                 self.rewrite(number);
             }
         }
-        placed || !any
+        placed || segments.is_empty()
     }
 
     /// Adds a link that was read; false when it does not belong to the chain.
@@ -439,6 +441,11 @@ impl Queue {
         }
     }
 
+    /// No session is up any more: nothing is under way.
+    pub fn recall(&mut self) {
+        self.handed = 0;
+    }
+
     /// Whether a collector that stands at `cursor` is on our chain.
     pub fn fits(&self, cursor: Cursor) -> bool {
         if cursor.seq == 0 || cursor.seq >= self.last.seq {
@@ -581,6 +588,10 @@ pub fn lost(first_seq: u64, last_seq: u64, by_severity: [u32; 4], reason: &str, 
     let count = if last_seq > 0 { last_seq - first_seq + 1 } else { count };
     let body = EventsLost { first_seq, last_seq, by_severity, reason: reason.to_owned() };
     Event::new(now, Severity::Warning, format!("{count} events were lost on the agent: {reason}"), &Body::from(body))
+}
+
+fn epoch_in(disk: &Disk, number: u64) -> Option<Epoch> {
+    epoch_of(&record::scan(&disk.read_segment(number).ok()?))
 }
 
 fn epoch_of(scan: &Scan) -> Option<Epoch> {

@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Join, join};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use crate::dial::{DialError, Resolver};
+use crate::dial::{DialError, Resolver, handshake_fault};
 use crate::identity::Identity;
 
 /// QUIC that has not answered by then is taken for blocked. An answer takes one round trip and 2 ms of signing.
@@ -37,7 +37,7 @@ pub enum ConnectError {
     #[error("over TCP: {0}")]
     Dial(#[from] DialError),
     /// The handshake over TCP.
-    #[error("over TCP: the handshake with {address} failed: {error}")]
+    #[error("over TCP: the handshake with {address} failed: {}", handshake_fault(error).1)]
     Handshake {
         /// With whom.
         address: String,

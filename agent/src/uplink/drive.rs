@@ -177,12 +177,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
         match self.sender.handle(frame, now())? {
             None => {}
             Some(FromCollector::Acked(cursor)) => self.acknowledged(cursor),
-            Some(FromCollector::Directive(bytes)) => {
-                if self.session.directives.try_send(bytes).is_err() {
-                    // It comes again with the next session.
-                    tracing::warn!("a directive came while others were still being looked at");
-                }
-            }
+            Some(FromCollector::Directive(bytes)) => self.hand_on(bytes),
             Some(FromCollector::Renewed(answer)) => match self.waiting.take().map(|waiting| waiting.send(answer)) {
                 Some(Ok(())) => {}
                 _ => tracing::debug!("an answer that nobody waits for any more"),
@@ -190,6 +185,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
             Some(FromCollector::Welcomed(welcome)) => return self.welcome(&welcome).await,
         }
         Ok(None)
+    }
+
+    /// The keeper looks at directives at once; one that finds no room comes again with the next session.
+    fn hand_on(&self, directive: Vec<u8>) {
+        if let Err(error) = self.session.directives.try_send(directive) {
+            tracing::warn!(%error, "a directive came while others were still being looked at");
+        }
     }
 
     /// A collector with another history than ours: we go on in a new epoch, and it keeps what it has.

@@ -5,6 +5,8 @@
 
 pub mod connect;
 pub mod drive;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -95,18 +97,24 @@ impl Uplink {
             let welcomed = std::sync::atomic::AtomicBool::new(false);
             let result = self.session(&collector, identity, better.take(), &welcomed, &shutdown).await;
             self.metrics.uplink(None);
-            if welcomed.into_inner() {
+            self.spool.recall();
+            let was_welcomed = welcomed.into_inner();
+            if was_welcomed {
                 backoff.reset();
             }
             let pause = match result {
                 Ok(Next::Stop) => return,
-                Ok(Next::AtOnce(quic)) => {
+                Ok(Next::AtOnce(quic)) if was_welcomed => {
                     better = quic;
                     continue;
                 }
-                Err(failure) => self.failed(&collector, &failure, &mut backoff).await,
+                // A new epoch before a welcome: once is to be expected, again and again would be a busy loop.
+                Ok(Next::AtOnce(_)) => backoff.after_failure(),
+                Err(failure) => {
+                    at += 1;
+                    self.failed(&collector, &failure, &mut backoff).await
+                }
             };
-            at += 1;
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = sleep(pause) => {}

@@ -65,16 +65,22 @@ impl Stats {
 
 /// The ways to all sinks. Their tasks end when this is dropped and their queues are empty.
 pub struct Outbox {
-    queues: Vec<(Arc<dyn Sink>, mpsc::Sender<Arc<Notice>>)>,
+    ways: Vec<Way>,
     tasks: JoinSet<()>,
     stats: Stats,
+}
+
+/// The way to one sink.
+struct Way {
+    sink: Arc<dyn Sink>,
+    queue: mpsc::Sender<Arc<Notice>>,
 }
 
 impl Outbox {
     /// Starts a task for each sink. `repeat` is the interval at which the caller repeats what stands.
     pub fn start(sinks: Vec<Arc<dyn Sink>>, repeat: Duration, stats: Stats) -> Outbox {
         let mut tasks = JoinSet::new();
-        let mut queues = Vec::new();
+        let mut ways = Vec::new();
         for sink in sinks {
             let (queue, notices) = mpsc::channel(QUEUE);
             for outcome in ["delivered", "retried", "dead"] {
@@ -82,9 +88,9 @@ impl Outbox {
             }
             let patience = if sink.wants_repeats() { repeat } else { PATIENCE };
             tasks.spawn(work(sink.clone(), notices, patience, stats.clone()));
-            queues.push((sink, queue));
+            ways.push(Way { sink, queue });
         }
-        Outbox { queues, tasks, stats }
+        Outbox { ways, tasks, stats }
     }
 
     /// Tells every sink what changed.
@@ -99,7 +105,7 @@ impl Outbox {
 
     fn send(&self, notice: Notice, to: impl Fn(&dyn Sink) -> bool) {
         let notice = Arc::new(notice);
-        for (sink, queue) in self.queues.iter().filter(|(sink, _)| to(&**sink)) {
+        for Way { sink, queue } in self.ways.iter().filter(|way| to(&*way.sink)) {
             match queue.try_send(notice.clone()) {
                 Ok(()) => {}
                 Err(TrySendError::Full(_)) => {
@@ -119,7 +125,7 @@ impl Outbox {
 
     /// Waits until everything queued is delivered or given up, but no longer than `limit`.
     pub async fn drain(mut self, limit: Duration) {
-        self.queues.clear();
+        self.ways.clear();
         let done = async { while self.tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(limit, done).await.is_err() {
             tracing::warn!(limit = ?limit, "some alerts were not delivered before the end");

@@ -174,7 +174,11 @@ impl Alert {
         let more = if self.more_sources { " and others" } else { "" };
         let source =
             if self.sources.is_empty() { String::new() } else { format!(", from {}{more}", self.sources.join(", ")) };
-        let often = if self.count > 1 { format!(", {} times since {}", self.count, self.since) } else { String::new() };
+        let often = if self.count > 1 {
+            format!(", {} times since {}", self.count, to_the_second(self.since))
+        } else {
+            String::new()
+        };
         format!("{who}: {}{source}{often}", self.what)
     }
 
@@ -244,10 +248,13 @@ impl Engine {
     /// Takes one committed event in.
     pub fn observe(&mut self, mut seen: Seen<'_>) {
         seen.last_tick = self.last_tick;
-        for rule in RULES.iter().filter(|rule| rule.reads(seen.kind)) {
+        for rule in RULES.iter().filter(|rule| rule.reads(seen.kind, seen.forged)) {
             for signal in rule.read(&seen) {
                 self.apply(rule, signal, seen.received);
             }
+        }
+        if seen.forged {
+            return;
         }
         match (seen.body, &mut self.told) {
             // A restart is no jump of the clock.
@@ -411,6 +418,14 @@ impl Engine {
     }
 }
 
+/// A moment as people read it: `2026-11-22 02:03:09 UTC`.
+fn to_the_second(at: Timestamp) -> String {
+    match at.to_string().split_once('.') {
+        Some((text, _)) => format!("{} UTC", text.replace('T', " ")),
+        None => at.to_string(),
+    }
+}
+
 /// Fires the alert if it is due.
 fn fire(alert: &mut Alert, now: Timestamp, silent: bool) -> Option<Change> {
     alert.inhibited = silent && alert.status == Status::Pending;
@@ -532,6 +547,7 @@ mod tests {
             summary: "",
             body: Some(body),
             last_tick: None,
+            forged: false,
         });
     }
 
@@ -690,7 +706,7 @@ mod tests {
         assert_eq!(
             later.summary(),
             "shop/orders (orders-1): plaintext was refused at 0.0.0.0:8443, from 172.18.0.1, 172.18.0.2, 172.18.0.3, \
-             172.18.0.4, 172.18.0.5 and others, 8 times since 1970-01-01T00:00:01.000Z"
+             172.18.0.4, 172.18.0.5 and others, 8 times since 1970-01-01 00:00:01 UTC"
         );
     }
 

@@ -30,6 +30,8 @@ pub struct Seen<'a> {
     pub body: Option<&'a Body>,
     /// When the collector's clock last ticked before, by its own account.
     pub last_tick: Option<Timestamp>,
+    /// It is of a kind that only the collector may tell, and somebody else sent it.
+    pub forged: bool,
 }
 
 /// Whom an alert is about: one instance of a workload.
@@ -119,9 +121,10 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the rule reads events of `kind`.
-    pub fn reads(&self, kind: &str) -> bool {
-        self.kinds.contains(&kind) || (self.kinds.is_empty() && !KINDS.contains(&kind))
+    /// Whether the rule reads events of `kind`; forged ones go to one rule, and to no other.
+    pub fn reads(&self, kind: &str, forged: bool) -> bool {
+        let mine = self.kinds.contains(&kind) || (self.kinds.is_empty() && !KINDS.contains(&kind));
+        mine && (self.name == FORGED) == forged
     }
 
     /// What the rule makes of an event.
@@ -137,6 +140,9 @@ pub fn by_name(name: &str) -> Option<&'static Rule> {
 
 /// The name of the rule that keeps other alerts of the same instance from beginning.
 pub const SILENT: &str = "AgentSilent";
+
+/// The name of the rule about events that somebody had no right to tell.
+const FORGED: &str = "ForgedEvent";
 
 const NO_WAIT: Duration = Duration::ZERO;
 /// A reconnect after a restart of either side takes a few seconds; this long is not a restart any more.
@@ -329,6 +335,27 @@ pub const RULES: &[Rule] = &[
         meaning: "part of an agent's spool could not be read; it was set aside, and the rest was kept",
         what_to_do: "check the disk under the agent's volume; keep the file that was set aside if this may be an attack",
         read: damaged,
+    },
+    Rule {
+        name: FORGED,
+        severity: Severity::Critical,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &[
+            "collector.started",
+            "clock.tick",
+            "certificate.issued",
+            "enrolment.refused",
+            "agent.connected",
+            "agent.disconnected",
+            "ingest.refused",
+            "token.created",
+            "alert.firing",
+            "alert.resolved",
+        ],
+        meaning: "an agent sent an event that only the collector itself may tell; it was kept, and not believed",
+        what_to_do: "no agent of ours does this: treat that workload's agent, and its key, as taken over",
+        read: forged,
     },
     Rule {
         name: "CertificateExpiring",
@@ -540,10 +567,11 @@ pub fn broken(agent: &AgentId, finding: &Finding) -> Option<Case> {
     Some(case)
 }
 
+/// Titles say what the rule asks for, so they are quoted: the sentence says that it is broken.
 fn failed_in_words(finding: &Finding) -> String {
     let id = if finding.ids.v1_3_1.is_empty() { String::new() } else { format!("CIS {} ", finding.ids.v1_3_1) };
-    let evidence = finding.evidence.first().map(|e| format!(" ({})", short(&e.line, 120))).unwrap_or_default();
-    format!("{id}{} fails: {}{evidence}", finding.check, finding.title)
+    let evidence = finding.evidence.first().map(|e| format!(": {}", short(&e.line, 120))).unwrap_or_default();
+    format!("breaks {id}{} “{}”{evidence}", finding.check, finding.title)
 }
 
 fn remedy(finding: &Finding) -> Option<String> {
@@ -654,6 +682,7 @@ fn enrolment(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("a certificate for {} was refused: {}", short(asked, 120), body.reason));
     case.subject = None;
     case.apart = Some(("reason", known(&first_word(&body.reason), ENROLMENT_REASONS)));
+    case.count = body.count.max(1);
     case.source = host_of(&body.source).to_owned();
     case.evidence = lines([("asked for (not verified)", &body.workload), ("reason", &body.reason)]);
     vec![Signal::Raise(case)]
@@ -676,6 +705,7 @@ fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("a connection to the collector was refused: {}", body.reason));
     case.subject = None;
     case.apart = Some(("reason", word(&first_word(&body.reason))));
+    case.count = body.count.max(1);
     case.source = host_of(&body.source).to_owned();
     vec![Signal::Raise(case)]
 }
@@ -701,6 +731,12 @@ fn collector_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         case(seen, rule, format!("the collector's clock went {way} by {} s between two ticks", gap.as_secs()));
     case.subject = None;
     case.evidence = vec![format!("tick before {before}, tick now {}", seen.at)];
+    vec![Signal::Raise(case)]
+}
+
+fn forged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let mut case = case(seen, rule, format!("it sent a {} event, which only the collector may tell", word(seen.kind)));
+    case.evidence = vec![short(seen.summary, 200)];
     vec![Signal::Raise(case)]
 }
 
@@ -789,8 +825,9 @@ mod tests {
             summary: "a line",
             body: Some(body),
             last_tick: last_tick.map(Timestamp::from_secs),
+            forged: false,
         };
-        let rules = RULES.iter().filter(|rule| rule.reads(seen.kind));
+        let rules = RULES.iter().filter(|rule| rule.reads(seen.kind, false));
         rules.flat_map(|rule| rule.read(&seen).into_iter().map(|signal| (rule.name, signal))).collect()
     }
 
@@ -1012,8 +1049,9 @@ mod tests {
                 summary: "hail",
                 body: None,
                 last_tick: None,
+                forged: false,
             };
-            let raised = RULES.iter().filter(|r| r.reads(seen.kind)).flat_map(|r| r.read(&seen)).count();
+            let raised = RULES.iter().filter(|r| r.reads(seen.kind, false)).flat_map(|r| r.read(&seen)).count();
             assert_eq!(raised, expected, "{severity}");
         }
     }

@@ -262,9 +262,9 @@ fn replay(engine: &mut Engine, record: &Record) {
 /// Shows one event to the engine. What only a collector may say is not believed of anybody else.
 fn observe(engine: &mut Engine, agent: &AgentId, received: Timestamp, event: &Event) {
     let forged = state::is_of_the_collector(&event.kind) && !state::is_collector_path(agent);
-    let read = rule::RULES.iter().any(|rule| rule.reads(&event.kind)) || event.kind.starts_with("alert.");
-    let starts = event.kind == "collector.started";
-    if forged || !(read || starts) {
+    let read = |rule: &rule::Rule| rule.reads(&event.kind, forged);
+    let remembered = ["collector.started", "alert.firing", "alert.resolved"].contains(&event.kind.as_ref());
+    if !remembered && !rule::RULES.iter().any(read) {
         return;
     }
     let body = event.body().unwrap_or_else(|error| {
@@ -280,6 +280,7 @@ fn observe(engine: &mut Engine, agent: &AgentId, received: Timestamp, event: &Ev
         summary: &event.summary,
         body: body.as_ref(),
         last_tick: None,
+        forged,
     });
 }
 

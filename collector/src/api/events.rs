@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderValue, Response, header};
 use hyper::body::Frame;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
 use sidewarden_proto::time::Timestamp;
@@ -17,6 +17,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, broadcast, mpsc};
 
 use super::error::ApiError;
+use super::routes::Parameter;
 use crate::commit::Committed;
 use crate::index::{MAX_LIMIT, Order, Place, Query, Record};
 
@@ -25,19 +26,74 @@ const WAITING: usize = 64;
 /// A comment this often keeps proxies from closing a quiet stream.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// The parameters of `/api/v1/events` and its stream, as text.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Asked {
-    kind: Option<String>,
-    workload: Option<String>,
-    instance: Option<String>,
-    min_severity: Option<String>,
-    since: Option<String>,
-    until: Option<String>,
-    before: Option<String>,
-    after: Option<String>,
-    limit: Option<String>,
+/// The parameters of `/api/v1/events` and its stream, as text. `kind` may stand more than once.
+#[derive(Debug, Default)]
+pub struct Asked(Vec<(String, String)>);
+
+impl Asked {
+    /// The parameters of a request, or which of them is none of `known`.
+    pub fn new(pairs: Vec<(String, String)>, known: &[Parameter]) -> Result<Asked, ApiError> {
+        let unknown = pairs.iter().find(|(name, _)| !known.iter().any(|(known, _)| known == name));
+        let Some((name, _)) = unknown else { return Ok(Asked(pairs)) };
+        let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+        let shown: String = name.chars().take(60).collect();
+        Err(ApiError::bad_request(
+            format!("there is no parameter `{shown}`"),
+            format!("there are {}", names.join(", ")),
+        ))
+    }
+
+    /// The value of a parameter that stands once; `None` if it is missing or empty.
+    pub fn value(&self, wanted: &str) -> Option<&str> {
+        self.0.iter().rfind(|(name, _)| name == wanted).map(|(_, value)| value.as_str()).filter(|v| !v.is_empty())
+    }
+
+    /// The question, or what is wrong with it.
+    pub fn query(&self) -> Result<Query, ApiError> {
+        let (before, after) = (self.place("before")?, self.place("after")?);
+        if before.is_some() && after.is_some() {
+            return Err(ApiError::bad_request("before and after cannot be combined", "leave one of them out"));
+        }
+        let limit = self.parsed::<usize>("limit", "a number from 1 to 1000")?.unwrap_or(100);
+        if !(1..=MAX_LIMIT).contains(&limit) {
+            return Err(ApiError::bad_request(format!("limit is {limit}"), "limit must be from 1 to 1000"));
+        }
+        let severity = self.parsed("min_severity", "one of info, notice, warning, critical")?;
+        Ok(Query {
+            kinds: self.kinds(),
+            workload: self.parsed::<SpiffeId>("workload", "a SPIFFE ID, as /api/v1/workloads shows it")?,
+            instance: self.parsed::<InstanceId>("instance", "an instance, as /api/v1/agents shows it")?,
+            min_severity: severity.unwrap_or(Severity::Info),
+            since: self.moment("since")?,
+            until: self.moment("until")?,
+            order: if after.is_some() { Order::Oldest(after) } else { Order::Newest(before) },
+            limit,
+        })
+    }
+
+    fn kinds(&self) -> Vec<String> {
+        let given = self.0.iter().filter(|(name, _)| name == "kind").flat_map(|(_, kinds)| kinds.split(','));
+        given.map(str::trim).filter(|kind| !kind.is_empty()).map(str::to_owned).collect()
+    }
+
+    fn parsed<T: std::str::FromStr>(&self, name: &str, wanted: &str) -> Result<Option<T>, ApiError> {
+        let Some(text) = self.value(name) else { return Ok(None) };
+        let shown: String = text.chars().take(60).collect();
+        let fault = |_| ApiError::bad_request(format!("{name} is `{shown}`"), format!("{name} must be {wanted}"));
+        text.parse().map(Some).map_err(fault)
+    }
+
+    fn place(&self, name: &str) -> Result<Option<Place>, ApiError> {
+        self.parsed(name, "a cursor from an earlier answer")
+    }
+
+    /// Microseconds since 1970, as answers have it, or RFC 3339.
+    fn moment(&self, name: &str) -> Result<Option<Timestamp>, ApiError> {
+        if let Some(micros) = self.value(name).and_then(|text| text.parse().ok()) {
+            return Ok(Some(Timestamp(micros)));
+        }
+        self.parsed(name, "a time like 2026-01-31T12:00:00Z, or microseconds since 1970")
+    }
 }
 
 /// The answer to a question about events.
@@ -47,51 +103,6 @@ pub struct Events {
     pub events: Vec<Record>,
     /// Pass it as `before` (or `after`, if that was given) to go on; null at the end.
     pub next: Option<Place>,
-}
-
-impl Asked {
-    /// The question, or what is wrong with it.
-    pub fn query(&self) -> Result<Query, ApiError> {
-        let (before, after) = (place("before", &self.before)?, place("after", &self.after)?);
-        if before.is_some() && after.is_some() {
-            return Err(ApiError::bad_request("before and after cannot be combined", "leave one of them out"));
-        }
-        let limit = parsed::<usize>("limit", &self.limit, "a number from 1 to 1000")?.unwrap_or(100);
-        if !(1..=MAX_LIMIT).contains(&limit) {
-            return Err(ApiError::bad_request(format!("limit is {limit}"), "limit must be from 1 to 1000"));
-        }
-        let kinds = self.kind.iter().flat_map(|kinds| kinds.split(',')).map(str::trim).filter(|kind| !kind.is_empty());
-        Ok(Query {
-            kinds: kinds.map(str::to_owned).collect(),
-            workload: parsed::<SpiffeId>("workload", &self.workload, "a SPIFFE ID, as /api/v1/workloads shows it")?,
-            instance: parsed::<InstanceId>("instance", &self.instance, "an instance, as /api/v1/agents shows it")?,
-            min_severity: parsed("min_severity", &self.min_severity, "one of info, notice, warning, critical")?
-                .unwrap_or(Severity::Info),
-            since: moment("since", &self.since)?,
-            until: moment("until", &self.until)?,
-            order: if after.is_some() { Order::Oldest(after) } else { Order::Newest(before) },
-            limit,
-        })
-    }
-}
-
-fn parsed<T: std::str::FromStr>(name: &str, text: &Option<String>, wanted: &str) -> Result<Option<T>, ApiError> {
-    let Some(text) = text.as_deref().filter(|text| !text.is_empty()) else { return Ok(None) };
-    let shown: String = text.chars().take(60).collect();
-    let fault = |_| ApiError::bad_request(format!("{name} is `{shown}`"), format!("{name} must be {wanted}"));
-    text.parse().map(Some).map_err(fault)
-}
-
-fn place(name: &str, text: &Option<String>) -> Result<Option<Place>, ApiError> {
-    parsed(name, text, "a cursor from an earlier answer")
-}
-
-/// Microseconds since 1970, as answers have it, or RFC 3339.
-fn moment(name: &str, text: &Option<String>) -> Result<Option<Timestamp>, ApiError> {
-    if let Some(micros) = text.as_deref().and_then(|text| text.parse().ok()) {
-        return Ok(Some(Timestamp(micros)));
-    }
-    parsed(name, text, "a time like 2026-01-31T12:00:00Z, or microseconds since 1970")
 }
 
 /// Whether a live event answers the question; cursors and limits are of the past only.
@@ -171,9 +182,7 @@ mod tests {
     use super::*;
 
     fn asked(pairs: &[(&str, &str)]) -> Asked {
-        let map: serde_json::Map<String, serde_json::Value> =
-            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())).collect();
-        serde_json::from_value(map.into()).unwrap()
+        Asked(pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
     #[test]
@@ -186,6 +195,7 @@ mod tests {
     fn parameters_become_the_question() {
         let query = asked(&[
             ("kind", "a.b, c.d"),
+            ("kind", "e.f"),
             ("workload", "spiffe://x.test/a/b"),
             ("min_severity", "warning"),
             ("since", "2026-01-01T00:00:00Z"),
@@ -194,7 +204,7 @@ mod tests {
             ("limit", "5"),
         ]);
         let query = query.query().unwrap();
-        assert_eq!(query.kinds, ["a.b", "c.d"]);
+        assert_eq!(query.kinds, ["a.b", "c.d", "e.f"]);
         assert_eq!(query.order, Order::Oldest(Some(Place { position: 7, seq: 3 })));
         assert_eq!(query.until, Some(Timestamp(1_800_000_000_000_000)));
         assert_eq!(query.since.unwrap().to_string(), "2026-01-01T00:00:00.000Z");
@@ -217,5 +227,11 @@ mod tests {
             assert!(format!("{error:?}").contains(name), "{name}={value}: {error:?}");
         }
         assert!(asked(&[("before", "1.1"), ("after", "1.1")]).query().is_err());
+    }
+
+    #[test]
+    fn a_misspelt_parameter_is_told_with_those_there_are() {
+        let error = Asked::new(vec![("kinds".into(), "x".into())], &[("kind", ""), ("limit", "")]).unwrap_err();
+        assert!(format!("{error:?}").contains("there are kind, limit"), "{error:?}");
     }
 }

@@ -19,7 +19,6 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get};
 use axum::{Json, Router};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use sidewarden_proto::secret::Secret;
 use tokio::net::TcpListener;
@@ -30,6 +29,7 @@ use crate::app::Core;
 use crate::page;
 use auth::{Failures, Refused};
 use error::ApiError;
+use events::{Asked, Events};
 use routes::{Access, Operation, ROUTES};
 use serve::{Door, Source};
 
@@ -192,47 +192,34 @@ async fn agents(State(api): State<Arc<Api>>) -> Json<Value> {
     Json(json!({"agents": views}))
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WhosePosture {
-    workload: Option<String>,
-    instance: Option<String>,
+type Pairs = Query<Vec<(String, String)>>;
+
+fn asked(operation: Operation, Query(pairs): Pairs) -> Result<Asked, ApiError> {
+    let route = ROUTES.iter().find(|route| route.operation == operation);
+    Asked::new(pairs, route.map_or(&[], |route| route.parameters))
 }
 
-type Parameters<T> = Result<Query<T>, axum::extract::rejection::QueryRejection>;
-
-/// The parameters, or which of them is unknown.
-fn known<T>(parameters: Parameters<T>, path: &str) -> Result<T, ApiError> {
-    let wrong = |error: axum::extract::rejection::QueryRejection| {
-        ApiError::bad_request(error.body_text(), format!("the parameters of {path} stand in /api/v1/openapi.json"))
-    };
-    parameters.map(|Query(parameters)| parameters).map_err(wrong)
-}
-
-async fn posture(State(api): State<Arc<Api>>, parameters: Parameters<WhosePosture>) -> Result<Json<Value>, ApiError> {
-    let asked = known(parameters, "/api/v1/posture")?;
+async fn posture(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Json<Value>, ApiError> {
+    let asked = asked(Operation::Posture, pairs)?;
     let hint = "workload must be a SPIFFE ID, as /api/v1/workloads shows it";
-    let Some(workload) = asked.workload else { return Err(ApiError::bad_request("workload is missing", hint)) };
-    let instances =
-        answers::posture(&api.core.commits.state(), &workload, asked.instance.as_deref(), (api.core.clock)());
+    let workload = asked.value("workload").ok_or_else(|| ApiError::bad_request("workload is missing", hint))?;
+    let now = (api.core.clock)();
+    let instances = answers::posture(&api.core.commits.state(), workload, asked.value("instance"), now);
     if instances.is_empty() {
         return Err(ApiError::not_found("no such workload or instance is known", hint));
     }
     Ok(Json(json!({"instances": instances})))
 }
 
-async fn past(
-    State(api): State<Arc<Api>>,
-    parameters: Parameters<events::Asked>,
-) -> Result<Json<events::Events>, ApiError> {
-    let query = known(parameters, "/api/v1/events")?.query()?;
+async fn past(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Json<Events>, ApiError> {
+    let query = asked(Operation::Events, pairs)?.query()?;
     let failed = |error| ApiError::internal("reading events", &error);
     let answer = api.core.index.query(query).await.map_err(failed)?;
-    Ok(Json(events::Events { events: answer.events, next: answer.next }))
+    Ok(Json(Events { events: answer.events, next: answer.next }))
 }
 
-async fn stream(State(api): State<Arc<Api>>, parameters: Parameters<events::Asked>) -> Result<Response, ApiError> {
-    let query = known(parameters, "/api/v1/events/stream")?.query()?;
+async fn stream(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Response, ApiError> {
+    let query = asked(Operation::Stream, pairs)?.query()?;
     let permit = api.streams.clone().try_acquire_owned();
     let permit = permit.map_err(|_| ApiError::busy("too many streams are open"))?;
     Ok(events::stream(query, api.core.commits.subscribe(), permit))

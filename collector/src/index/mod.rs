@@ -209,7 +209,7 @@ mod tests {
             format!("event {n}"),
             &Body::from(AgentStopping { reason: n.to_string() }),
         );
-        event.kind = if n % 10 == 0 { "rare".into() } else { "common".into() };
+        event.kind = if n.is_multiple_of(10) { "rare".into() } else { "common".into() };
         event
     }
 

@@ -7,13 +7,13 @@ use std::time::Duration;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
 use serde_json::value::RawValue;
-use sidewarden_proto::batch::{Epoch, Link};
+use sidewarden_proto::batch::{Epoch, Link, Malformed};
 use sidewarden_proto::event::{EventRef, Severity};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
 use super::{Answer, IndexError, MAX_LIMIT, Order, Place, Query, Record};
-use crate::log::{Log, Stored};
+use crate::log::{Log, LogError, Stored};
 
 /// Batches decompressed for one answer; then it ends early and says where to go on.
 const MAX_BATCHES: usize = 512;
@@ -146,22 +146,33 @@ impl Reader {
     /// Everything: batch after batch, decompressing only those that can hold an answer.
     fn batches(&self, query: &Query, limit: usize) -> Result<Answer, IndexError> {
         let positions = self.candidates(query)?;
-        let (mut events, mut looked_at) = (Vec::new(), None);
+        let (mut events, mut looked_at) = (Vec::<Record>::new(), None);
         let exhausted = positions.len() <= MAX_BATCHES;
         for position in positions.into_iter().take(MAX_BATCHES) {
             // Trimmed between the two reads: then it is no longer part of the history.
-            let Some(stored) = self.log.read_from(position, 1)?.pop().filter(|s| s.position == position) else {
-                continue;
-            };
-            matching(&stored, query, &mut events)?;
+            let Some(stored) = self.link(position)? else { continue };
+            match matching(&stored, query) {
+                Ok(found) => events.extend(found),
+                // One damaged batch does not hide all the others; the start of the collector names it, too.
+                Err(error) => tracing::error!(position, %error, "a batch in the log is damaged"),
+            }
             if events.len() > limit {
                 events.truncate(limit);
-                let next = events.last().map(|e: &Record| e.cursor);
+                let next = events.last().map(|e| e.cursor);
                 return Ok(Answer { events, next });
             }
             looked_at = Some(far_end(&stored, query.order));
         }
         Ok(Answer { events, next: looked_at.filter(|_| !exhausted) })
+    }
+
+    /// The link at `position`, unless it was trimmed or is damaged.
+    fn link(&self, position: u64) -> Result<Option<Stored>, IndexError> {
+        match self.log.read_from(position, 1) {
+            Ok(mut links) => Ok(links.pop().filter(|stored| stored.position == position)),
+            Err(LogError::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn candidates(&self, query: &Query) -> Result<Vec<u64>, IndexError> {
@@ -212,20 +223,19 @@ fn far_end(stored: &Stored, order: Order) -> Place {
     Place { position: stored.position, seq }
 }
 
-fn matching(stored: &Stored, query: &Query, into: &mut Vec<Record>) -> Result<(), IndexError> {
-    let Link::Batch(batch) = &stored.entry.link else { return Ok(()) };
-    let lines = batch.open().map_err(|e| IndexError::Damaged(e.to_string()))?;
-    let events = lines.events().map_err(|e| IndexError::Damaged(e.to_string()))?;
+fn matching(stored: &Stored, query: &Query) -> Result<Vec<Record>, Malformed> {
+    let Link::Batch(batch) = &stored.entry.link else { return Ok(Vec::new()) };
+    let lines = batch.open()?;
+    let events = lines.events()?;
     let found = events.iter().filter(|event| is_wanted(stored.position, event, query));
     let to_record = |event: &EventRef<'_>| {
         let entry = &stored.entry;
         Record::of(stored.position, &entry.agent, entry.link.epoch(), entry.received, &event.to_owned())
     };
-    match query.order {
-        Order::Newest(_) => into.extend(found.rev().map(to_record)),
-        Order::Oldest(_) => into.extend(found.map(to_record)),
-    }
-    Ok(())
+    Ok(match query.order {
+        Order::Newest(_) => found.rev().map(to_record).collect(),
+        Order::Oldest(_) => found.map(to_record).collect(),
+    })
 }
 
 fn is_wanted(position: u64, event: &EventRef<'_>, query: &Query) -> bool {

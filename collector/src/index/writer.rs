@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
-use sidewarden_proto::batch::{Link, Malformed};
+use sidewarden_proto::batch::{Lines, Link, Malformed};
 use sidewarden_proto::event::{EventRef, Severity};
 use sidewarden_proto::identity::AgentId;
 
 use super::IndexError;
-use crate::log::{Log, Stored};
+use crate::log::{Log, LogError, Stored};
 
 /// The form of the file. Another one is not converted but rebuilt.
 const FORM: i64 = 1;
@@ -111,30 +111,28 @@ impl Writer {
         if self.reach > extent.head {
             self.rebuild()?;
         }
-        let mut count = 0;
+        let (mut count, mut from) = (0, self.reach + 1);
         loop {
-            let links = log.read_from(self.reach + 1, STEP)?;
-            if links.is_empty() {
-                return Ok(count);
-            }
-            count += links.len() as u64;
+            let links = match log.read_from(from, STEP) {
+                Ok(links) if links.is_empty() => return Ok(count),
+                Ok(links) => links,
+                Err(LogError::Damaged { position, error }) => {
+                    tracing::error!(position, %error, "a link in the log is damaged and not in the index");
+                    from = position + 1;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            (count, from) = (count + links.len() as u64, from + links.len() as u64);
             self.take(&links)?;
+            from = from.max(self.reach + 1);
         }
     }
 
     fn take(&mut self, links: &[Stored]) -> Result<(), IndexError> {
-        let damaged = |error: Malformed| IndexError::Damaged(error.to_string());
-        let mut texts = Vec::with_capacity(links.len());
-        for stored in links {
-            texts.push(match &stored.entry.link {
-                Link::Batch(batch) => Some(batch.open().map_err(damaged)?),
-                Link::Tombstone(_) => None,
-            });
-        }
-        let mut events = Vec::with_capacity(links.len());
-        for text in &texts {
-            events.push(text.as_ref().map_or(Ok(Vec::new()), |t| t.events()).map_err(damaged)?);
-        }
+        let texts: Vec<Option<Lines>> = links.iter().map(text).collect();
+        let events: Vec<Vec<EventRef<'_>>> =
+            links.iter().zip(&texts).map(|(stored, text)| readable(stored, text.as_ref().map(Lines::events))).collect();
         let indexed: Vec<_> = links.iter().zip(&events).map(|(stored, events)| Indexed { stored, events }).collect();
         self.apply(&indexed)
     }
@@ -163,6 +161,21 @@ impl Writer {
         self.reach = 0;
         Ok(())
     }
+}
+
+fn text(stored: &Stored) -> Option<Lines> {
+    match &stored.entry.link {
+        Link::Batch(batch) => Some(readable(stored, Some(batch.open().map(Some)))).flatten(),
+        Link::Tombstone(_) => None,
+    }
+}
+
+/// What could be read; nothing, and a line in our log, where that part of the file is damaged.
+fn readable<T: Default>(stored: &Stored, read: Option<Result<T, Malformed>>) -> T {
+    read.unwrap_or_else(|| Ok(T::default())).unwrap_or_else(|error| {
+        tracing::error!(position = stored.position, %error, "a link in the log is damaged and its events are not found");
+        T::default()
+    })
 }
 
 fn corrupt() -> rusqlite::Error {

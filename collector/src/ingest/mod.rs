@@ -43,6 +43,8 @@ pub struct Shared {
     pub connections: Arc<Semaphore>,
     /// Most handshakes at a time.
     pub handshakes: Arc<Semaphore>,
+    /// How many that are.
+    pub max_handshakes: usize,
     /// How long a handshake, a first frame or an enrolment may take.
     pub handshake_timeout: Duration,
     /// Most links a second of one agent.

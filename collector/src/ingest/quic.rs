@@ -89,7 +89,7 @@ fn take(incoming: Incoming, shared: &Arc<Shared>) {
         return incoming.refuse();
     };
     // When half of the handshakes are taken, an address must first prove that it can be reached.
-    let busy = shared.handshakes.available_permits() < shared.connections.available_permits().min(64);
+    let busy = shared.handshakes.available_permits() < shared.max_handshakes / 2;
     if busy && !incoming.remote_address_validated() && incoming.may_retry() {
         let _ = incoming.retry();
         return;

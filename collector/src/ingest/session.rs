@@ -133,7 +133,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
         match self.reader.read_buf(&mut self.buffer).await {
             Ok(0) if self.decoder.is_mid_frame() => Err(End::Lost("cut in the middle of a frame".into())),
             Ok(0) => Err(End::Lost("closed by the agent".into())),
-            Ok(_) => Ok(self.decoder.push(&self.buffer)),
+            Ok(_) => {
+                self.decoder.push(&self.buffer);
+                Ok(())
+            }
             Err(error) => Err(End::Lost(error.to_string())),
         }
     }
@@ -337,6 +340,8 @@ struct Session<'a> {
     expires: tokio::time::Instant,
     pace: Pace,
     renewed: Option<Instant>,
+    /// When the last whole frame came.
+    heard: tokio::time::Instant,
 }
 
 fn now() -> Instant {
@@ -361,6 +366,7 @@ impl<'a> Session<'a> {
             expires: tokio::time::Instant::now() + life,
             pace: Pace::new(shared.links_per_second, now()),
             renewed: None,
+            heard: tokio::time::Instant::now(),
         }
     }
 
@@ -396,7 +402,7 @@ impl<'a> Session<'a> {
                     Ok(()) => self.send_directive(wire).await?,
                     Err(_) => return Err(End::Shutdown),
                 },
-                () = sleep_until(silent_at) => return Err(End::Silent(silent_at.elapsed().max(self.receiver.timeout().elapsed()))),
+                () = sleep_until(silent_at) => return Err(End::Silent(silent_at.duration_since(self.heard))),
                 () = sleep_until(self.expires) => return Err(End::Expired),
                 () = self.place.replaced.cancelled() => return Err(End::Replaced),
                 () = self.shared.shutdown.cancelled() => return Err(End::Shutdown),
@@ -409,10 +415,14 @@ impl<'a> Session<'a> {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        match self.receiver.handle(frame, now())? {
+        self.heard = tokio::time::Instant::now();
+        match self.receiver.handle(frame, self.heard.into_std())? {
             None => Ok(()),
             Some(FromAgent::Commit(link)) => {
-                sleep(self.pace.wait(now())).await;
+                let wait = self.pace.wait(now());
+                if !wait.is_zero() {
+                    sleep(wait).await;
+                }
                 let (agent, progress) = (self.agent.clone(), self.progress.0.clone());
                 let received = (self.shared.clock)();
                 self.shared.commits.link(agent, received, link, progress).await.map_err(|_| End::Shutdown)

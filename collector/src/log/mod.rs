@@ -120,7 +120,8 @@ pub trait Log: Send {
     /// Each must be the next of its chain; a second link at the same (agent, epoch, first sequence number) is an error.
     fn append(&mut self, entries: &[Entry]) -> Result<u64, LogError>;
 
-    /// Up to `limit` links at `position` and after, oldest first.
+    /// Up to `limit` links at `position` and after, oldest first. Stops before one that is damaged; when that is the
+    /// very first, it is the error, and its position says where to go on.
     fn read_from(&self, position: u64, limit: usize) -> Result<Vec<Stored>, LogError>;
 
     /// How far the chain of `agent` in `epoch` is known; it outlives the links themselves.

@@ -175,7 +175,10 @@ impl Log for SqliteLog {
         let mut rows = rows.query([clamp(position), clamp(limit as u64)])?;
         let mut links = Vec::new();
         while let Some(row) = rows.next()? {
-            links.push(stored(row)?);
+            match stored(row) {
+                Err(LogError::Damaged { .. }) if !links.is_empty() => break,
+                read => links.push(read?),
+            }
         }
         Ok(links)
     }

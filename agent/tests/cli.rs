@@ -1,0 +1,146 @@
+//! The binary as a user meets it: what it says, and its exit codes.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::{Command, Output, Stdio};
+
+fn agent(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sidewarden-agent"));
+    command.args(arguments).env_clear().stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = agent(arguments).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap_or(-1), text(stdout), text(stderr))
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn path(file: &tempfile::NamedTempFile) -> &str {
+    file.path().to_str().unwrap()
+}
+
+/// A configuration that can start here, with whatever follows.
+fn good(dir: &tempfile::TempDir, more: &str) -> tempfile::NamedTempFile {
+    file(&format!(
+        "data_dir = {:?}\ninstance = \"c1\"\n[collector]\naddresses = [\"127.0.0.1:1\"]\n[timeouts]\ndrain = \"1s\"\n{more}",
+        dir.path()
+    ))
+}
+
+#[test]
+fn help_teaches_the_commands_and_the_exit_codes() {
+    let (code, out, _) = run(&["--help"]);
+    assert_eq!(code, 0);
+    for word in ["sidecar", "exec", "health", "check-config", "Exit codes", "127", "token create", "SIDEWARDEN_"] {
+        assert!(out.contains(word), "no `{word}` in:\n{out}");
+    }
+}
+
+#[test]
+fn a_wrong_command_line_is_told_with_code_2() {
+    for arguments in [&["sidcar"][..], &[], &["exec"], &["sidecar", "--log-level", "a=b=c"]] {
+        let (code, _, err) = run(arguments);
+        assert_eq!(code, 2, "{arguments:?}: {err}");
+        assert!(!err.is_empty());
+    }
+    assert!(run(&["sidcar"]).2.contains("sidecar"), "the nearest command is named");
+}
+
+#[test]
+fn all_faults_of_a_file_are_told_at_once() {
+    let config = file(
+        "dta_dir = \"/x\"\n[admin]\nlisten = \"0.0.0.0:9\"\n[[inbound]]\nlisten = \"0.0.0.0:9\"\nto = \"127.0.0.1:9\"\n[timeouts]\ndrain = \"10\"\n",
+    );
+    let (code, _, err) = run(&["check-config", "--config", path(&config)]);
+    assert_eq!(code, 2);
+    for part in
+        ["did you mean `data_dir`", "which is itself", "allows nobody", "`timeouts.drain`", "`collector.addresses`"]
+    {
+        assert!(err.contains(part), "no `{part}` in:\n{err}");
+    }
+}
+
+#[test]
+fn a_good_file_is_good_and_a_missing_one_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = good(&dir, "");
+    let (code, out, err) = run(&["check-config", "--config", path(&config)]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.contains("good"), "{out}");
+    let (code, _, err) = run(&["check-config", "--config", "/nowhere.toml"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("reading /nowhere.toml: "), "{err}");
+}
+
+#[test]
+fn a_port_in_use_is_told_with_what_it_was_for() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = good(&dir, &format!("[admin]\nlisten = \"{}\"\n", taken.local_addr().unwrap()));
+    let (code, _, err) = run(&["sidecar", "--config", path(&config)]);
+    assert_eq!(code, 1);
+    assert!(err.contains("for the admin endpoint: ") && err.contains("another program has this port"), "{err}");
+}
+
+#[test]
+fn an_unusable_data_directory_is_told() {
+    let not_a_directory = file("");
+    let config = file(&format!(
+        "data_dir = \"{}/x\"\ninstance = \"c1\"\n[collector]\naddresses = [\"127.0.0.1:1\"]\n[admin]\nlisten = \"127.0.0.1:0\"\n",
+        path(&not_a_directory)
+    ));
+    let (code, _, err) = run(&["sidecar", "--config", path(&config)]);
+    assert_eq!(code, 1);
+    assert!(err.contains("set data_dir to one that is"), "{err}");
+}
+
+#[test]
+fn health_says_no_when_nobody_answers() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = good(&dir, &format!("[admin]\nlisten = \"{free}\"\n"));
+    let (code, _, err) = run(&["health", "--config", path(&config)]);
+    assert_eq!(code, 1);
+    assert!(err.contains("is it running?"), "{err}");
+}
+
+#[test]
+fn exec_hands_the_commands_own_code_on() {
+    for (command, expected) in [(&["sh", "-c", "exit 7"][..], 7), (&["/no/such/program"], 127), (&["/etc/passwd"], 126)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let config = good(&dir, "[admin]\nlisten = \"127.0.0.1:0\"\n");
+        let arguments = [&["exec", "--config", path(&config), "--"], command].concat();
+        let output = agent(&arguments).env("PATH", "/usr/bin:/bin").output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(expected), "{command:?}: {err}");
+    }
+}
+
+#[test]
+fn a_sidecar_ends_in_order_on_sigterm() {
+    use std::io::{BufRead, BufReader};
+    let dir = tempfile::tempdir().unwrap();
+    let config = good(&dir, "[admin]\nlisten = \"127.0.0.1:0\"\n");
+    let mut child = agent(&["sidecar", "--config", path(&config)]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("accepts connections")));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(dir.path().join("spool/clean").exists());
+}
+
+#[test]
+fn the_checks_are_listed() {
+    let (code, out, _) = run(&["checks"]);
+    assert_eq!(code, 0);
+    assert!(out.contains("5.31") && out.contains("docker-socket"), "{out}");
+}

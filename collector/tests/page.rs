@@ -1,0 +1,156 @@
+//! The page in a real Chromium, against a collector with a shop under attack: what a user sees.
+//!
+//! With SIDEWARDEN_SCREENSHOTS=<dir> every view is also kept as a picture, light and dark.
+
+mod scene;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use scene::{program, shop, start, token, until};
+use sidewarden_collector::app::App;
+
+struct Browser(PathBuf);
+
+/// How long the page may take by its own clock.
+const BUDGET: &str = "--virtual-time-budget=6000";
+
+impl Browser {
+    fn run(&self, url: &str, more: &[String]) -> String {
+        let profile = tempfile::tempdir().unwrap();
+        let output = Command::new(&self.0)
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
+            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync", "--incognito"])
+            .args(["--ignore-certificate-errors", "--disable-dev-shm-usage", "--window-size=1400,1000", BUDGET])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .args(more)
+            .arg(url)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let complaint = said.lines().find(|line| line.contains("CONSOLE") && line.contains("Refused"));
+        assert!(complaint.is_none(), "{complaint:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The document as it stands when the page has settled; a picture of it, too, if that is wanted.
+    async fn look(self: &std::sync::Arc<Browser>, app: &App, name: &str, place: &str) -> String {
+        let url = format!("https://127.0.0.1:{}/{place}", app.api.port());
+        let (browser, name) = (self.clone(), name.to_owned());
+        let looked = tokio::task::spawn_blocking(move || {
+            if let Some(dir) = std::env::var_os("SIDEWARDEN_SCREENSHOTS") {
+                for (suffix, dark) in [("", false), ("-dark", true)] {
+                    let path = PathBuf::from(&dir).join(format!("{name}{suffix}.png"));
+                    let mut more = vec![format!("--screenshot={}", path.display())];
+                    more.extend(dark.then(|| "--blink-settings=preferredColorScheme=0".to_owned()));
+                    browser.run(&url, &more);
+                }
+            }
+            browser.run(&url, &["--dump-dom".to_owned()])
+        });
+        tokio::time::timeout(scene::LIMIT, looked).await.unwrap().unwrap()
+    }
+}
+
+fn browser() -> Option<std::sync::Arc<Browser>> {
+    program("chromium", "chromium").map(|path| std::sync::Arc::new(Browser(path)))
+}
+
+fn assert_shows(document: &str, wanted: &[&str]) {
+    for text in wanted {
+        assert!(document.contains(text), "the page does not show `{text}`:\n{document}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_sees_the_state_of_the_shop() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let agents = shop(&scene.app).await;
+    agents[2].disconnect(&scene.app, true).await;
+    until("the alerts", async || {
+        let alerts = scene::ask(&scene.app, "/api/v1/alerts").await;
+        alerts.to_string().contains("ForeignCertificate").then_some(())
+    })
+    .await;
+    let key = token(&scene.app);
+    let at = |place: &str| format!("#token={key}&{place}");
+
+    let page = browser.look(&scene.app, "overview", &at("/")).await;
+    assert_shows(
+        &page,
+        &["shop/rogue", "shop/orders", "shop/db", "RootExec", "somebody entered as root", "checks unknown"],
+    );
+    assert_shows(&page, &["6 fail, 7 unknown, 5 pass", "1 of 2"]);
+    assert!(!page.contains(&key), "the token stays in the document");
+
+    let rogue = "/workload/spiffe%3A%2F%2Fsidewarden.internal%2Fshop%2Frogue";
+    let page = browser.look(&scene.app, "workload", &at(rogue)).await;
+    assert_shows(
+        &page,
+        &["5.31", "docker-socket", "the Docker socket is not mounted in the container", ">FAIL<", ">UNKNOWN<"],
+    );
+    assert_shows(
+        &page,
+        &["/run/docker.sock", "run a node agent on this host", "cap_drop: [ALL]", "docker run", "Kubernetes"],
+    );
+
+    let page = browser.look(&scene.app, "alerts", &at("/alerts")).await;
+    assert_shows(&page, &["PlaintextRefused", "from 172.18.0.1, 172.18.0.9", "What to do:", "CheckFailed"]);
+
+    let page = browser.look(&scene.app, "events", &at("/events?min_severity=info")).await;
+    assert_shows(&page, &["process.entered", "connection.refused", "posture.baseline", "agent.connected"]);
+    // What an attacker writes is shown to the letter, and is nothing but text.
+    assert_shows(&page, &["&lt;script&gt;document.title='owned'&lt;/script&gt;"]);
+    assert!(!page.contains("<script>document.title") && !page.contains("<title>owned"), "{page}");
+
+    let page = browser.look(&scene.app, "rules", &at("/rules")).await;
+    assert_shows(&page, &["id=\"rule-RootExec\"", "What makes an alert"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_appear_while_the_page_is_open() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let place = format!("#token={}&/events", token(&scene.app));
+    let mut agent = scene::Agent::new("shop/web#web-1");
+    let mut look = Box::pin(browser.look(&scene.app, "live", &place));
+    // One every moment until the browser has looked: those it was not open for are past ones to it.
+    let page = loop {
+        tokio::select! {
+            page = &mut look => break page,
+            () = tokio::time::sleep(std::time::Duration::from_millis(100)) => {
+                agent.send(&scene.app, vec![scene::plaintext("172.18.0.1:1")]).await;
+            }
+        }
+    };
+    drop(look);
+    assert_shows(&page, &["class=\"row fresh\"", ">live<", "refused plaintext from 172.18.0.1:1"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_token_the_page_asks_for_one_and_says_when_it_is_wrong() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let page = browser.look(&scene.app, "enter", "").await;
+    assert_shows(&page, &["Show your token", "admin.token"]);
+    let page = browser.look(&scene.app, "wrong", "#token=wrong").await;
+    assert_shows(&page, &["Show your token", "The token is wrong."]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_collector_teaches_how_to_begin() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let key = token(&scene.app);
+    let page = browser.look(&scene.app, "empty", &format!("#token={key}")).await;
+    assert_shows(&page, &["No agents yet", "sidewarden-collector token create --workload shop/orders"]);
+    let page = browser.look(&scene.app, "calm", &format!("#token={key}&/alerts")).await;
+    assert_shows(&page, &["Nothing fires"]);
+    scene.app.stop().await;
+}
