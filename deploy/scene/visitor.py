@@ -1,5 +1,5 @@
 """A visitor of the shop: orders something and looks at the orders, again and again, through the agent that wraps it.
-A path written to /run/visitor/next is visited once, which is how the demo lets the visitor try something nasty."""
+A path written to /run/visitor/next is visited once more, which is how the demo lets the visitor try something nasty."""
 
 import json
 import sys
@@ -29,8 +29,8 @@ def main():
     while True:
         try:
             if (path := wish()) and path != done:
-                done = path
                 print("visited", path, "->", call(path), flush=True)
+                done = path
             if visits % 10 == 0:
                 call("/orders", {"item": "tea", "amount": 1 + visits % 5})
             call("/orders")

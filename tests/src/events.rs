@@ -28,6 +28,10 @@ pub struct Event {
     pub body: Value,
     /// When the collector had it, by its clock, in microseconds.
     pub received_us: u64,
+    /// Which life of the agent's spool it comes from.
+    pub epoch: String,
+    /// Its place in that.
+    pub seq: u64,
 }
 
 /// Who sent it.
@@ -48,6 +52,11 @@ impl Event {
     /// When the collector had it. Its clock is ours: it runs on this machine.
     pub fn received(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_micros(self.received_us)
+    }
+
+    /// Its place in the history: no two events have the same.
+    pub fn place(&self) -> (String, String, String, u64) {
+        (self.agent.workload.clone(), self.agent.instance.clone(), self.epoch.clone(), self.seq)
     }
 
     /// A text of its body, empty if there is none.

@@ -99,10 +99,21 @@ impl Scene {
     pub fn start_collector(&self) -> Result<Events> {
         let up = self.compose(["up", "--detach", "collector", "alertmanager"]);
         up.limit(Duration::from_secs(300)).output()?;
+        self.await_collector()?;
+        self.follow()
+    }
+
+    /// Waits until the collector answers.
+    pub fn await_collector(&self) -> Result<()> {
         let healthy = poll(COLLECTOR_LIMIT, Duration::from_millis(100), || self.collector(["health"]).output().ok())?;
         if healthy.is_none() {
             bail!("the collector is not healthy after {COLLECTOR_LIMIT:?}:\n{}", self.logs("collector"));
         }
+        Ok(())
+    }
+
+    /// The collector's events, from the last ones on.
+    pub fn follow(&self) -> Result<Events> {
         Events::follow(&self.docker, &self.container("collector")?)
     }
 
@@ -177,8 +188,25 @@ impl Scene {
         said.map_or_else(|error| format!("{error:#}"), |done| done.stdout + &done.stderr)
     }
 
-    /// Has the visitor ask the shop for `path` once.
-    pub fn visit(&self, path: &str) -> Result<()> {
+    /// What there is to say when something went wrong: which containers run, and the last lines of all.
+    pub fn state(&self) -> String {
+        let services = ["collector", "web-agent", "web", "orders-agent", "orders", "db-agent", "db", "visitor"];
+        let filter = format!("label=com.docker.compose.project={}", self.project);
+        let list = self.docker.run(["container", "ls", "--all", "--filter", &filter]).output();
+        let logs = services.map(|service| format!("--- {service}\n{}", self.logs(service)));
+        format!("{}{}", list.unwrap_or_default(), logs.concat())
+    }
+
+    /// Has the visitor ask the shop for `path`, and gives what it was answered: the way through every hop. The visitor
+    /// tries again while the shop does not answer; `None` when it never did within `limit`.
+    pub fn visit(&self, path: &str, limit: Duration) -> Result<Option<String>> {
+        self.wish(path)?;
+        let begin = format!("visited {path} -> ");
+        let answer = |logs: String| logs.lines().rev().find_map(|line| line.strip_prefix(&begin).map(str::to_owned));
+        poll(limit, Duration::from_millis(50), || answer(self.logs("visitor")))
+    }
+
+    fn wish(&self, path: &str) -> Result<()> {
         // Renamed into place: the visitor never reads half a path.
         let dir = self.tokens().join("visitor-next");
         fs::write(dir.join("next.new"), path)?;

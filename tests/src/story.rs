@@ -274,12 +274,7 @@ fn enter_as_root(scene: &Scene) -> Result<String> {
 }
 
 fn slip_in_a_command(scene: &Scene) -> Result<String> {
-    let answered =
-        |logs: String| logs.lines().rev().find_map(|l| l.split_once("/export").map(|(_, rest)| rest.to_owned()));
-    scene.visit("/export?name=today%3B%20id")?;
-    let answer = poll(PATIENCE, Duration::from_millis(50), || answered(scene.logs("visitor")))?;
-    let answer = answer.context("the visitor had no answer")?;
-    Ok(answer.split_once("-> ").map_or(answer.clone(), |(_, said)| said.to_owned()))
+    scene.visit("/export?name=today%3B%20id", PATIENCE)?.context("the visitor had no answer")
 }
 
 fn start_overpowered(scene: &Scene) -> Result<Act> {

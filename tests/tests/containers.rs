@@ -3,17 +3,24 @@
 //! Needs a container engine and root, or sudo without a password. `cargo verify` provides everything; elsewhere a test
 //! that cannot run fails and says why, unless SIDEWARDEN_ALLOW_SKIP=1.
 
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use sidewarden_tests::docker::Docker;
-use sidewarden_tests::events::Events;
+use sidewarden_tests::events::{Event, Events};
+use sidewarden_tests::interrupt::poll;
 use sidewarden_tests::progress::Progress;
 use sidewarden_tests::scene::{Ports, Scene};
-use sidewarden_tests::{images, packages, stage, story, suite, workspace};
+use sidewarden_tests::{attacks, images, packages, stage, story, suite, wire, workspace};
 
 /// One scene at a time: a database and eight more containers are enough for two cores.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// How long anything here may take to come back, or to be told.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A running scene of a test's own; taken down when the test ends, however it ends.
 struct Open {
@@ -53,6 +60,102 @@ fn every_step_of_the_attack_is_caught() -> Result<()> {
         numbered.map(|(n, step)| story::play(n, step, &open.scene, &open.events)).collect::<Result<_>>()?;
     assert!(outcomes.iter().all(story::Outcome::caught), "\n{}", story::table(&outcomes));
     Ok(())
+}
+
+#[test]
+fn a_shop_that_is_left_alone_speaks_no_plain_word_and_breaks_no_rule() -> Result<()> {
+    let Some(open) = open("quiet")? else { return Ok(()) };
+    let traffic = wire::look(&open.scene.addresses()?, Duration::from_secs(2))?;
+    ensure!(traffic.segments > 100 && traffic.plain == 0, "{traffic:?}");
+    for workload in ["shop/web", "shop/orders", "shop/db", "shop/visitor"] {
+        let broken = poll(LIMIT, Duration::from_millis(200), || open.broken(workload).ok().filter(Vec::is_empty))?;
+        ensure!(broken.is_some(), "{workload} breaks {:?}", open.broken(workload));
+    }
+    Ok(())
+}
+
+#[test]
+fn traffic_and_reports_return_unaided_after_restarts() -> Result<()> {
+    let Some(mut open) = open("restart")? else { return Ok(()) };
+    for services in
+        [&["orders"][..], &["orders-agent"], &["orders-agent", "orders"], &["visitor"], &["db-agent"], &["collector"]]
+    {
+        let containers = services.iter().map(|s| open.scene.container(s)).collect::<Result<Vec<_>>>()?;
+        open.scene.docker.run(["restart"]).args(containers).output()?;
+        open.scene.await_collector()?;
+        open.events = open.scene.follow()?;
+        open.is_well(&services.join("-and-"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_is_killed_comes_back_and_says_that_it_was() -> Result<()> {
+    let Some(open) = open("killed")? else { return Ok(()) };
+    let began = SystemTime::now();
+    let agent = open.scene.container("orders-agent")?;
+    let pid = open.scene.docker.run(["container", "inspect", "--format", "{{.State.Pid}}", &agent]).output()?;
+    // Not `docker kill`, after which the engine believes that somebody wants it to stay down.
+    packages::Root::find().context("killing it needs root")?.run("kill", ["-KILL", pid.trim()]).output()?;
+    let started = open.wait(began, |e| e.of("shop/orders") && e.kind == "agent.started")?;
+    assert_eq!(started.body["clean"], false, "{started:?}");
+    open.is_well("the-kill")
+}
+
+#[test]
+fn what_happens_while_the_collector_is_away_is_told_once_when_it_is_back() -> Result<()> {
+    let Some(mut open) = open("away")? else { return Ok(()) };
+    let (collector, orders) = (open.scene.container("collector")?, open.scene.container("orders")?);
+    let began = SystemTime::now();
+    open.scene.docker.run(["stop", &collector]).output()?;
+    let at = SocketAddr::from((open.scene.address("orders-agent")?, 8443));
+    attacks::tls11(at)?;
+    attacks::plaintext(at)?;
+    open.scene.docker.run(["exec", "--user", "root", &orders, "sh", "-c", "sleep 0.2"]).output()?;
+    let answer = open.scene.visit("/orders?while=away", LIMIT)?;
+    ensure!(answer.is_some(), "without a collector the shop stops\n{}", open.scene.state());
+    open.scene.docker.run(["start", &collector]).output()?;
+    open.scene.await_collector()?;
+    open.events = open.scene.follow()?;
+    open.wait(began, |e| e.text("reason") == "protocol_version")?;
+    open.wait(began, |e| e.text("reason") == "plaintext")?;
+    open.wait(began, |e| e.of("shop/orders") && e.kind == "process.entered")?;
+    let mut told: Vec<_> = open.events.since(0).into_iter().map(|e| e.place()).collect();
+    let all = told.len();
+    told.sort();
+    told.dedup();
+    assert_eq!(told.len(), all, "an event was told twice");
+    Ok(())
+}
+
+impl Open {
+    /// The first event that the collector received since `began` and that `is` what is looked for.
+    fn wait(&self, began: SystemTime, is: impl Fn(&Event) -> bool) -> Result<Event> {
+        let found = self.events.wait(0, LIMIT, |e| e.received() >= began && is(e))?;
+        found.with_context(|| format!("no such event came\n{}", self.scene.state()))
+    }
+
+    /// Everything came back by itself: requests pass every hop, and what happens is told.
+    fn is_well(&self, after: &str) -> Result<()> {
+        let answer = self.scene.visit(&format!("/orders?after={after}"), LIMIT)?;
+        ensure!(answer.is_some(), "after {after}: no request passes\n{}", self.scene.state());
+        let began = SystemTime::now();
+        attacks::tls11(SocketAddr::from((self.scene.address("orders-agent")?, 8443)))?;
+        let refused = self.wait(began, |e| e.of("shop/orders") && e.text("reason") == "protocol_version");
+        refused.with_context(|| format!("after {after}"))?;
+        Ok(())
+    }
+
+    /// The checks that a workload fails now.
+    fn broken(&self, workload: &str) -> Result<Vec<String>> {
+        let posture = self.scene.collector(["posture", workload, "--json"]).output()?;
+        let posture: Value = serde_json::from_str(&posture)?;
+        let instances = posture["instances"].as_array().context("no instances")?;
+        let findings = instances.iter().filter_map(|i| i["findings"].as_array()).flatten();
+        let failed = findings.filter(|f| f["verdict"] == "fail").map(|f| f["check"].to_string());
+        ensure!(!instances.is_empty(), "nothing is known of {workload}");
+        Ok(failed.collect())
+    }
 }
 
 #[test]
