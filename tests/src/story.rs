@@ -136,7 +136,7 @@ pub const STEPS: &[Step] = &[
     },
     Step {
         name: "a shell in the service",
-        told: "A visitor, through the front door, asks for an export named `today; id`. The service hands it to a shell.",
+        told: "A visitor, by the front door, asks for an export named `today; id; sleep 1`. The service starts a shell for it.",
         act: |scene| Act::now(|| slip_in_a_command(scene)),
         workload: "shop/orders",
         is: |e| e.kind == "process.shell",
@@ -274,7 +274,7 @@ fn enter_as_root(scene: &Scene) -> Result<String> {
 }
 
 fn slip_in_a_command(scene: &Scene) -> Result<String> {
-    scene.visit("/export?name=today%3B%20id", PATIENCE)?.context("the visitor had no answer")
+    scene.visit("/export?name=today%3B%20id%3B%20sleep%201", PATIENCE)?.context("the visitor had no answer")
 }
 
 fn start_overpowered(scene: &Scene) -> Result<Act> {
