@@ -49,6 +49,8 @@ const PROBE_WITHIN: Duration = Duration::from_secs(3);
 pub struct Admin {
     /// The newest identity.
     pub identity: Current,
+    /// Why there is no certificate, or no newer one.
+    pub trouble: tokio::sync::watch::Receiver<Option<String>>,
     /// How the uplink stands.
     pub uplink: SharedStatus,
     /// The spool.
@@ -140,7 +142,12 @@ impl Admin {
         };
         let stopping = self.stopping.is_cancelled();
         let uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let identity = usable.as_ref().map_or_else(|error| error.as_str(), |()| "ok");
+        let identity = match (&usable, &*self.trouble.borrow()) {
+            (Ok(()), None) => "ok".to_owned(),
+            (Ok(()), Some(trouble)) => format!("ok, but renewing it fails: {trouble}"),
+            (Err(error), None) => error.clone(),
+            (Err(error), Some(trouble)) => format!("{error}: {trouble}"),
+        };
         let collector = match (&uplink.session, &uplink.last_error) {
             (Some((collector, transport)), _) => format!("{collector} over {transport}"),
             (None, Some(error)) => error.clone(),

@@ -157,6 +157,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let talking = tokio::spawn(uplink.run(stop_talking.clone()));
     let admin = Admin {
         identity: identity.clone(),
+        trouble: keeper.trouble(),
         uplink: uplink_status.clone(),
         spool: spool.clone(),
         metrics,

@@ -128,6 +128,8 @@ pub struct Keeper {
     parts: Parts,
     store: Store,
     publish: watch::Sender<Option<Arc<Identity>>>,
+    /// Why the last attempt failed; `None` after one that did not.
+    trouble: watch::Sender<Option<String>>,
     issued: Option<Issued>,
     directive: Option<Arc<Directive>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
@@ -172,11 +174,26 @@ impl Keeper {
             Err(error) => return Err(error.into()),
         };
         let (directive, jitter) = (None, Duration::ZERO);
-        let mut keeper =
-            Keeper { parts, store, publish, issued, directive, key: None, refused: None, jitter, failing: false };
+        let mut keeper = Keeper {
+            parts,
+            store,
+            publish,
+            trouble: watch::Sender::default(),
+            issued,
+            directive,
+            key: None,
+            refused: None,
+            jitter,
+            failing: false,
+        };
         keeper.load_directive()?;
         keeper.publish_current()?;
         Ok((keeper, current))
+    }
+
+    /// Why there is no certificate, or no newer one, for whoever has to tell a person.
+    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.trouble.subscribe()
     }
 
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
@@ -217,6 +234,7 @@ impl Keeper {
                     Ok(()) => {
                         backoff.reset();
                         (pause, self.failing) = (Duration::ZERO, false);
+                        self.trouble.send_replace(None);
                     }
                     Err(error) => {
                         pause = backoff.after_failure();
@@ -371,6 +389,10 @@ impl Keeper {
     }
 
     fn tell_failure(&mut self, error: &KeeperError, pause: Duration) {
+        // That the same token was refused before says less than why.
+        if !matches!(error, KeeperError::SameToken(_)) {
+            self.trouble.send_replace(Some(error.to_string()));
+        }
         let dates = self.dates();
         let urgent = dates.is_some_and(|(from, until)| until.since(Timestamp::now()) < until.since(from) / ALARM_SHARE);
         if self.failing && !urgent {
