@@ -31,6 +31,8 @@ use crate::metrics;
 const TICK: Duration = Duration::from_secs(10);
 /// How often due renewals and new tokens are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How far the clock may be behind the log without a word.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
 /// What the other parts of the program (API, metrics, alerts) are given.
 #[derive(Clone, Debug)]
@@ -133,6 +135,14 @@ fn open_authority(config: &Config, now: Timestamp) -> anyhow::Result<(Arc<Author
     // Renewed at half: what agents keep on disk can then be verified as long as they may still come back.
     let own_life = (config.certificate_life + config.grace) * 2;
     let dir = config.data_dir.join("ca");
+    // A new root would lock every agent out: that is never done behind somebody's back.
+    if !dir.join("root").exists() && config.data_dir.join("log.db").exists() {
+        anyhow::bail!(
+            "{} is gone and the log beside it is not: restore ca/ from a backup, or move all of {} away to begin a new trust domain",
+            dir.join("root").display(),
+            config.data_dir.display()
+        );
+    }
     let (authority, first) = Authority::open(&dir, &config.trust_domain, &config.api.names, own_life, now)?;
     Ok((Arc::new(authority), first))
 }
@@ -167,6 +177,10 @@ fn instance(config: &Config) -> InstanceId {
 }
 
 async fn tell_start(core: &Core, first: bool) -> anyhow::Result<()> {
+    let (last, now) = (core.commits.state().at, (core.clock)());
+    if last > now.plus(CLOCK_TOLERANCE) {
+        tracing::warn!(%last, %now, "the clock is behind the last event in the log: set this machine's clock right");
+    }
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let summary = format!("Collector {version} of {} started", core.config.trust_domain);
     let body = Body::from(CollectorStarted { version, first });

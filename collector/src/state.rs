@@ -18,6 +18,10 @@ use sidewarden_proto::time::Timestamp;
 const MAX_PEERS: usize = 256;
 /// Findings kept for one agent: far more than there are checks.
 const MAX_FINDINGS: usize = 512;
+/// Bytes of a text that an agent sent and the state keeps.
+const MAX_TEXT: usize = 2_048;
+/// Lines of evidence kept for one finding.
+const MAX_EVIDENCE: usize = 32;
 /// Different words counted in one table (kinds, reasons); later ones count as `other`.
 const MAX_WORDS: usize = 128;
 /// An agent without a heartbeat of its own is expected to speak this often.
@@ -272,6 +276,7 @@ impl Agent {
     }
 
     fn stand(&mut self, finding: Finding, at: Timestamp) {
+        let finding = bounded(finding);
         let same = self.findings.get(&finding.check).filter(|s| s.finding.verdict.word() == finding.verdict.word());
         let since = same.map_or(at, |s| s.since);
         if self.findings.len() < MAX_FINDINGS || self.findings.contains_key(&finding.check) {
@@ -282,11 +287,12 @@ impl Agent {
     /// A baseline is the whole posture: what it does not name is no longer judged.
     fn baseline(&mut self, findings: Vec<Finding>, at: Timestamp) {
         self.findings.retain(|check, _| findings.iter().any(|f| f.check == *check));
-        findings.into_iter().for_each(|finding| self.stand(finding, at));
+        // Those named twice or too long are no work worth more than this.
+        findings.into_iter().take(2 * MAX_FINDINGS).for_each(|finding| self.stand(finding, at));
     }
 
     fn peer(&mut self, direction: Direction, peer: String) -> Option<&mut PeerSeen> {
-        let key = (direction, peer);
+        let key = (direction, short(peer));
         if self.peers.len() >= MAX_PEERS && !self.peers.contains_key(&key) {
             self.peers_beyond += 1;
             return None;
@@ -404,9 +410,10 @@ impl State {
     }
 
     fn lose(&mut self, stamp: Stamp<'_>, reason: &str, events: u64) {
-        *capped(&mut self.totals.lost, reason) += events;
+        let total = capped(&mut self.totals.lost, reason);
+        *total = total.saturating_add(events);
         let counted = capped(&mut self.agent(stamp.agent).lost, reason);
-        counted.count += events;
+        counted.count = counted.count.saturating_add(events);
         counted.last = stamp.received;
     }
 
@@ -415,18 +422,19 @@ impl State {
         let agent = self.agent(stamp.agent);
         match body {
             Body::AgentStarted(b) => {
-                (agent.version, agent.mode, agent.vantage) = (b.version, Some(b.mode), Some(b.vantage));
+                (agent.version, agent.mode, agent.vantage) = (short(b.version), Some(b.mode), Some(b.vantage));
                 agent.heartbeat_secs = b.heartbeat_secs.min(3600);
                 agent.started = Some(Started { at, clean: b.clean });
                 agent.stopping = None;
             }
-            Body::AgentStopping(b) => agent.stopping = Some(b.reason),
+            Body::AgentStopping(b) => agent.stopping = Some(short(b.reason)),
             Body::PostureBaseline(b) => agent.baseline(b.findings, at),
             Body::VerdictChanged(b) => agent.stand(b.finding, at),
             Body::ConnectionRefused(b) => {
                 let counted = agent.refused.entry(b.reason).or_default();
                 (counted.count, counted.last) = (counted.count.saturating_add(b.count), received);
-                *self.totals.refused.entry(b.reason).or_default() += b.count;
+                let total = self.totals.refused.entry(b.reason).or_default();
+                *total = total.saturating_add(b.count);
             }
             Body::PeerFirstSeen(b) => {
                 if let Some(peer) = agent.peer(b.direction, b.peer) {
@@ -439,13 +447,13 @@ impl State {
             Body::ConnectionsSummary(b) => {
                 if let Some(peer) = agent.peer(b.direction, b.peer) {
                     peer.last = at;
-                    peer.opened += b.opened;
-                    peer.bytes_in += b.bytes_in;
-                    peer.bytes_out += b.bytes_out;
+                    peer.opened = peer.opened.saturating_add(b.opened);
+                    peer.bytes_in = peer.bytes_in.saturating_add(b.bytes_in);
+                    peer.bytes_out = peer.bytes_out.saturating_add(b.bytes_out);
                 }
             }
             Body::IdentityRenewed(_) => agent.renewal_failed = None,
-            Body::IdentityRenewalFailed(b) => agent.renewal_failed = Some(b.error),
+            Body::IdentityRenewalFailed(b) => agent.renewal_failed = Some(short(b.error)),
             _ => {}
         }
     }
@@ -460,8 +468,10 @@ impl State {
                     self.agent(&AgentId { workload: b.workload, instance }).certified(b.serial, b.spki, b.not_after_us);
                 }
             }
-            Body::EnrolmentRefused(b) => *capped(&mut self.totals.enrolments_refused, first_word(&b.reason)) += 1,
-            Body::IngestRefused(b) => *capped(&mut self.totals.ingest_refused, first_word(&b.reason)) += 1,
+            Body::EnrolmentRefused(b) => {
+                *capped(&mut self.totals.enrolments_refused, first_word(&b.reason)) += b.count;
+            }
+            Body::IngestRefused(b) => *capped(&mut self.totals.ingest_refused, first_word(&b.reason)) += b.count,
             Body::AgentConnected(b) => {
                 let Ok(instance) = b.instance.parse() else { return };
                 let agent = self.agent(&AgentId { workload: b.workload, instance });
@@ -499,6 +509,27 @@ impl State {
 /// Whether an agent bears the path reserved for collectors; no certificate is issued for it to anybody else.
 pub fn is_collector_path(agent: &AgentId) -> bool {
     agent.workload.path() == "sidewarden/collector"
+}
+
+/// What the state keeps of a text: agents send what they like, and a state is held in memory.
+fn short(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_TEXT));
+    text
+}
+
+fn bounded(mut finding: Finding) -> Finding {
+    finding.evidence.truncate(MAX_EVIDENCE);
+    for line in &mut finding.evidence {
+        line.source = short(std::mem::take(&mut line.source));
+        line.line = short(std::mem::take(&mut line.line));
+    }
+    let remedy = &mut finding.remedy;
+    for text in
+        [&mut finding.title, &mut finding.check, &mut remedy.docker_run, &mut remedy.compose, &mut remedy.kubernetes]
+    {
+        *text = short(std::mem::take(text));
+    }
+    finding
 }
 
 /// The part of a reason before its first colon: `token_expired: …` counts as `token_expired`.
@@ -713,6 +744,39 @@ mod tests {
         let kinds = &told.state.totals.events;
         assert!(kinds.len() <= MAX_WORDS + 1);
         assert_eq!(kinds.values().map(|n| n.iter().sum::<u64>()).sum::<u64>(), 3_001);
+    }
+
+    #[test]
+    fn wild_numbers_and_endless_texts_hurt_nothing() {
+        let mut told = Told::new();
+        let mut long = finding(&"c".repeat(9_000), Verdict::Fail);
+        long.evidence = vec![Evidence::new("s", "é".repeat(9_000)); 500];
+        told.by(WEB, VerdictChanged { before: String::new(), finding: long });
+        let kept = told.web().findings.values().next().unwrap().finding.clone();
+        assert!(
+            kept.evidence.len() == MAX_EVIDENCE
+                && kept.evidence[0].line.len() <= MAX_TEXT
+                && kept.check.len() <= MAX_TEXT
+        );
+        for _ in 0..3 {
+            told.by(WEB, EventsLost { first_seq: 0, last_seq: u64::MAX, by_severity: [0; 4], reason: "x".into() });
+            told.by(
+                WEB,
+                ConnectionsSummary {
+                    direction: Direction::Inbound,
+                    peer: "p".into(),
+                    listener: String::new(),
+                    opened: u64::MAX,
+                    closed: u64::MAX,
+                    truncated: u64::MAX,
+                    bytes_in: u64::MAX,
+                    bytes_out: u64::MAX,
+                    window_secs: 1,
+                },
+            );
+        }
+        assert_eq!(told.state.totals.lost["x"], u64::MAX);
+        assert_eq!(told.web().peers.values().next().unwrap().bytes_in, u64::MAX);
     }
 
     #[test]

@@ -123,7 +123,10 @@ fn what_keeps_it_from_starting_is_said_in_one_line() {
     std::fs::write(&file, "").unwrap();
     let mut foreign = serve(&dir.path().join("a"));
     foreign.env("SIDEWARDEN_TRUST_DOMAIN", "other.example");
+    drop(Server::start(&dir.path().join("lost")));
+    std::fs::remove_dir_all(dir.path().join("lost/ca")).unwrap();
     let rows = [
+        (serve(&dir.path().join("lost")), "restore ca/ from a backup"),
         (busy, "another program has it"),
         (foreign, "of trust domain `sidewarden.internal`"),
         (serve(&file.join("below")), "data_dir must be a directory this user can write"),

@@ -31,7 +31,7 @@ fn event(n: u64) -> Event {
         bytes_out: n * 104_729 % 10_000_019,
         window_secs: 60,
     });
-    let severity = if n % 100 == 0 { Severity::Warning } else { Severity::Info };
+    let severity = if n.is_multiple_of(100) { Severity::Warning } else { Severity::Info };
     Event::new(
         Timestamp(1_795_000_000_000_000 + n as i64 * 1_237),
         severity,

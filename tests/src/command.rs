@@ -160,17 +160,23 @@ impl Run {
             }
             let interrupted = self.heeds_interrupt && interrupt::requested();
             if interrupted || Instant::now() >= deadline {
-                self.end(pid);
-                // The limit of this wait is the kernel's: the process was killed.
-                let _ = end.recv_timeout(Duration::from_secs(10));
+                self.end(pid, end);
                 bail!(if interrupted { "interrupted".into() } else { format!("still running after {:?}", self.limit) });
             }
         }
     }
 
-    fn end(&self, pid: Pid) {
-        // It may have ended by itself just now.
-        let _ = if self.own_group { killpg(pid, Signal::SIGKILL) } else { kill(pid, Signal::SIGTERM) };
+    /// Asks it to end, with all it started, so that it can clean up; makes it end if it does not.
+    fn end(&self, pid: Pid, end: &mpsc::Receiver<std::io::Result<ExitStatus>>) {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            // It may have ended by itself just now, or be sudo, which the terminal's Ctrl-C has reached already.
+            let _ = if self.own_group { killpg(pid, signal) } else { kill(pid, signal) };
+            if end.recv_timeout(Duration::from_secs(15)).is_ok() {
+                break;
+            }
+        }
+        // What it started may outlive it, and holds its output open.
+        let _ = if self.own_group { killpg(pid, Signal::SIGKILL) } else { Ok(()) };
     }
 }
 

@@ -61,8 +61,7 @@ fn debootstrap(suite: &str, tar: &Path, detail: &Detail<'_>) -> Result<()> {
     let script = workspace::root().join("tests/images/services.sh");
     let output = root
         .run("sh", [&*script.to_string_lossy(), suite, MIRROR, &*tar.to_string_lossy()])
-        .limit(Duration::from_secs(1800))
-        .in_our_group();
+        .limit(Duration::from_secs(1800));
     output.output_with(|line| detail.now(line))?;
     Ok(())
 }

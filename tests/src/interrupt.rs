@@ -4,21 +4,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From here on SIGINT and SIGTERM are noted instead of ending the program. To be called before any thread starts:
-/// threads inherit the blocked signals, and one of their own takes them.
+/// From here on SIGINT, SIGTERM and SIGHUP are noted instead of ending the program. By a handler, not by a blocked mask:
+/// what we start would inherit the mask, and could not be ended.
 pub fn watch() -> Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
-    signals.thread_block()?;
-    std::thread::spawn(move || {
-        while signals.wait().is_ok() {
-            INTERRUPTED.store(true, Ordering::SeqCst);
-        }
-    });
+    let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: the handler does nothing but store to an atomic, which is allowed in a signal handler.
+        unsafe { sigaction(signal, &action) }?;
+    }
     Ok(())
+}
+
+extern "C" fn note(_: std::ffi::c_int) {
+    INTERRUPTED.store(true, Ordering::SeqCst);
 }
 
 /// Whether somebody wants us to end.

@@ -24,7 +24,7 @@ fn judge(case: &Case<'_>) -> Answer {
         let (mounts, source) = container.mounts.needs(DOCKER_API)?;
         let exposure = Exposure::of(container, mounts);
         let declared = |point: &str| case.declared.mounts.iter().any(|allowed| is_below(point, allowed));
-        let violates = |m: &&HostMount| is_sensitive(&m.host) && !declared(&m.point);
+        let violates = |m: &&HostMount| is_sensitive(&m.host) && !is_init(m) && !declared(&m.point);
         let violations: Vec<Evidence> = exposure.shown.iter().filter(violates).map(|m| m.evidence(source)).collect();
         match exposure.unseen(source, |point| !declared(point)) {
             Some(unseen) if violations.is_empty() => Err(unseen),
@@ -35,6 +35,13 @@ fn judge(case: &Case<'_>) -> Answer {
 
 fn described(mounts: &[Mount]) -> String {
     format!("{} mounts, none of a sensitive directory of the host", mounts.len())
+}
+
+/// The small PID 1 that `docker run --init` mounts from the host.
+fn is_init(m: &HostMount) -> bool {
+    let file = m.host.rsplit('/').next().unwrap_or(&m.host);
+    let point = matches!(m.point.as_str(), "/sbin/docker-init" | "/run/podman-init");
+    point && matches!(file, "docker-init" | "tini" | "tini-static" | "catatonit" | "dumb-init")
 }
 
 /// Whether a path of the host is one that a container should not have. Docker's own files and named volumes are not.
@@ -66,7 +73,7 @@ mod tests {
 
     #[test]
     fn each_spelling_of_a_host_directory_is_found() {
-        let rows: [Row; 20] = [
+        let rows: [Row; 22] = [
             ("Docker's own mounts and a named volume", |_| (), "pass"),
             ("/etc", |s| s.mount("254:0 /etc /hostetc rw - ext4 /dev/vda rw"), "fail"),
             ("/etc, read-only", |s| s.mount("254:0 /etc /hostetc ro - ext4 /dev/vda rw"), "fail"),
@@ -74,6 +81,16 @@ mod tests {
             ("the host's own /etc/hosts", |s| s.mount("254:0 /etc/hosts /etc/hosts rw - ext4 /dev/vda rw"), "fail"),
             ("/", |s| s.mount("254:0 / /host rw - ext4 /dev/vda rw"), "fail"),
             ("/var/lib/docker", |s| s.mount("254:0 /var/lib/docker /d rw - ext4 /dev/vda rw"), "fail"),
+            (
+                "the init that Docker brings along",
+                |s| s.mount("254:0 /usr/bin/tini-static /sbin/docker-init ro - ext4 /dev/vda rw"),
+                "pass",
+            ),
+            (
+                "something else in its place",
+                |s| s.mount("254:0 /usr/bin /sbin/docker-init ro - ext4 /dev/vda rw"),
+                "fail",
+            ),
             ("/home is not in the list", |s| s.mount("254:0 /home/app /data rw - ext4 /dev/vda rw"), "pass"),
             ("/etcetera is not /etc", |s| s.mount("254:0 /etcetera /data rw - ext4 /dev/vda rw"), "pass"),
             ("/proc elsewhere", |s| s.mount("0:21 / /hostproc rw - proc proc rw"), "fail"),

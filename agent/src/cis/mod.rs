@@ -176,6 +176,9 @@ struct Unseen {
     evidence: Vec<Evidence>,
 }
 
+/// A container with a thousand processes breaks a rule a thousand times; the first ones tell enough.
+const MAX_EVIDENCE: usize = 8;
+
 const PTRACE: &str = "give the agent CAP_SYS_PTRACE: run it as uid 0 with all capabilities dropped but SYS_PTRACE \
      (docker run --user 0 --cap-drop ALL --cap-add SYS_PTRACE)";
 const UNBROKEN: &str = "a watch that missed no process since the agent's start: start the agent before the workload, let it share \
@@ -261,7 +264,7 @@ impl Check {
             title: self.title.into(),
             severity: judgement.severity.unwrap_or(self.severity),
             verdict: judgement.verdict,
-            evidence: judgement.evidence,
+            evidence: presentable(judgement.evidence),
             remedy: Remedy {
                 docker_run: self.docker_run.into(),
                 compose: self.compose.into(),
@@ -270,6 +273,20 @@ impl Check {
             vantage: if judgement.deep { case.facts.vantage } else { Vantage::Open },
         }
     }
+}
+
+/// At most [`MAX_EVIDENCE`] lines, and nothing in them that a workload could use to write over the reader's terminal.
+fn presentable(mut evidence: Vec<Evidence>) -> Vec<Evidence> {
+    let more = evidence.len().saturating_sub(MAX_EVIDENCE);
+    evidence.truncate(MAX_EVIDENCE);
+    let mut shown: Vec<Evidence> = evidence
+        .into_iter()
+        .map(|e| Evidence::new(crate::watch::plain(&e.source), crate::watch::plain(&e.line)))
+        .collect();
+    if more > 0 {
+        shown.push(Evidence::new("", format!("and {more} more")));
+    }
+    shown
 }
 
 /// Every check's finding, in the order of the benchmark.
@@ -395,6 +412,16 @@ mod tests {
         sample.facts.containers.push(bad);
         let user = sample.judge_all().into_iter().find(|f| f.check == "user").unwrap();
         assert_eq!(user.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn evidence_is_short_and_writes_over_nothing() {
+        let mut sample = Sample::sound();
+        let evil = crate::facts::Process { name: "\u{1b}[2Jx".into(), uids: [0; 4], ..sample.first().clone() };
+        sample.container().processes.extend(std::iter::repeat_n(evil, 1000));
+        let user = sample.judge_all().into_iter().find(|f| f.check == "user").unwrap();
+        assert_eq!((user.evidence.len(), user.evidence[8].line.as_str()), (9, "and 992 more"));
+        assert!(user.evidence.iter().all(|e| !e.line.contains('\u{1b}')));
     }
 
     #[test]

@@ -7,8 +7,10 @@ use procfs::process::{MountInfo, MountOptFields, Status};
 use procfs::{ExplicitSystemInfo, FromBufReadSI as _, net::TcpNetEntries, net::TcpState};
 
 /// What is used of `/proc/<pid>/stat`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StatLine {
+    /// Its name. `procfs` cuts the one in `status` at a colon, and runc's first stage is `runc:[2:INIT]`.
+    pub name: String,
     /// Its state, for example `S`; `Z` is a zombie.
     pub state: char,
     /// Its parent.
@@ -21,10 +23,12 @@ pub struct StatLine {
 
 /// Reads `/proc/<pid>/stat`. The name in it may hold anything, brackets and blanks included.
 pub fn stat(text: &str) -> Option<StatLine> {
-    let (_, rest) = text.rsplit_once(')')?;
+    let (before, rest) = text.rsplit_once(')')?;
+    let (_, name) = before.split_once('(')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let at = |n: usize| fields.get(n).copied();
     Some(StatLine {
+        name: name.to_owned(),
         state: at(0)?.chars().next()?,
         ppid: at(1)?.parse().ok()?,
         session: at(3)?.parse().ok()?,
@@ -329,9 +333,10 @@ mod tests {
     #[test]
     fn a_stat_line_is_read_whatever_the_name_in_it() {
         let tail = "S 3 7 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 991 0 0";
-        for name in ["nginx", "a b", ") R 1 1 1 (", "\u{fffd}", ""] {
+        for name in ["nginx", "a b", ") R 1 1 1 (", "runc:[2:INIT]", "\u{fffd}", ""] {
             let line = format!("7 ({name}) {tail}");
-            assert_eq!(stat(&line), Some(StatLine { state: 'S', ppid: 3, session: 5, starttime: 991 }), "{line}");
+            let expected = StatLine { name: name.into(), state: 'S', ppid: 3, session: 5, starttime: 991 };
+            assert_eq!(stat(&line), Some(expected), "{line}");
         }
         for broken in ["", "7 (x)", "7 (x", "7 (x) S 1", "7 (x) S a b c"] {
             assert_eq!(stat(broken), None, "{broken}");

@@ -83,7 +83,7 @@ impl Process {
             ppid: line.ppid,
             session: line.session,
             zombie: line.state == 'Z',
-            name: status.name,
+            name: line.name,
             arguments,
             uids: [status.ruid, status.euid, status.suid, status.fuid],
             gids: [status.rgid, status.egid, status.sgid, status.fgid],

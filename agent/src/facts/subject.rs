@@ -60,7 +60,14 @@ fn closure(subject: &Subject, ourselves: &Ourselves, all: &[&Process]) -> Result
     // `runc` is in the container's namespaces for a moment before it is in its cgroup.
     let settled =
         all.iter().filter(|p| chosen.contains(&p.id.pid) && !p.is_runtime() && !p.zombie && !p.cgroup.is_root());
-    let cgroups: BTreeSet<&Cgroup> = settled.map(|p| &p.cgroup).collect();
+    let mut cgroups: BTreeSet<&Cgroup> = settled.map(|p| &p.cgroup).collect();
+    if ourselves.host_pids {
+        // Where the host's processes show, the parent of what is on its way in is the runtime, in a cgroup of the host's.
+        let parents: BTreeSet<i32> = all.iter().filter(|p| chosen.contains(&p.id.pid)).map(|p| p.ppid).collect();
+        for runtime in all.iter().filter(|p| parents.contains(&p.id.pid) && !p.same_net) {
+            cgroups.remove(&runtime.cgroup);
+        }
+    }
     let ours =
         |p: &Process| p.id.pid == ourselves.pid || (subject.mode == Mode::Sidecar && p.cgroup == ourselves.cgroup);
     chosen.extend(all.iter().filter(|p| !ours(p) && cgroups.contains(&p.cgroup)).map(|p| p.id.pid));
@@ -106,7 +113,7 @@ fn roles(mode: Mode, ourselves: &Ourselves, members: &[Process]) -> Vec<Role> {
     let parents: BTreeMap<i32, &Process> = members.iter().map(|p| (p.id.pid, p)).collect();
     let role = |p: &Process| match () {
         () if firsts.contains(&p.id) => Role::First,
-        () if ancestry(p, &parents).any(|p| !firsts.contains(&p.id) && outsider(p)) => Role::Entered,
+        () if ancestry(p, &parents).take_while(|p| !firsts.contains(&p.id)).any(outsider) => Role::Entered,
         () => Role::Inside,
     };
     members.iter().map(role).collect()
@@ -157,8 +164,11 @@ pub fn containers(members: &[Process]) -> Vec<Vec<&Process>> {
 
 impl Process {
     /// Whether it is a container runtime on its way to becoming something else. What it may do is not yet what it will.
+    /// runc runs a copy of itself from memory as `runc init`; crun keeps its name.
     pub fn is_runtime(&self) -> bool {
-        self.name.starts_with("runc:[") || (self.name == "exe" && self.program() == "runc") || self.name == "crun"
+        const STAGES: [&str; 5] = ["runc:[", "memfd:runc", "memfd:crun", "exe", "crun"];
+        let init = self.arguments.len() == 2 && self.program() == "runc" && self.arguments[1] == "init";
+        init || STAGES.iter().any(|stage| self.name.starts_with(stage) && (*stage != "exe" || self.program() == "runc"))
     }
 }
 
@@ -253,12 +263,12 @@ mod tests {
             ),
             ("nobody there", us(9), vec![process(9, 0, u, true)], vec![]),
             (
-                "runc on its way in does not bring its own cgroup along",
+                "a runtime on its way in does not bring its own cgroup along",
                 host,
                 vec![
                     process(500, 1, "/system.slice/docker", false),
                     process(600, 500, w, true),
-                    Process { name: "runc:[2:INIT]".into(), ..process(801, 500, "/system.slice/docker", true) },
+                    process(801, 500, "/system.slice/docker", true),
                     process(900, 500, u, true),
                 ],
                 vec![(600, First), (801, First)],
@@ -319,6 +329,27 @@ mod tests {
         ];
         for (what, ourselves, all, expected) in rows {
             check(what, Mode::Exec, &ourselves, &all, &expected);
+        }
+    }
+
+    #[test]
+    fn a_runtime_on_its_way_is_known_by_its_stages() {
+        let named = |name: &str, command: &str| Process {
+            name: name.into(),
+            arguments: command.split(' ').map(str::to_owned).collect(),
+            ..Process::default()
+        };
+        let rows = [
+            ("runc:[2:INIT]", "runc init", true),
+            ("memfd:runc_clon", "runc init", true),
+            ("6", "/usr/sbin/runc init", true),
+            ("crun", "crun exec", true),
+            ("exe", "app", false),
+            ("runc", "runc list", false),
+            ("sh", "sh -c init", false),
+        ];
+        for (name, command, expected) in rows {
+            assert_eq!(named(name, command).is_runtime(), expected, "{name}: {command}");
         }
     }
 

@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::unix::AsyncFd;
 
+use super::pump::Early;
 use super::record::{HEADER, Opened, RecordError, Records, SLOT};
 use super::relay::{End, Mover};
 
@@ -134,31 +135,37 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A flow between the TLS connection on `peer` and `workload`. `early` is what came after the handshake already.
-    pub fn new(records: Records, peer: TcpStream, early: Vec<u8>, workload: TcpStream) -> io::Result<Flow> {
-        Ok(Flow {
-            records,
-            peer: Side::new(peer)?,
-            workload: Side::new(workload)?,
-            partial: early,
-            is_new: true,
-            inward: 0,
-            outward: 0,
-        })
+    /// A flow between the TLS connection on `peer` and `workload`. `early` and `rest` are what came behind the
+    /// handshake: opened already, and not yet.
+    pub fn new(
+        records: Records,
+        peer: TcpStream,
+        workload: TcpStream,
+        early: Early,
+        rest: Vec<u8>,
+    ) -> io::Result<Flow> {
+        let (mut peer, mut workload) = (Side::new(peer)?, Side::new(workload)?);
+        let inward = early.data.len() as u64;
+        (workload.unsent, peer.ended) = (early.data, early.closed);
+        Ok(Flow { records, peer, workload, partial: rest, is_new: true, inward, outward: 0 })
     }
 
     /// Opens what came with the handshake; it is as long as the peer chose, so it has no place in the scratch.
-    fn open_early(&mut self) -> Result<(), End> {
-        let mut early = std::mem::take(&mut self.partial);
-        let length = early.len();
-        self.open_batch(&mut early, length)
+    fn open_rest(&mut self) -> Result<(), End> {
+        let mut rest = std::mem::take(&mut self.partial);
+        let length = rest.len();
+        self.open_batch(&mut rest, length)
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        if std::mem::replace(&mut self.is_new, false)
-            && let Err(end) = self.open_early()
-        {
-            return Poll::Ready(end);
+        if self.is_new {
+            if let Err(error) = ready!(self.workload.poll_flush(cx)) {
+                return Poll::Ready(End::WorkloadCut(error));
+            }
+            self.is_new = false;
+            if let Err(end) = self.open_rest() {
+                return Poll::Ready(end);
+            }
         }
         for _ in 0..TURNS {
             let inward = self.poll_inward(cx);
@@ -344,14 +351,14 @@ mod tests {
         (one.unwrap(), two.unwrap().0)
     }
 
-    async fn shake<C: Handshaking>(connection: &mut C, socket: &mut tokio::net::TcpStream) -> Vec<u8> {
-        let (mut input, mut output) = (Vec::new(), Vec::new());
+    async fn shake<C: Handshaking>(connection: &mut C, socket: &mut tokio::net::TcpStream) -> (Early, Vec<u8>) {
+        let (mut input, mut output, mut early) = (Vec::new(), Vec::new(), Early::default());
         loop {
-            let progress = advance(connection, &mut input, &mut output).unwrap();
+            let progress = advance(connection, &mut input, &mut output, &mut early).unwrap();
             socket.write_all(&output).await.unwrap();
             output.clear();
             if progress == Progress::Done {
-                return input;
+                return (early, input);
             }
             assert_ne!(socket.read_buf(&mut input).await.unwrap(), 0, "the peer went away");
         }
@@ -377,10 +384,11 @@ mod tests {
         let (client_config, server_config): (Arc<_>, Arc<_>) = (client_config, server_config);
         let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
-        let (early_one, early_two) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
+        let ((early_one, rest_one), (early_two, rest_two)) =
+            tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
         let std = |socket: tokio::net::TcpStream| socket.into_std().unwrap();
-        let one = Flow::new(Records::of_client(one).unwrap(), std(a), early_one, std(client_side)).unwrap();
-        let two = Flow::new(Records::of_server(two).unwrap(), std(b), early_two, std(server_side)).unwrap();
+        let one = Flow::new(Records::of_client(one).unwrap(), std(a), std(client_side), early_one, rest_one).unwrap();
+        let two = Flow::new(Records::of_server(two).unwrap(), std(b), std(server_side), early_two, rest_two).unwrap();
         Stage { client, server, ends: [spawn(one), spawn(two)] }
     }
 
@@ -460,13 +468,58 @@ mod tests {
         let (client_config, server_config) = configs();
         let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
-        let (_, early) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
+        let (_, (early, rest)) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
         let records = Records::of_server(two).unwrap();
-        let flow = Flow::new(records, b.into_std().unwrap(), early, server_side.into_std().unwrap()).unwrap();
+        let (peer, workload) = (b.into_std().unwrap(), server_side.into_std().unwrap());
+        let flow = Flow::new(records, peer, workload, early, rest).unwrap();
         let end = spawn(flow);
         drop(a);
         assert!(matches!(end.await.unwrap().end, End::PeerCut(_)));
         let error = server.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+
+    /// A client of rustls' own that says everything in one breath: its Finished, a request, and its close.
+    #[tokio::test]
+    async fn what_comes_in_one_breath_with_the_handshake_is_not_lost() {
+        for closes in [false, true] {
+            let ((mut server, server_side), (mut a, mut b)) = (wire().await, wire().await);
+            let (client_config, server_config) = configs();
+            let mut client = rustls::ClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
+            let mut two = UnbufferedServerConnection::new(server_config).unwrap();
+            let talk = async {
+                let mut bytes = Vec::new();
+                while client.is_handshaking() {
+                    client.write_tls(&mut bytes).unwrap();
+                    if !client.wants_write() && client.wants_read() {
+                        a.write_all(&std::mem::take(&mut bytes)).await.unwrap();
+                        let mut heard = vec![0; 16 << 10];
+                        let n = a.read(&mut heard).await.unwrap();
+                        client.read_tls(&mut &heard[..n]).unwrap();
+                        client.process_new_packets().unwrap();
+                    }
+                }
+                client.writer().write_all(b"question").unwrap();
+                if closes {
+                    client.send_close_notify();
+                }
+                while client.wants_write() {
+                    client.write_tls(&mut bytes).unwrap();
+                }
+                a.write_all(&bytes).await.unwrap();
+            };
+            let ((), (early, rest)) = tokio::join!(talk, shake(&mut two, &mut b));
+            let records = Records::of_server(two).unwrap();
+            let (peer, workload) = (b.into_std().unwrap(), server_side.into_std().unwrap());
+            let end = spawn(Flow::new(records, peer, workload, early, rest).unwrap());
+            let mut question = [0; 8];
+            server.read_exact(&mut question).await.unwrap();
+            assert_eq!(&question, b"question");
+            if closes {
+                assert_eq!(server.read(&mut question).await.unwrap(), 0, "the close came too");
+                drop(server);
+                assert!(matches!(end.await.unwrap().end, End::Whole));
+            }
+        }
     }
 }

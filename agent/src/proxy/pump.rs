@@ -1,11 +1,12 @@
 //! One handshake, driven through rustls' unbuffered API: bytes in, bytes out, no socket.
 //!
-//! Nothing is kept by the connection itself, so that [`super::record`] can take over exactly where the handshake ends:
-//! bytes that follow it stay in the caller's buffer.
+//! Nothing is kept by the connection itself, so that [`super::record`] can take over where the handshake ends. A peer may
+//! send data in the same breath as its last handshake message, which rustls opens before it says that it is done: that
+//! data is handed out with the handshake, as [`Early`].
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
+use rustls::unbuffered::{ConnectionState, EncodeError, ReadTraffic, UnbufferedStatus};
 
 /// Where a handshake stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,15 @@ pub enum Progress {
     NeedsInput,
     /// Done. What is left in the input belongs to the connection's data.
     Done,
+}
+
+/// What the peer sent right behind its handshake.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Early {
+    /// Data that rustls has opened already.
+    pub data: Vec<u8>,
+    /// The peer has said as well that it will send no more.
+    pub closed: bool,
 }
 
 /// Either end of a connection.
@@ -60,6 +70,7 @@ pub fn advance<C: Handshaking>(
     connection: &mut C,
     input: &mut Vec<u8>,
     output: &mut Vec<u8>,
+    early: &mut Early,
 ) -> Result<Progress, rustls::Error> {
     loop {
         let UnbufferedStatus { discard, state } = connection.process(input);
@@ -74,9 +85,13 @@ pub fn advance<C: Handshaking>(
             }
             Ok(ConnectionState::BlockedHandshake) => Some(Ok(Progress::NeedsInput)),
             Ok(ConnectionState::WriteTraffic(_)) => Some(Ok(Progress::Done)),
-            Ok(ConnectionState::ReadTraffic(_)) => Some(Ok(Progress::Done)),
-            Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
-                Some(Err(rustls::Error::General("the peer closed the connection during the handshake".into())))
+            Ok(ConnectionState::ReadTraffic(mut traffic)) => take(&mut traffic, &mut early.data).err().map(Err),
+            Ok(ConnectionState::PeerClosed) => {
+                early.closed = true;
+                None
+            }
+            Ok(ConnectionState::Closed) => {
+                Some(Err(rustls::Error::General("the connection was closed within the handshake".into())))
             }
             Ok(_) => Some(Err(rustls::Error::General("early data was never offered".into()))),
             Err(error) => Some(Err(error)),
@@ -91,6 +106,14 @@ pub fn advance<C: Handshaking>(
             }
         }
     }
+}
+
+/// Hands out the data that rustls has opened.
+fn take<Data>(traffic: &mut ReadTraffic<'_, '_, Data>, data: &mut Vec<u8>) -> Result<(), rustls::Error> {
+    while let Some(record) = traffic.next_record() {
+        data.extend_from_slice(record?.payload);
+    }
+    Ok(())
 }
 
 /// After an error rustls may still hold the alert to send. It is asked only while it does: with nothing to send it would

@@ -323,7 +323,7 @@ pub(crate) mod tests {
     use sidewarden_proto::tls::{Credential, Expect, Floor, Trust, client_config, server_config};
 
     use super::*;
-    use crate::proxy::pump::{Progress, advance};
+    use crate::proxy::pump::{Early, Progress, advance};
 
     fn credential() -> (Credential, Trust) {
         let mut ca = CertificateParams::default();
@@ -357,8 +357,8 @@ pub(crate) mod tests {
         let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
         let (mut at_client, mut at_server) = (Vec::new(), Vec::new());
         for _ in 0..100_000 {
-            let one = advance(&mut client, &mut at_client, &mut to_server).unwrap();
-            let two = advance(&mut server, &mut at_server, &mut to_client).unwrap();
+            let one = advance(&mut client, &mut at_client, &mut to_server, &mut Early::default()).unwrap();
+            let two = advance(&mut server, &mut at_server, &mut to_client, &mut Early::default()).unwrap();
             if one == Progress::Done && two == Progress::Done && to_server.is_empty() && to_client.is_empty() {
                 return (Records::of_client(client).unwrap(), Records::of_server(server).unwrap());
             }
@@ -473,7 +473,7 @@ pub(crate) mod tests {
         let (mut input, mut output) = (Vec::new(), Vec::new());
         loop {
             client.write_tls(&mut input).unwrap();
-            let done = advance(&mut server, &mut input, &mut output).unwrap();
+            let done = advance(&mut server, &mut input, &mut output, &mut Early::default()).unwrap();
             client.read_tls(&mut &output[..]).unwrap();
             client.process_new_packets().unwrap();
             output.clear();

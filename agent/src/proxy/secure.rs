@@ -20,7 +20,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use super::accounting::Secured;
 use super::flow::Flow;
 use super::handshake::{Replayed, part_soon};
-use super::pump::{Handshaking, Progress, advance};
+use super::pump::{Early, Handshaking, Progress, advance};
 use super::record::Records;
 use super::relay::{Mover, Side, copying};
 use super::{fault_of, secured};
@@ -41,7 +41,7 @@ pub struct Secure {
 }
 
 enum Stream {
-    Records { socket: TcpStream, records: Box<Records>, early: Vec<u8> },
+    Records { socket: TcpStream, records: Box<Records>, early: Early, rest: Vec<u8> },
     Accepted(Box<tokio_rustls::server::TlsStream<Replayed<TcpStream>>>),
     Connected(Box<tokio_rustls::client::TlsStream<TcpStream>>),
 }
@@ -50,10 +50,10 @@ impl Secure {
     /// The server's half of a TLS 1.3 handshake that begins with `hello`.
     pub async fn accept(mut socket: TcpStream, mut hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| fault(&error))?;
-        drive(&mut connection, &mut socket, &mut hello).await?;
+        let early = drive(&mut connection, &mut socket, &mut hello).await?;
         let (peer, how) = settled(&connection, Usage::Client, &socket)?;
         let records = Records::of_server(connection).map_err(unusable)?;
-        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early: hello } })
+        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early, rest: hello } })
     }
 
     /// The server's half of a TLS 1.2 handshake that begins with `hello`.
@@ -76,11 +76,11 @@ impl Secure {
     pub async fn connect(mut socket: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
         let name = socket.peer_addr().map(|address| ServerName::from(address.ip())).map_err(|error| cut(&error))?;
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| fault(&error))?;
-        let mut early = Vec::new();
-        drive(&mut connection, &mut socket, &mut early).await?;
+        let mut rest = Vec::new();
+        let early = drive(&mut connection, &mut socket, &mut rest).await?;
         let (peer, how) = settled(&connection, Usage::Server, &socket)?;
         let records = Records::of_client(connection).map_err(unusable)?;
-        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early } })
+        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early, rest } })
     }
 
     /// The client's half of a handshake with a foreign server, which may need its name to choose a certificate.
@@ -113,8 +113,8 @@ impl Secure {
     /// What moves its bytes to `workload` and back.
     pub fn into_mover(self, workload: TcpStream) -> io::Result<Box<dyn Mover + Send>> {
         Ok(match self.stream {
-            Stream::Records { socket, records, early } => {
-                Box::new(Flow::new(*records, socket.into_std()?, early, workload.into_std()?)?)
+            Stream::Records { socket, records, early, rest } => {
+                Box::new(Flow::new(*records, socket.into_std()?, workload.into_std()?, early, rest)?)
             }
             Stream::Accepted(stream) => Box::new(copying(workload, *stream)),
             Stream::Connected(stream) => Box::new(copying(workload, *stream)),
@@ -141,11 +141,15 @@ fn cut(error: &io::Error) -> Fault {
     (RefusalReason::HandshakeFailed, format!("the connection broke: {error}"))
 }
 
-/// Drives a handshake to its end. What is left in `input` then is data.
-async fn drive<C: Handshaking>(connection: &mut C, socket: &mut TcpStream, input: &mut Vec<u8>) -> Result<(), Fault> {
-    let mut output = Vec::new();
+/// Drives a handshake to its end. What is left in `input` then is the begin of a record.
+async fn drive<C: Handshaking>(
+    connection: &mut C,
+    socket: &mut TcpStream,
+    input: &mut Vec<u8>,
+) -> Result<Early, Fault> {
+    let (mut output, mut early) = (Vec::new(), Early::default());
     loop {
-        let progress = advance(connection, input, &mut output);
+        let progress = advance(connection, input, &mut output, &mut early);
         if let Err(error) = progress {
             part_soon(socket, &output).await;
             return Err(fault(&error));
@@ -153,7 +157,7 @@ async fn drive<C: Handshaking>(connection: &mut C, socket: &mut TcpStream, input
         socket.write_all(&output).await.map_err(|error| cut(&error))?;
         output.clear();
         if progress == Ok(Progress::Done) {
-            return Ok(());
+            return Ok(early);
         }
         if input.len() > MAX_FLIGHT {
             return Err((RefusalReason::HandshakeFailed, "its handshake has no end".into()));

@@ -5,6 +5,8 @@
 
 pub mod connect;
 pub mod drive;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

@@ -21,6 +21,12 @@ pub fn mask(text: &str) -> String {
     format!("{}…", cut(&shown, MAX_BYTES - '…'.len_utf8()))
 }
 
+/// `text` with control characters told instead of sent, and cut to the same length. For what holds no secrets.
+pub fn plain(text: &str) -> String {
+    let shown = escape(cut(text, MAX_INPUT));
+    if shown.len() <= MAX_BYTES { shown } else { format!("{}…", cut(&shown, MAX_BYTES - '…'.len_utf8())) }
+}
+
 fn cut(text: &str, bytes: usize) -> &str {
     let mut end = bytes.min(text.len());
     while !text.is_char_boundary(end) {
@@ -48,7 +54,7 @@ fn hide_secrets(text: &str) -> String {
     for word in text.split_whitespace() {
         database |= is_database_client(word);
         let (shown, then) = match next {
-            Next::Plain => plain(word, database),
+            Next::Plain => plain_word(word, database),
             Next::Secret if is_scheme(word) => (word.to_owned(), Next::Secret),
             Next::Secret => (DOTS.to_owned(), after_secret(word)),
             Next::SecretUntil(quote) if word.contains(quote) => (String::new(), Next::Plain),
@@ -66,7 +72,7 @@ fn hide_secrets(text: &str) -> String {
     out.join(" ")
 }
 
-fn plain(word: &str, database: bool) -> (String, Next) {
+fn plain_word(word: &str, database: bool) -> (String, Next) {
     if let Some(at) = secret_value(word) {
         let value = &word[at..];
         let then = if value.trim_matches(['"', '\'']).is_empty() { Next::Secret } else { after_secret(value) };

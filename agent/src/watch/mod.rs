@@ -25,7 +25,7 @@ use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 pub use differ::differ;
-pub use mask::mask;
+pub use mask::{mask, plain};
 pub use tracker::Normal;
 
 use crate::cis::{self, Case, Declared};
@@ -39,6 +39,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Posture is judged at most this often, however often mounts change.
 const JUDGE_AT_MOST: Duration = Duration::from_secs(1);
+
+/// A workload that is gone for less than this was restarted. Only then its posture is told to be unknown.
+const GONE_AFTER: Duration = Duration::from_secs(5);
 
 /// What to watch, and how closely.
 #[derive(Clone, Debug)]
@@ -161,7 +164,10 @@ struct Watcher {
     tracker: Tracker,
     wake: Wake,
     containers: Vec<ProcessId>,
+    lived: Vec<ProcessId>,
     told: Option<Vec<Finding>>,
+    told_of_somebody: bool,
+    nobody_since: Option<Instant>,
     judged: Option<Instant>,
     looked: Option<Instant>,
     judge_soon: bool,
@@ -175,7 +181,10 @@ impl Watcher {
             tracker: Tracker::new(config.normal.clone()),
             wake: Wake::default(),
             containers: Vec::new(),
+            lived: Vec::new(),
             told: None,
+            told_of_somebody: false,
+            nobody_since: None,
             judged: None,
             looked: None,
             judge_soon: true,
@@ -227,20 +236,35 @@ impl Watcher {
             stats.tasks_missed.fetch_add(seen.missed, Relaxed);
             self.tracker.count(seen.created, seen.missed, at);
         }
+        self.follow(&seen.members, now);
         let before = self.tracker.history().clone();
         for event in self.tracker.look(&seen.members, at) {
             (self.emit)(event);
         }
         self.judge_soon |= before != *self.tracker.history();
-        self.follow(&seen.members);
+    }
+
+    /// Whether the workload is gone for a moment, as it is in a restart and before its first start.
+    fn is_between_lives(&self, now: Instant) -> bool {
+        let news = self.told_of_somebody || self.told.is_none();
+        news && self.nobody_since.is_some_and(|since| now.duration_since(since) < GONE_AFTER)
     }
 
     /// Asks for notices about other containers when the workload's have changed.
-    fn follow(&mut self, members: &[facts::Process]) {
+    fn follow(&mut self, members: &[facts::Process], now: Instant) {
         let firsts = members.iter().filter(|p| p.role == Role::First && !p.is_runtime());
         let containers: Vec<ProcessId> = firsts.map(|p| p.id).collect();
+        self.nobody_since = if containers.is_empty() { self.nobody_since.or(Some(now)) } else { None };
         if containers == self.containers {
             return;
+        }
+        if !containers.is_empty() {
+            // Nothing of the containers there were before is left: they were started anew.
+            let anew = !self.lived.is_empty() && !containers.iter().any(|id| self.lived.contains(id));
+            self.lived.clone_from(&containers);
+            if anew {
+                self.tracker.begin_anew();
+            }
         }
         let anchors: Vec<String> = containers.iter().map(|id| format!("/proc/{}", id.pid)).collect();
         self.wake = Wake::of(&self.machine, &anchors);
@@ -250,6 +274,9 @@ impl Watcher {
     }
 
     fn judgement_is_due(&self, now: Instant) -> bool {
+        if self.is_between_lives(now) {
+            return false;
+        }
         let since = self.judged.map(|then| now.duration_since(then));
         let wanted = self.judge_soon || self.view.baseline_wanted.load(Relaxed);
         let pause = if wanted { JUDGE_AT_MOST } else { self.config.posture_interval };
@@ -264,11 +291,176 @@ impl Watcher {
         let case = Case { facts: &facts, declared: &self.config.declared, history: self.tracker.history() };
         let findings = cis::judge_all(&case);
         let baseline = self.view.baseline_wanted.swap(false, Relaxed);
+        // Somebody came or went: one event with everything, instead of one for each check.
+        let somebody = !facts.containers.is_empty();
+        let baseline = baseline || somebody != self.told_of_somebody;
+        self.told_of_somebody = somebody;
         let then = self.told.as_deref().filter(|_| !baseline);
         for event in differ(then, &findings, at) {
             (self.emit)(event);
         }
         self.view.posture.store(Arc::new(Posture { at, vantage: facts.vantage, findings: findings.clone() }));
         self.told = Some(findings);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::sync::mpsc;
+
+    use sidewarden_proto::event::Mode;
+
+    use super::*;
+
+    const STATUS: &str = "State:\tS\nTgid:\t1\nPid:\t1\nPPid:\t0\nTracerPid:\t0\nUid:\t7 7 7 7\nGid:\t7 7 7 7\n\
+        FDSize:\t64\nGroups:\t\nThreads:\t1\nSigQ:\t0/9\nSigPnd:\t0\nShdPnd:\t0\nSigBlk:\t0\nSigIgn:\t0\nSigCgt:\t0\n\
+        CapInh:\t0\nCapPrm:\t0\nCapEff:\t0\nCapBnd:\t0\nNoNewPrivs:\t1\nSeccomp:\t2\n";
+
+    /// A made-up machine, a watch of it, and its events.
+    struct Rig {
+        root: tempfile::TempDir,
+        watcher: Watcher,
+        events: mpsc::Receiver<Event>,
+        begun: Instant,
+    }
+
+    impl Rig {
+        fn new() -> Rig {
+            let root = tempfile::tempdir().unwrap();
+            put(root.path(), "proc/loadavg", "0.1 0.1 0.1 1/9 20");
+            put(root.path(), "net-dev", "");
+            process(root.path(), 9, 0, "agent", "/us");
+            std::os::unix::fs::symlink("9", root.path().join("proc/self")).unwrap();
+            let (sender, events) = mpsc::channel();
+            let posture = Posture { at: Timestamp::default(), vantage: Vantage::Open, findings: Vec::new() };
+            let view = Arc::new(View {
+                stats: WatchStats::default(),
+                posture: ArcSwap::from_pointee(posture),
+                baseline_wanted: AtomicBool::new(false),
+            });
+            let config = WatchConfig {
+                root: root.path().into(),
+                ..WatchConfig::new(Subject { mode: Mode::Sidecar, cgroup: None })
+            };
+            let watcher = Watcher::new(config, view, Box::new(move |e| sender.send(e).unwrap()));
+            Rig { root, watcher, events, begun: Instant::now() }
+        }
+
+        fn start(&self, pid: i32, ppid: i32, name: &str) {
+            process(self.root.path(), pid, ppid, name, "/w");
+        }
+
+        fn stop(&self, pid: i32) {
+            fs::remove_dir_all(self.root.path().join(format!("proc/{pid}"))).unwrap();
+        }
+
+        /// One tick, `ms` after the beginning; the kinds of its events.
+        fn step(&mut self, ms: u64, last_pid: u32) -> Vec<String> {
+            put(self.root.path(), "proc/loadavg", &format!("0.1 0.1 0.1 1/9 {last_pid}"));
+            let now = self.begun + Duration::from_millis(ms);
+            self.watcher.step(now, Timestamp(i64::try_from(ms).unwrap() * 1000));
+            self.events.try_iter().map(|e| e.kind.into_owned()).collect()
+        }
+    }
+
+    fn put(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn process(root: &Path, pid: i32, ppid: i32, name: &str, cgroup: &str) {
+        let at = format!("proc/{pid}");
+        put(
+            root,
+            &format!("{at}/stat"),
+            &format!("{pid} ({name}) S {ppid} {pid} {pid} 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 {pid} 0"),
+        );
+        put(root, &format!("{at}/status"), &format!("Name:\t{name}\n{STATUS}"));
+        put(root, &format!("{at}/cgroup"), &format!("0::{cgroup}\n"));
+        put(root, &format!("{at}/cmdline"), &format!("{name}\0"));
+        fs::create_dir_all(root.join(format!("{at}/net"))).unwrap();
+        fs::hard_link(root.join("net-dev"), root.join(format!("{at}/net/dev"))).unwrap();
+    }
+
+    #[test]
+    fn a_shell_is_told_at_the_tick_after_its_fork_and_the_missed_are_counted() {
+        let mut rig = Rig::new();
+        rig.start(1, 0, "nginx");
+        assert_eq!(rig.step(0, 20), ["posture.baseline"]);
+        assert!(rig.step(1500, 20).is_empty());
+        rig.start(23, 1, "sh");
+        assert_eq!(rig.step(1550, 23), ["process.shell"]);
+        let stats = &rig.watcher.view.stats;
+        assert_eq!((stats.tasks_created.load(Relaxed), stats.tasks_missed.load(Relaxed)), (3, 2));
+        assert!(rig.step(12_000, 23).contains(&"process.missed".to_owned()));
+    }
+
+    #[test]
+    fn a_still_gate_costs_no_look() {
+        let mut rig = Rig::new();
+        rig.start(1, 0, "nginx");
+        rig.step(0, 20);
+        rig.step(2000, 20);
+        let before = rig.watcher.view.stats.looks.load(Relaxed);
+        for ms in (2050..2950).step_by(50) {
+            rig.step(ms, 20);
+        }
+        assert_eq!(rig.watcher.view.stats.looks.load(Relaxed), before);
+    }
+
+    #[test]
+    fn a_restart_is_no_storm_of_verdicts_and_a_workload_that_stays_away_is_told_once() {
+        let mut rig = Rig::new();
+        assert!(rig.step(0, 20).is_empty(), "the workload may still be starting");
+        rig.start(21, 0, "nginx");
+        assert_eq!(rig.step(1000, 21), ["posture.baseline"]);
+        rig.stop(21);
+        assert!(rig.step(3000, 21).is_empty());
+        rig.start(30, 0, "nginx");
+        assert!(rig.step(4000, 30).iter().all(|kind| kind == "process.missed"));
+        rig.stop(30);
+        rig.step(6000, 30);
+        assert_eq!(rig.step(20_000, 30).iter().filter(|k| *k == "posture.baseline").count(), 1);
+        assert!(rig.watcher.view.posture().findings.iter().all(|f| f.verdict.word() == "unknown"));
+    }
+
+    #[test]
+    fn a_baseline_comes_when_it_is_asked_for() {
+        let mut rig = Rig::new();
+        rig.start(1, 0, "nginx");
+        rig.step(0, 20);
+        assert!(rig.step(1100, 20).is_empty());
+        rig.watcher.view.want_baseline();
+        assert_eq!(rig.step(2200, 20), ["posture.baseline"]);
+    }
+
+    #[test]
+    fn a_pid_used_again_is_another_process() {
+        let mut rig = Rig::new();
+        rig.start(1, 0, "nginx");
+        rig.start(300, 1, "worker");
+        rig.step(0, 32766);
+        rig.step(2000, 32766);
+        rig.stop(300);
+        rig.start(300, 1, "sh");
+        put(rig.root.path(), "proc/300/stat", "300 (sh) S 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 9999 0");
+        assert_eq!(rig.step(2050, 300), ["process.shell"]);
+    }
+
+    #[test]
+    fn the_thread_ends_when_it_is_told_to() {
+        let shutdown = CancellationToken::new();
+        let root = tempfile::tempdir().unwrap();
+        let config = WatchConfig {
+            root: root.path().into(),
+            tick: Duration::from_millis(1),
+            ..WatchConfig::new(Subject { mode: Mode::Sidecar, cgroup: None })
+        };
+        let watch = Watch::start(config, |_| {}, shutdown.clone()).unwrap();
+        shutdown.cancel();
+        watch.thread.join().unwrap();
     }
 }

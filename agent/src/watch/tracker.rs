@@ -102,6 +102,11 @@ impl Tracker {
         self.history.unbroken = false;
     }
 
+    /// The container was started anew: nobody has come into this one yet, and it was watched from its beginning.
+    pub fn begin_anew(&mut self) {
+        self.history = History { unbroken: true, ..History::default() };
+    }
+
     /// Compares the workload's processes, each with its role, with the last look.
     pub fn look(&mut self, members: &[Process], at: Timestamp) -> Vec<Event> {
         let mut events = self.forget(members, at);
@@ -176,7 +181,9 @@ impl Tracker {
                 );
                 let body = ProcessEntered { process: info(&known.process, ""), as_root: false, privileged: false };
                 self.history.unbroken = false;
-                events.push(Event::new(at, Severity::Warning, what, &Body::from(body)));
+                // It may have been a declared health check that was over quickly.
+                let severity = if self.normal.healthchecks.is_empty() { Severity::Warning } else { Severity::Notice };
+                events.push(Event::new(at, severity, what, &Body::from(body)));
             }
         }
         events
@@ -223,12 +230,14 @@ impl Tracker {
 
     fn shell(&mut self, p: &Process, family: &Family<'_>, at: Timestamp) -> Option<Event> {
         let known = self.known.get_mut(&p.id)?;
-        if p.role != Role::Inside || known.shell_told || !is_shell(p) {
+        let parent = family.get(&p.ppid).copied();
+        if p.role != Role::Inside || known.shell_told || !is_shell(p) || is_fork(p, parent) {
             return None;
         }
         known.shell_told = true;
-        let parent = family.get(&p.ppid).copied();
-        let normal = begins_with_one_of(&p.command(), &self.normal.shells) || is_entry_point(p, parent, family);
+        let normal = begins_with_one_of(&p.command(), &self.normal.shells)
+            || is_entry_point(p, parent, family)
+            || parent.is_some_and(|q| is_script(q, family));
         if normal || !self.started {
             return None;
         }
@@ -297,6 +306,16 @@ fn is_shell(p: &Process) -> bool {
     let is = |name: &str| SHELLS.contains(&name);
     let busybox = p.name == "busybox" || p.program() == "busybox";
     is(&p.name) || is(p.program()) || (busybox && p.arguments.get(1).is_some_and(|applet| is(applet)))
+}
+
+/// A shell that forks is its own copy until it has become something else.
+fn is_fork(p: &Process, parent: Option<&Process>) -> bool {
+    parent.is_some_and(|q| q.name == p.name && q.arguments == p.arguments)
+}
+
+/// Whether the entry point is `p` and a shell: a script, whose own shells are no news. Those of what it starts are.
+fn is_script(p: &Process, family: &Family<'_>) -> bool {
+    is_shell(p) && (p.role == Role::First || is_entry_point(p, family.get(&p.ppid).copied(), family))
 }
 
 /// Behind an init the entry point is its oldest child.
@@ -390,7 +409,7 @@ mod tests {
         let mut tracker = super::tests::tracker();
         tracker.look(&[web(), runtime.clone()], Timestamp(1));
         let vanished = tracker.look(&[web()], Timestamp(2));
-        assert_eq!(kinds(&vanished), [("process.entered", Severity::Warning)]);
+        assert_eq!(kinds(&vanished), [("process.entered", Severity::Notice)], "it may have been the health check");
         assert!(!tracker.history().unbroken);
 
         let mut tracker = super::tests::tracker();
@@ -438,7 +457,48 @@ mod tests {
         tracker.look(std::slice::from_ref(&init), Timestamp(0));
         let entry = process(7, 1, Role::Inside, "sh run.sh");
         assert!(tracker.look(&[init.clone(), entry.clone()], Timestamp(1)).is_empty());
-        assert_eq!(tracker.look(&[init, entry, process(9, 7, Role::Inside, "sh -i")], Timestamp(2)).len(), 1);
+        assert_eq!(
+            tracker
+                .look(
+                    &[init, entry, process(8, 7, Role::Inside, "app"), process(9, 8, Role::Inside, "sh -i")],
+                    Timestamp(2)
+                )
+                .len(),
+            1
+        );
+    }
+
+    #[test]
+    fn a_script_as_entry_point_starts_shells_and_its_programs_do_not() {
+        let script = process(1, 0, Role::First, "sh run.sh");
+        let mut tracker = Tracker::new(Normal::default());
+        tracker.look(std::slice::from_ref(&script), Timestamp(0));
+        let app = process(5, 1, Role::Inside, "python3 app.py");
+        let helper = process(6, 1, Role::Inside, "sh -c helper");
+        assert!(tracker.look(&[script.clone(), app.clone(), helper.clone()], Timestamp(1)).is_empty());
+        let injected = process(7, 5, Role::Inside, "sh -c id");
+        assert_eq!(tracker.look(&[script, app, helper, injected], Timestamp(2)).len(), 1);
+    }
+
+    #[test]
+    fn a_shells_fork_of_itself_is_told_when_it_becomes_another() {
+        let app = process(5, 1, Role::Inside, "python3 app.py");
+        let mut tracker = tracker();
+        let shell = process(6, 5, Role::Inside, "bash x");
+        assert_eq!(tracker.look(&[web(), app.clone(), shell.clone()], Timestamp(1)).len(), 1);
+        let fork = process(7, 6, Role::Inside, "bash x");
+        assert!(tracker.look(&[web(), app.clone(), shell.clone(), fork], Timestamp(2)).is_empty());
+        assert_eq!(tracker.look(&[web(), app, shell, process(7, 6, Role::Inside, "sh -i")], Timestamp(3)).len(), 1);
+    }
+
+    #[test]
+    fn a_container_started_anew_has_no_past() {
+        let mut tracker = tracker();
+        tracker.look(&[web(), Process { uids: [0; 4], ..process(40, 0, Role::Entered, "sh") }], Timestamp(1));
+        tracker.lose_track();
+        assert!(tracker.history().entered_root.is_some());
+        tracker.begin_anew();
+        assert_eq!(*tracker.history(), History { unbroken: true, ..History::default() });
     }
 
     #[test]

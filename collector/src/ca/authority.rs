@@ -63,7 +63,7 @@ impl Authority {
         own_life: Duration,
         now: Timestamp,
     ) -> Result<(Authority, bool), CaError> {
-        let first = !dir.join("root/cert.pem").exists() && !dir.join("root/key.pem").exists();
+        let first = !dir.join("root").exists();
         let root = if first { make_root(dir, domain, now)? } else { load(&dir.join("root"), now)? };
         check_domain(dir, &root, domain)?;
         let issuing = open_issuing(dir, &root, domain, now)?;
@@ -166,7 +166,7 @@ fn make_root(dir: &Path, domain: &TrustDomain, now: Timestamp) -> Result<Ca, CaE
 
 fn open_issuing(dir: &Path, root: &Ca, domain: &TrustDomain, now: Timestamp) -> Result<Ca, CaError> {
     let at = dir.join("issuing");
-    if !at.join("cert.pem").exists() && !at.join("key.pem").exists() {
+    if !at.exists() {
         return make_issuing(dir, root, domain, now);
     }
     let issuing = load(&at, now)?;
@@ -182,12 +182,14 @@ fn make_issuing(dir: &Path, root: &Ca, domain: &TrustDomain, now: Timestamp) -> 
     load(&dir.join("issuing"), now)
 }
 
-/// Key first: a certificate without its key would look like a loss, a key without its certificate is made anew.
+/// Both files or none: they are written beside and moved into place together.
 fn store(dir: &Path, cert: String, key: &KeyPair) -> Result<(), CaError> {
-    files::make_dir(dir)?;
-    let _ = std::fs::remove_file(dir.join("cert.pem"));
-    files::write_secret(&dir.join("key.pem"), key.serialize_pem().as_bytes())?;
-    files::write(&dir.join("cert.pem"), cert.as_bytes(), 0o644)
+    let part = dir.with_extension("part");
+    let _ = std::fs::remove_dir_all(&part);
+    files::make_dir(&part)?;
+    files::write_secret(&part.join("key.pem"), key.serialize_pem().as_bytes())?;
+    files::write(&part.join("cert.pem"), cert.as_bytes(), 0o644)?;
+    files::replace_dir(&part, dir)
 }
 
 fn load(dir: &Path, now: Timestamp) -> Result<Ca, CaError> {

@@ -32,6 +32,19 @@ pub(super) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), CaErro
     write().map_err(access(path))
 }
 
+/// Puts the directory `from` where `to` is or was. After a crash in between there is none: then it is made anew.
+pub(super) fn replace_dir(from: &Path, to: &Path) -> Result<(), CaError> {
+    let parent = to.parent().unwrap_or(Path::new("."));
+    let replace = || -> io::Result<()> {
+        if to.exists() {
+            fs::remove_dir_all(to)?;
+        }
+        fs::rename(from, to)?;
+        File::open(parent)?.sync_all()
+    };
+    replace().map_err(access(to))
+}
+
 /// Reads a key, which nobody but its owner may be able to read.
 pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>, CaError> {
     check_mode(path, 0o600)?;

@@ -85,6 +85,16 @@ fn other_issuing(dir: &Path) {
 }
 
 #[test]
+fn a_crash_while_the_ca_is_made_leaves_nothing_in_the_way() {
+    let (dir, now) = (tempdir().unwrap(), Timestamp::now());
+    std::fs::create_dir_all(dir.path().join("root.part")).unwrap();
+    std::fs::write(dir.path().join("root.part/key.pem"), "half a k").unwrap();
+    assert!(open_at(dir.path(), now).unwrap().1);
+    std::fs::remove_dir_all(dir.path().join("issuing")).unwrap();
+    assert!(!open_at(dir.path(), now).unwrap().1, "the issuing CA is made anew under the same root");
+}
+
+#[test]
 fn a_wrong_clock_and_a_wrong_domain_are_named_as_such() {
     let (dir, now) = made();
     for wrong in [now.minus(3 * DAY), now.plus(4000 * DAY)] {

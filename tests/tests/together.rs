@@ -1,0 +1,160 @@
+//! Agent and collector together, in process: what one does the other knows, and what breaks is told and made good.
+
+mod world;
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use sidewarden_collector::index::Query;
+use sidewarden_proto::event::{Body, RefusalReason};
+use sidewarden_proto::identity::Sha256;
+use sidewarden_proto::secret::Secret;
+
+use world::{World, all, echo, eventually, hook, http, inbound, outbound, says};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// web → orders, both enrolled.
+async fn shop(world: &World) -> (world::Agent, world::Agent) {
+    let orders = world.agent("orders-1", "shop/orders", &inbound(echo().await, "shop/web")).await;
+    let web = world.agent("web-1", "shop/web", &outbound(orders.inbound(), "shop/orders")).await;
+    orders.enrolled().await;
+    web.enrolled().await;
+    (web, orders)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_workloads_meet_and_the_collector_knows_who_they_are() {
+    let world = World::start().await;
+    let (web, orders) = shop(&world).await;
+    assert_eq!(says(&mut web.dial().await, b"hello").await.unwrap(), b"hello");
+    for (workload, peer) in [("shop/orders", "shop/web"), ("shop/web", "shop/orders")] {
+        let seen = world.event("peer.first_seen", |record| record.agent.workload.path() == workload).await;
+        assert!(seen.summary.contains(peer), "{}", seen.summary);
+    }
+    assert!(orders.admin("/readyz").await.starts_with("HTTP/1.1 200 "), "{}", orders.admin("/readyz").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_used_token_is_gone_and_the_key_is_nobody_elses() {
+    let world = World::start().await;
+    let (_, orders) = shop(&world).await;
+    assert!(!world.dir.path().join("orders-1.token").exists());
+    let mut files = vec![orders.home.clone()];
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let text = String::from_utf8_lossy(&std::fs::read(&path).unwrap()).into_owned();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert!(!text.contains("PRIVATE KEY") || mode == 0o600, "{} has mode {mode:o}", path.display());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_connection_becomes_an_alert_at_a_webhook() {
+    let (hook, bodies) = hook().await;
+    let world = World::start_with(&format!("[[alerts.webhooks]]\nurl = 'http://{hook}/'")).await;
+    let (_web, orders) = shop(&world).await;
+    http(orders.inbound(), "GET /orders HTTP/1.1\r\n\r\n").await;
+    world.event("connection.refused", |record| record.summary.contains("plaintext")).await;
+    let has_it = async || bodies.lock().unwrap().iter().find(|body| body.contains("PlaintextRefused")).cloned();
+    let alert = eventually(|| format!("no alert among {:#?}", bodies.lock().unwrap()), has_it).await;
+    assert!(alert.contains("shop/orders") && alert.contains("127.0.0.1"), "{alert}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_while_the_collector_is_away_arrives_once_and_in_order() {
+    let mut world = World::start().await;
+    let (web, orders) = shop(&world).await;
+    world.event("agent.started", |record| record.agent.workload.path() == "shop/orders").await;
+    world.stop_collector().await;
+    for attack in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"\x80\x2e\x01\x00\x02", b"\x16\x03\x01\xff\xff"] {
+        http(orders.inbound(), &String::from_utf8_lossy(attack)).await;
+    }
+    assert_eq!(says(&mut web.dial().await, b"still").await.unwrap(), b"still", "watching is never an outage");
+    world.start_collector_again().await;
+    let plaintext = RefusalReason::Plaintext;
+    world
+        .event("connection.refused", |record| match Body::from_raw(&record.kind, &record.body) {
+            Ok(Some(Body::ConnectionRefused(refused))) => refused.reason == plaintext,
+            _ => false,
+        })
+        .await;
+    let id = "spiffe://sidewarden.internal/shop/orders".parse().unwrap();
+    let seqs: Vec<u64> = world.query(Query { workload: Some(id), ..all() }).await.iter().map(|r| r.seq).collect();
+    assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_starts_again_needs_neither_token_nor_collector() {
+    let mut world = World::start().await;
+    let (web, orders) = shop(&world).await;
+    let to = web.app.addresses.outbound[0];
+    let rules = outbound(orders.inbound(), "shop/orders");
+    web.app.stop("test").await;
+    world.stop_collector().await;
+    let web = world.agent_without_token("web-1", &rules).await;
+    assert_ne!(web.app.addresses.outbound[0], to, "another listener, the same identity");
+    assert_eq!(says(&mut web.dial().await, b"hello").await.unwrap(), b"hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_does_not_count_is_refused_and_both_sides_say_why() {
+    let world = World::start().await;
+    let used_up = world.token("shop/orders", 1, HOUR);
+    world.hand_token("first", &used_up);
+    world.agent_without_token("first", "").await.enrolled().await;
+    let unknown = Secret::new(with_other_secret(world.token("shop/orders", 1, HOUR).reveal()));
+    let expired = world.token("shop/orders", 1, Duration::ZERO);
+    let elsewhere = world.token("shop/other", 1, HOUR);
+    let cases = [
+        ("used", used_up, "", "used up"),
+        ("unknown", unknown, "", "token"),
+        ("expired", expired, "", "expired"),
+        ("elsewhere", elsewhere, "collector.workload = 'spiffe://sidewarden.internal/shop/orders'\n", "shop/other"),
+    ];
+    for (name, token, rules, why) in cases {
+        world.hand_token(name, &token);
+        let agent = world.agent_without_token(name, rules).await;
+        let told = world.event("enrolment.refused", |record| record.summary.contains(why)).await;
+        assert!(!told.summary.contains(token.reveal()) && !told.body.get().contains(secret_of(&token)));
+        assert!(agent.app.identity.borrow().is_none(), "{name}");
+        assert!(agent.admin("/readyz").await.starts_with("HTTP/1.1 503 "), "{name}: not ready without an identity");
+    }
+}
+
+fn secret_of(token: &Secret) -> &str {
+    token.reveal().split('.').nth(2).expect("a token has four parts")
+}
+
+fn with_other_secret(token: &str) -> String {
+    let mut parts: Vec<&str> = token.split('.').collect();
+    parts[2] = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+    parts.join(".")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_with_another_ca_gets_no_token() {
+    let world = World::start().await;
+    let good = world.token("shop/orders", 1, HOUR);
+    let pin = Sha256([7; 32]).to_string();
+    let foreign = Secret::new(format!("{}.{pin}", good.reveal().rsplit_once('.').unwrap().0));
+    world.hand_token("pinned", &foreign);
+    let agent = world.agent_without_token("pinned", "").await;
+    let heard = std::sync::Mutex::new(String::new());
+    let refused = async || {
+        *heard.lock().unwrap() = agent.admin("/readyz").await;
+        heard.lock().unwrap().contains("pinned").then_some(())
+    };
+    eventually(
+        || format!("the agent does not say that the CA is not the pinned one: {}", heard.lock().unwrap()),
+        refused,
+    )
+    .await;
+    assert!(agent.app.identity.borrow().is_none());
+    // The token was not spent on the wrong collector: with the right pin it still works.
+    world.hand_token("pinned", &good);
+    agent.enrolled().await;
+}
