@@ -20,7 +20,8 @@ pub fn scrape(addr: SocketAddr) -> Result<Metrics> {
 impl Metrics {
     /// The sum of all samples of `name` that have these labels; 0 when there is none.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.text.lines().filter_map(|line| sample(line, name, labels)).sum()
+        // Not `sum`: that of nothing is -0.
+        self.text.lines().filter_map(|line| sample(line, name, labels)).fold(0.0, |sum, value| sum + value)
     }
 }
 
@@ -50,7 +51,7 @@ mod tests {
             ("plain", &[], 7.0),
             ("absent", &[], 0.0),
         ] {
-            assert_eq!(metrics.sum(name, labels), expected, "{name} {labels:?}");
+            assert_eq!(metrics.sum(name, labels).to_string(), f64::to_string(&expected), "{name} {labels:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Where things are: the sources, and the folder under cargo's target folder where the demo keeps what it makes.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -12,6 +13,14 @@ pub fn root() -> &'static Path {
 /// Cargo's target folder.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// `name` with a mark of this checkout, so that two checkouts on one machine do not take each other's containers down,
+/// and the next run of this one finds what a killed run left.
+pub fn own_name(name: &str) -> String {
+    let mut hasher = DefaultHasher::new();
+    target().hash(&mut hasher);
+    format!("{name}-{:04x}", hasher.finish() & 0xffff)
 }
 
 /// A folder of ours under the target folder, made if it is not there.

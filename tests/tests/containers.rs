@@ -3,7 +3,6 @@
 //! Needs a container engine and root, or sudo without a password. `cargo verify` provides everything; elsewhere a test
 //! that cannot run fails and says why, unless SIDEWARDEN_ALLOW_SKIP=1.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Result;
@@ -27,7 +26,7 @@ struct Open {
 fn open(name: &str) -> Result<Option<Open>> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(docker) = docker(name)? else { return Ok(None) };
-    let scene = Scene::prepare(docker, &project(name), Ports::any()?)?;
+    let scene = Scene::prepare(docker, &workspace::own_name(&format!("sidewarden-test-{name}")), Ports::any()?)?;
     let events = scene.start(&Progress::start())?;
     Ok(Some(Open { scene, events, _turn: turn }))
 }
@@ -44,13 +43,6 @@ fn docker(name: &str) -> Result<Option<Docker>> {
         }
         Err(why) => anyhow::bail!("{why} (to leave this test out: {}=1)", suite::ALLOW_SKIP),
     }
-}
-
-/// The same name for the same test of the same checkout, so that what a killed run left is found and removed.
-fn project(test: &str) -> String {
-    let mut hasher = DefaultHasher::new();
-    workspace::root().hash(&mut hasher);
-    format!("sidewarden-test-{:08x}-{test}", hasher.finish() & 0xffff_ffff)
 }
 
 #[test]

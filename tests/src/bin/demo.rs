@@ -9,7 +9,7 @@ use sidewarden_tests::events::Events;
 use sidewarden_tests::progress::Progress;
 use sidewarden_tests::scene::{self, Ports, Scene};
 use sidewarden_tests::story::{self, Outcome};
-use sidewarden_tests::{interrupt, packages, stage, wire};
+use sidewarden_tests::{interrupt, packages, stage, wire, workspace};
 
 /// Builds Sidewarden, starts a small shop in containers with an agent beside each, and attacks it.
 #[derive(Debug, Parser)]
@@ -45,7 +45,7 @@ fn demo(arguments: &Arguments) -> Result<ExitCode> {
         progress.note("\nThe images are there; deploy/compose.yaml uses them.");
         return Ok(ExitCode::SUCCESS);
     }
-    let scene = Scene::prepare(docker, "sidewarden-demo", Ports::free()?)?;
+    let scene = Scene::prepare(docker, &workspace::own_name("sidewarden-demo"), Ports::free()?)?;
     let events = scene.start(&progress)?;
     println!("\nThe shop is open: visitor -> web (nginx) -> orders (Python) -> db (MariaDB).");
     println!("Each speaks plain HTTP or SQL to its own loopback, and knows nothing of TLS; the agents beside them do.");
