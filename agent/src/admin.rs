@@ -125,7 +125,8 @@ impl Admin {
             "/readyz" => self.readiness(),
             "/metrics" => {
                 let identity = self.identity.borrow().clone();
-                let body = self.metrics.render(self.spool.stats(), identity.as_deref(), Timestamp::now());
+                let (view, now) = (self.view.as_deref(), Timestamp::now());
+                let body = self.metrics.render(self.spool.stats(), identity.as_deref(), view, now);
                 response(StatusCode::OK, "text/plain; version=0.0.4", body)
             }
             "/posture" => self.posture(),

@@ -7,11 +7,13 @@ use prometheus::{
     TextEncoder,
 };
 use sidewarden_proto::event::{Direction, RefusalReason, Severity};
+use sidewarden_proto::finding::Verdict;
 use sidewarden_proto::time::Timestamp;
 
 use crate::identity::Identity;
 use crate::proxy::accounting::Traffic;
 use crate::spool::SpoolStats;
+use crate::watch::View;
 
 /// All of them.
 #[derive(Debug)]
@@ -23,7 +25,7 @@ pub struct Metrics {
     bytes: IntCounterVec,
     truncated: IntCounterVec,
     events: IntCounterVec,
-    lost: IntGaugeVec,
+    lost: IntCounterVec,
     spool_bytes: IntGauge,
     spool_links: IntGauge,
     spool_failing: IntGauge,
@@ -33,6 +35,9 @@ pub struct Metrics {
     certificate_end: Gauge,
     directive_version: IntGauge,
     directive_age: Gauge,
+    findings: IntGaugeVec,
+    tasks_created: IntCounter,
+    tasks_missed: IntCounter,
 }
 
 impl Metrics {
@@ -56,7 +61,7 @@ impl Metrics {
                 &["direction"],
             ),
             events: counters(&registry, "events_total", "Events taken in.", &["severity"]),
-            lost: gauges(&registry, "events_lost", "Events lost since the start.", &["severity"]),
+            lost: counters(&registry, "events_lost_total", "Events lost, by the spool or before it.", &["severity"]),
             spool_bytes: gauge(&registry, "spool_bytes", "Bytes of the spool on disk."),
             spool_links: gauge(&registry, "spool_links", "Links that no collector has acknowledged."),
             spool_failing: gauge(
@@ -84,6 +89,18 @@ impl Metrics {
             directive_age: register(
                 &registry,
                 Gauge::new(name("directive_age_seconds"), "Age of the directive in force; 0 for none."),
+            ),
+            findings: gauges(&registry, "findings", "Checks by verdict, as last judged.", &["verdict"]),
+            tasks_created: register(
+                &registry,
+                IntCounter::new(
+                    name("workload_tasks_created_total"),
+                    "Processes and threads that the workload created.",
+                ),
+            ),
+            tasks_missed: register(
+                &registry,
+                IntCounter::new(name("workload_tasks_missed_total"), "Of these, gone before they could be seen."),
             ),
             registry,
         };
@@ -150,13 +167,22 @@ impl Metrics {
         self.acknowledge.observe(after.as_secs_f64());
     }
 
-    /// The text a scraper reads, with what the spool and the identity say now.
-    pub fn render(&self, spool: &SpoolStats, identity: Option<&Identity>, now: Timestamp) -> Vec<u8> {
+    /// The text a scraper reads, with what the spool, the identity and the watch say now.
+    pub fn render(
+        &self,
+        spool: &SpoolStats,
+        identity: Option<&Identity>,
+        watch: Option<&View>,
+        now: Timestamp,
+    ) -> Vec<u8> {
+        if let Some(view) = watch {
+            self.look_at(view);
+        }
         self.spool_bytes.set(spool.bytes.load(Relaxed) as i64);
         self.spool_links.set(spool.links.load(Relaxed) as i64);
         self.spool_failing.set(i64::from(spool.failing.load(Relaxed)));
         for (severity, lost) in Severity::ALL.iter().zip(&spool.lost) {
-            self.lost.with_label_values(&[severity.word()]).set(lost.load(Relaxed) as i64);
+            raise(&self.lost.with_label_values(&[severity.word()]), lost.load(Relaxed));
         }
         let directive = identity.and_then(|identity| identity.directive.as_ref());
         self.certificate_end.set(identity.map_or(0.0, |i| i.credential.peer().not_after.as_secs() as f64));
@@ -168,6 +194,23 @@ impl Metrics {
         }
         text
     }
+}
+
+impl Metrics {
+    fn look_at(&self, view: &View) {
+        raise(&self.tasks_created, view.stats.tasks_created.load(Relaxed));
+        raise(&self.tasks_missed, view.stats.tasks_missed.load(Relaxed));
+        let posture = view.posture();
+        for word in Verdict::WORDS {
+            let count = posture.findings.iter().filter(|finding| finding.verdict.word() == word).count();
+            self.findings.with_label_values(&[word]).set(count as i64);
+        }
+    }
+}
+
+/// Brings a counter up to a total that is counted elsewhere.
+fn raise(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
 }
 
 const TRANSPORTS: [&str; 2] = ["quic", "tcp"];
@@ -205,13 +248,13 @@ mod tests {
         metrics.refused(Direction::Inbound, RefusalReason::Plaintext);
         metrics.opened(Direction::Outbound);
         metrics.uplink(Some("tcp"));
-        let text = String::from_utf8(metrics.render(&SpoolStats::default(), None, Timestamp(0))).unwrap();
+        let text = String::from_utf8(metrics.render(&SpoolStats::default(), None, None, Timestamp(0))).unwrap();
         for line in [
             r#"sidewarden_agent_connections_refused_total{direction="inbound",reason="plaintext"} 1"#,
             r#"sidewarden_agent_connections_live{direction="outbound"} 1"#,
             r#"sidewarden_agent_uplink_connected{transport="tcp"} 1"#,
             r#"sidewarden_agent_uplink_connected{transport="quic"} 0"#,
-            r#"sidewarden_agent_events_lost{severity="critical"} 0"#,
+            r#"sidewarden_agent_events_lost_total{severity="critical"} 0"#,
             r#"sidewarden_agent_build_info{version="1.2.3"} 1"#,
         ] {
             assert!(text.lines().any(|l| l == line), "no {line} in:\n{text}");

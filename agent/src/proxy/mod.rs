@@ -1,7 +1,7 @@
 //! The data plane: mutual TLS between workloads that know nothing of it.
 //!
 //! accept -> what is it (handshake) -> who is it (TLS) -> register (connections) -> may it (policy) -> dial -> relay
-//! -> one event (accounting). [`inbound`] and [`outbound`] tell it in this order, one for each way; [`hold`] keeps
+//! -> one event (accounting). `inbound` and `outbound` tell it in this order, one for each way; `hold` keeps
 //! others off the workload's own port.
 
 pub mod accounting;

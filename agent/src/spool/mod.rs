@@ -179,7 +179,7 @@ impl Spool {
         self.ask(|answer| Request::Fits(cursor, answer)).await
     }
 
-    /// Goes on in another epoch; see [`Queue::begin_epoch`].
+    /// Goes on in another epoch: what was not acknowledged is sealed again there, in the same order.
     pub async fn begin_epoch(&self, random: Random) {
         let epoch = random_epoch(random);
         self.ask(|answer| Request::NewEpoch(epoch, answer)).await;

@@ -24,6 +24,9 @@ use crate::identity::Identity;
 const QUIC_WITHIN: Duration = Duration::from_millis(1_500);
 /// For TCP, and again for its handshake.
 const TCP_WITHIN: Duration = Duration::from_secs(5);
+/// What a round trip is taken to be before one was measured: a lost first packet is sent again after three of these, well
+/// before QUIC is taken for blocked.
+const FIRST_RTT: Duration = Duration::from_millis(100);
 /// NATs forget UDP mappings after 30 to 60 seconds.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const MAX_IDLE: Duration = Duration::from_secs(30);
@@ -136,6 +139,7 @@ fn quic_config(identity: &Identity) -> Result<ClientConfig, ConnectError> {
     let tls = QuicClientConfig::try_from(tls_config(identity)?).map_err(|e| ConnectError::Quic(e.to_string()))?;
     let mut transport = TransportConfig::default();
     transport
+        .initial_rtt(FIRST_RTT)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(IdleTimeout::try_from(MAX_IDLE).ok())
         .max_concurrent_bidi_streams(0u8.into())

@@ -118,9 +118,15 @@ pub fn stream(
     query: Query,
     events: broadcast::Receiver<Arc<Committed>>,
     permit: OwnedSemaphorePermit,
+    shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Response<Body> {
     let (pieces, body) = mpsc::channel(WAITING);
-    tokio::spawn(pump(query, events, pieces, permit));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = pump(query, events, pieces, permit) => {}
+            () = shutdown => {}
+        }
+    });
     let mut response = Response::new(Body::new(Stream(body)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -128,7 +134,7 @@ pub fn stream(
     response
 }
 
-/// Ends when the client is gone, the collector stops, or nothing can be sent.
+/// Ends when the client is gone, or nothing more can come.
 async fn pump(
     query: Query,
     mut events: broadcast::Receiver<Arc<Committed>>,

@@ -222,7 +222,8 @@ async fn stream(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Response, A
     let query = asked(Operation::Stream, pairs)?.query()?;
     let permit = api.streams.clone().try_acquire_owned();
     let permit = permit.map_err(|_| ApiError::busy("too many streams are open"))?;
-    Ok(events::stream(query, api.core.commits.subscribe(), permit))
+    let shutdown = api.core.shutdown.clone().cancelled_owned();
+    Ok(events::stream(query, api.core.commits.subscribe(), permit, shutdown))
 }
 
 async fn alerts(State(api): State<Arc<Api>>) -> Json<Value> {

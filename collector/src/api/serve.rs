@@ -92,7 +92,10 @@ async fn connection(
     // Answers are small: waiting for more to send only makes them late.
     let _ = stream.set_nodelay(true);
     let Some(credential) = credential else { return speak(stream, source, router, shutdown).await };
-    let secured = tokio::time::timeout(HANDSHAKE, secure(stream, &credential)).await;
+    let secured = tokio::select! {
+        secured = tokio::time::timeout(HANDSHAKE, secure(stream, &credential)) => secured,
+        () = shutdown.cancelled() => return,
+    };
     match secured {
         Ok(Ok(Some(stream))) => speak(stream, source, router, shutdown).await,
         Ok(Ok(None)) => {}
