@@ -14,11 +14,11 @@ use crate::{interrupt, programs, workspace};
 /// [`SKIPPED`].
 pub const ALLOW_SKIP: &str = "SIDEWARDEN_ALLOW_SKIP";
 
-/// The reason of an ignored test that is none: the child process of other tests, or a measurement. Those run elsewhere.
-const NOT_A_TEST: &str = " ... ignored, not a test: ";
-
 /// How such a line begins.
 pub const SKIPPED: &str = "SKIPPED";
+
+/// The reason of an ignored test that is none: the child process of other tests, or a measurement. Those run elsewhere.
+const NOT_A_TEST: &str = " ... ignored, not a test: ";
 
 /// What came of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
