@@ -16,7 +16,7 @@ const USER: &str = "INIT_TEST_USER";
 const LINGER: &str = "INIT_TEST_LINGER";
 
 #[test]
-#[ignore = "run by the other tests, in a process of its own"]
+#[ignore = "not a test: the other tests run it, in a process of its own"]
 fn inner() {
     let Ok(command) = std::env::var(COMMAND) else { return };
     let argv: Vec<OsString> = command.split('|').map(OsString::from).collect();

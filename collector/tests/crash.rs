@@ -40,7 +40,7 @@ fn parts(dir: &Path) -> Parts {
 
 /// Not a test of its own: the process that the test below kills. Writes as fast as it can, and says what was acknowledged.
 #[tokio::test]
-#[ignore = "the child process of the next test"]
+#[ignore = "not a test: the child process of the next one"]
 async fn writer_process() {
     let Ok(dir) = std::env::var(DIR) else { return };
     let (commits, _thread) = commit::start(parts(Path::new(&dir))).unwrap();

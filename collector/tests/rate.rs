@@ -58,7 +58,7 @@ fn cpu() -> Duration {
 }
 
 #[tokio::test]
-#[ignore = "a measurement: it says how fast, not whether"]
+#[ignore = "not a test: a measurement, which says how fast, not whether"]
 async fn rate() {
     let dir = tempfile::tempdir().unwrap();
     let log = SqliteLog::open(&dir.path().join("log.db")).unwrap();

@@ -17,6 +17,9 @@ pub const ALLOW_SKIP: &str = "SIDEWARDEN_ALLOW_SKIP";
 /// How such a line begins.
 pub const SKIPPED: &str = "SKIPPED";
 
+/// The reason of an ignored test that is none: the child process of other tests, or a measurement. Those run elsewhere.
+const NOT_A_TEST: &str = " ... ignored, not a test: ";
+
 /// What came of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ran {
@@ -37,7 +40,8 @@ impl Ran {
     }
 
     fn take(&mut self, line: &str) {
-        if line.trim_start().starts_with(SKIPPED) || line.contains(" ... ignored") {
+        let is_ignored = line.contains(" ... ignored") && !line.contains(NOT_A_TEST);
+        if line.trim_start().starts_with(SKIPPED) || is_ignored {
             self.left_out.push(line.trim().to_owned());
         }
         if let Some(count) = passed(line) {
@@ -112,6 +116,7 @@ mod tests {
             (format!("{fine}SKIPPED scrape: there is no prometheus\n"), 26, false),
             (format!("test b ... ignored\n{fine}"), 26, false),
             (format!("test b ... ignored, needs a day\n{fine}"), 26, false),
+            (format!("test b ... ignored, not a test: the child of another one\n{fine}"), 26, true),
             (String::new(), 0, false),
         ] {
             let ran = ran(&output);
