@@ -27,7 +27,7 @@ pub fn build(detail: &Detail<'_>) -> Result<Programs> {
     let output = run(cargo(), ["build", "--release", "--locked", "--message-format=json-render-diagnostics"])
         .args(["--package=sidewarden-agent", "--package=sidewarden-collector", "--bins"])
         .args(["--target", &target, "--config", &flags])
-        .current_dir(workspace::root())
+        .current_dir(&workspace::root())
         .limit(Duration::from_secs(3600))
         .output_with(|line| detail.now(line))?;
     Ok(Programs {
@@ -43,7 +43,7 @@ pub fn cargo() -> String {
 
 /// The triple of this machine.
 fn host() -> Result<String> {
-    let version = run("rustc", ["-vV"]).current_dir(workspace::root()).output()?;
+    let version = run("rustc", ["-vV"]).current_dir(&workspace::root()).output()?;
     version.lines().find_map(|l| l.strip_prefix("host: ")).map(str::to_owned).context("`rustc -vV` names no host")
 }
 

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// The checkout we were built from.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+/// The checkout we were started from. Cargo says which: with a shared target folder it may not be the one that this
+/// program was built in.
+pub fn root() -> PathBuf {
+    let tests = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&tests).parent().unwrap_or(Path::new("/")).to_owned()
 }
 
 /// Cargo's target folder.
