@@ -127,7 +127,7 @@ pub fn files(docker: &Docker, image: &str) -> Result<Vec<String>> {
     let container = docker.run(["create", image]).output()?.trim().to_owned();
     let tar = workspace::folder("images")?.join(format!("{container}.tar"));
     let exported = docker.run(["export", &container, "--output"]).args([&tar]).output();
-    docker.run(["rm", &container]).despite_interrupt().output()?;
+    docker.run(["rm", "--volumes", &container]).despite_interrupt().output()?;
     exported?;
     let list = run("tar", ["--list", "--verbose", "--numeric-owner", "--file"]).args([&tar]).output()?;
     std::fs::remove_file(&tar)?;
