@@ -8,12 +8,19 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use rustls::pki_types::DnsName;
 use sidewarden_proto::event::RefusalReason;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
 /// Most bytes read for a ClientHello; real ones have 200 to 2,000.
 const MAX_HELLO: usize = 16 << 10;
+/// Extensions of a ClientHello that are read here.
+const SERVER_NAME: u16 = 0;
+const ALPN: u16 = 16;
+const SUPPORTED_VERSIONS: u16 = 43;
+/// Most application protocols of one hello that are looked at; real ones offer one to three.
+pub const MAX_PROTOCOLS: usize = 16;
 /// A fatal alert `protocol_version` (70), in a record of TLS 1.0, which every client reads.
 pub const ALERT_PROTOCOL_VERSION: [u8; 7] = [21, 3, 1, 0, 2, 2, 70];
 
@@ -23,12 +30,20 @@ pub enum Opening {
     /// The beginning of a ClientHello: more is needed.
     More,
     /// A ClientHello that offers TLS 1.2 or newer.
-    Tls {
-        /// It offers TLS 1.3.
-        offers_1_3: bool,
-    },
+    Tls(Hello),
     /// Something to refuse, and what it is.
     Refuse(RefusalReason, String),
+}
+
+/// What a ClientHello asks for, as far as it decides where the connection goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hello {
+    /// It offers TLS 1.3.
+    pub offers_1_3: bool,
+    /// The host it asks for (SNI), in lower case; `None` if it names none, or what it names is no DNS name.
+    pub server_name: Option<String>,
+    /// The application protocols it offers (ALPN), most wanted first, at most [`MAX_PROTOCOLS`] of them.
+    pub alpn: Vec<Vec<u8>>,
 }
 
 /// Says what a connection that began with `bytes` is.
@@ -96,14 +111,15 @@ fn hello_of(mut bytes: &[u8]) -> Option<Result<Vec<u8>, &'static str>> {
 }
 
 fn judge_version(hello: &[u8]) -> Opening {
-    let Some((legacy, offered)) = versions(hello) else { return broken("a ClientHello that cannot be read") };
+    let Some(fields) = read_hello(hello) else { return broken("a ClientHello that cannot be read") };
+    let HelloFields { legacy, offered, server_name, alpn } = fields;
     let offers_1_3 = offered.as_ref().is_some_and(|offered| offered.contains(&0x0304));
     let newest = match offered {
         Some(offered) => offered.into_iter().filter(|version| version >> 8 == 3).max(),
         None => Some(legacy),
     };
     match newest {
-        Some(version) if version >= 0x0303 => Opening::Tls { offers_1_3 },
+        Some(version) if version >= 0x0303 => Opening::Tls(Hello { offers_1_3, server_name, alpn }),
         Some(version) => old(&format!("offered {}", version_name(version))),
         None => old("offered no known version"),
     }
@@ -118,10 +134,20 @@ fn version_name(version: u16) -> String {
     }
 }
 
-/// The old version field, and the list of `supported_versions` if the hello has one.
-fn versions(hello: &[u8]) -> Option<(u16, Option<Vec<u16>>)> {
+/// What is read of a ClientHello.
+#[derive(Default)]
+struct HelloFields {
+    /// The old version field.
+    legacy: u16,
+    /// The list of `supported_versions`, if it has one.
+    offered: Option<Vec<u16>>,
+    server_name: Option<String>,
+    alpn: Vec<Vec<u8>>,
+}
+
+fn read_hello(hello: &[u8]) -> Option<HelloFields> {
     let mut fields = Fields(hello);
-    let legacy = fields.u16()?;
+    let mut read = HelloFields { legacy: fields.u16()?, ..HelloFields::default() };
     fields.take(32)?;
     let session = fields.u8()?;
     fields.take(session.into())?;
@@ -130,35 +156,72 @@ fn versions(hello: &[u8]) -> Option<(u16, Option<Vec<u16>>)> {
     let compressions = fields.u8()?;
     fields.take(compressions.into())?;
     if fields.0.is_empty() {
-        return Some((legacy, None));
+        return Some(read);
     }
     let length = fields.u16()?;
     let mut extensions = Fields(fields.take(length.into())?);
     while !extensions.0.is_empty() {
         let (kind, length) = (extensions.u16()?, extensions.u16()?);
         let body = extensions.take(length.into())?;
-        if kind == 43 {
-            let list = body.get(1..)?;
-            return Some((legacy, Some(list.chunks_exact(2).map(|v| u16::from_be_bytes([v[0], v[1]])).collect())));
+        // The first of a kind counts; rustls refuses a hello that has two.
+        match kind {
+            SERVER_NAME if read.server_name.is_none() => read.server_name = server_name(body),
+            ALPN if read.alpn.is_empty() => read.alpn = protocols(body).unwrap_or_default(),
+            SUPPORTED_VERSIONS if read.offered.is_none() => {
+                let list = body.get(1..)?;
+                read.offered = Some(list.chunks_exact(2).map(|v| u16::from_be_bytes([v[0], v[1]])).collect());
+            }
+            _ => {}
         }
     }
-    Some((legacy, None))
+    Some(read)
 }
 
-struct Fields<'a>(&'a [u8]);
+/// The host name of a `server_name` extension. One that is broken names nobody: rustls refuses it in its own words.
+fn server_name(body: &[u8]) -> Option<String> {
+    let mut fields = Fields(body);
+    let length = fields.u16()?;
+    let mut list = Fields(fields.take(length.into())?);
+    let (kind, length) = (list.u8()?, list.u16()?);
+    let name = list.take(length.into())?;
+    (kind == 0).then(|| host_name(name)).flatten()
+}
+
+/// `name` as a DNS name in lower case, if it is one; an IP address is none (RFC 6066, section 3).
+fn host_name(name: &[u8]) -> Option<String> {
+    let name = std::str::from_utf8(name).ok()?;
+    let dns = DnsName::try_from(name).ok()?;
+    let is_address = name.parse::<std::net::Ipv4Addr>().is_ok();
+    (!is_address && !name.ends_with('.')).then(|| dns.to_lowercase_owned().as_ref().to_owned())
+}
+
+/// The list of an ALPN extension.
+fn protocols(body: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let mut fields = Fields(body);
+    let length = fields.u16()?;
+    let (mut list, mut found) = (Fields(fields.take(length.into())?), Vec::new());
+    while !list.0.is_empty() && found.len() < MAX_PROTOCOLS {
+        let length = list.u8()?;
+        found.push(list.take(length.into())?.to_vec());
+    }
+    Some(found)
+}
+
+/// Takes big-endian fields off the front; `None` where bytes are missing.
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl<'a> Fields<'a> {
-    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
+    pub(super) fn take(&mut self, count: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(count)?;
         self.0 = rest;
         Some(taken)
     }
 
-    fn u8(&mut self) -> Option<u8> {
+    pub(super) fn u8(&mut self) -> Option<u8> {
         self.take(1).map(|b| b[0])
     }
 
-    fn u16(&mut self) -> Option<u16> {
+    pub(super) fn u16(&mut self) -> Option<u16> {
         self.take(2).map(|b| u16::from_be_bytes([b[0], b[1]]))
     }
 }
@@ -272,20 +335,48 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Replayed<S> {
 pub mod made_up {
     /// A hello with this old version field and, if given, these `supported_versions`.
     pub fn hello(legacy: u16, supported: Option<&[u16]>) -> Vec<u8> {
+        hello_with(legacy, &supported.map(supported_versions).into_iter().collect::<Vec<_>>())
+    }
+
+    /// A hello with this old version field and these extensions; with none, it has no room for them either.
+    pub fn hello_with(legacy: u16, extensions: &[Vec<u8>]) -> Vec<u8> {
         let mut body = legacy.to_be_bytes().to_vec();
         body.extend([7; 32]);
         body.push(0);
         body.extend([0, 2, 0, 0x2f, 1, 0]);
-        if let Some(list) = supported {
-            let mut extension = vec![0, 43];
-            extension.extend(((list.len() * 2 + 1) as u16).to_be_bytes());
-            extension.push(list.len() as u8 * 2);
-            list.iter().for_each(|version| extension.extend(version.to_be_bytes()));
-            body.extend((extension.len() as u16).to_be_bytes());
-            body.extend(extension);
+        let extensions = extensions.concat();
+        if !extensions.is_empty() {
+            body.extend((extensions.len() as u16).to_be_bytes());
+            body.extend(extensions);
         }
         let length = (body.len() as u32).to_be_bytes();
         [&[1], &length[1..], &body].concat()
+    }
+
+    /// An extension of this kind.
+    pub fn extension(kind: u16, body: &[u8]) -> Vec<u8> {
+        [&kind.to_be_bytes()[..], &sized16(body)].concat()
+    }
+
+    /// The extension `supported_versions`.
+    pub fn supported_versions(list: &[u16]) -> Vec<u8> {
+        let versions: Vec<u8> = list.iter().flat_map(|version| version.to_be_bytes()).collect();
+        extension(43, &[&[versions.len() as u8][..], &versions].concat())
+    }
+
+    /// The extension `server_name` with one host name.
+    pub fn server_name(name: &[u8]) -> Vec<u8> {
+        extension(0, &sized16(&[&[0][..], &sized16(name)].concat()))
+    }
+
+    /// The extension of ALPN.
+    pub fn alpn(protocols: &[&[u8]]) -> Vec<u8> {
+        let list: Vec<u8> = protocols.iter().flat_map(|p| [&[p.len() as u8][..], p].concat()).collect();
+        extension(16, &sized16(&list))
+    }
+
+    fn sized16(bytes: &[u8]) -> Vec<u8> {
+        [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat()
     }
 
     /// `message` in records of at most `size` bytes.
@@ -299,7 +390,7 @@ pub mod made_up {
 mod tests {
     use proptest::prelude::*;
 
-    use super::made_up::{hello, records};
+    use super::made_up::{alpn, extension, hello, hello_with, records, server_name, supported_versions};
     use super::*;
 
     fn check(bytes: &[u8], reason: RefusalReason, detail: &str) {
@@ -336,7 +427,8 @@ mod tests {
                 Some(offered) => check(&bytes, RefusalReason::ProtocolVersion, offered),
                 None => {
                     let offers_1_3 = supported.is_some_and(|list| list.contains(&0x0304));
-                    assert_eq!(classify(&bytes), Opening::Tls { offers_1_3 }, "{legacy:x} {supported:?}");
+                    let hello = Hello { offers_1_3, ..Hello::default() };
+                    assert_eq!(classify(&bytes), Opening::Tls(hello), "{legacy:x} {supported:?}");
                 }
             }
         }
@@ -344,13 +436,77 @@ mod tests {
 
     #[test]
     fn a_hello_is_read_across_any_cut_and_any_records() {
-        let message = hello(0x0303, Some(&[0x0304]));
+        let extensions = [server_name(b"db.example"), alpn(&[b"h2"]), supported_versions(&[0x0304])];
+        let message = hello_with(0x0303, &extensions);
         for size in [1, 2, 3, 7, 60, 999] {
             let bytes = records(&message, size);
             for cut in 0..bytes.len() {
                 assert_eq!(classify(&bytes[..cut]), Opening::More, "records of {size}, cut at {cut}");
             }
-            assert_eq!(classify(&bytes), Opening::Tls { offers_1_3: true });
+            let asked = Hello { offers_1_3: true, ..asked(&extensions) };
+            assert_eq!((classify(&bytes), asked.server_name.is_some()), (Opening::Tls(asked), true));
+        }
+    }
+
+    fn asked(extensions: &[Vec<u8>]) -> Hello {
+        match classify(&records(&hello_with(0x0303, extensions), 9999)) {
+            Opening::Tls(hello) => hello,
+            other => panic!("{extensions:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_host_that_is_asked_for_is_a_dns_name_or_nothing() {
+        for (name, expected) in [
+            (&b"db.example"[..], Some("db.example")),
+            (b"DB.Example", Some("db.example")),
+            (b"_sip.example", Some("_sip.example")),
+            (b"db", Some("db")),
+            (b"", None),
+            (b"10.0.0.1", None),
+            (b"::1", None),
+            (b"db.example.", None),
+            (b"db..example", None),
+            (b"db example", None),
+            (b"db\0.example", None),
+            (b"*.example", None),
+            (b"d\xc3\xbc.example", None),
+            (b"\xff\xfe", None),
+            (&[b'a'; 64], None),
+            (&b"a.".repeat(200), None),
+        ] {
+            assert_eq!(asked(&[server_name(name)]).server_name.as_deref(), expected, "{name:?}");
+        }
+        assert_eq!(
+            asked(&[server_name(b"a.example"), server_name(b"b.example")]).server_name.as_deref(),
+            Some("a.example")
+        );
+        assert_eq!(asked(&[extension(0, &[0, 5, 1, 0, 2, b'd', b'b'])]).server_name, None, "another kind of name");
+    }
+
+    #[test]
+    fn what_is_offered_above_tls_is_listed_up_to_a_limit() {
+        assert_eq!(asked(&[alpn(&[b"h2", b"http/1.1"])]).alpn, [&b"h2"[..], b"http/1.1"]);
+        assert_eq!(asked(&[]).alpn, Vec::<Vec<u8>>::new());
+        assert_eq!(asked(&[alpn(&[&b"x"[..]; 5_000])]).alpn.len(), MAX_PROTOCOLS);
+    }
+
+    #[test]
+    fn broken_extensions_ask_for_nothing_and_broken_lengths_are_no_hello() {
+        let names = server_name(b"db.example");
+        let protocols = alpn(&[b"h2", b"http/1.1"]);
+        for cut in 0..names.len() - 4 {
+            assert_eq!(asked(&[extension(0, &names[4..4 + cut])]).server_name, None, "cut at {cut}");
+        }
+        for cut in 0..protocols.len() - 4 {
+            assert!(asked(&[extension(16, &protocols[4..4 + cut])]).alpn.is_empty(), "cut at {cut}");
+        }
+        for cut in 1..names.len() {
+            check(
+                &records(&hello_with(0x0303, &[names[..cut].to_vec()]), 9999),
+                RefusalReason::HandshakeFailed,
+                "read",
+            );
         }
     }
 
@@ -371,6 +527,14 @@ mod tests {
                 bytes[..6].copy_from_slice(&[22, 3, 1, 0, 200, 1]);
             }
             classify(&bytes);
+        }
+
+        #[test]
+        fn any_extensions_are_read_without_a_panic(names in any::<Vec<u8>>(), protocols in any::<Vec<u8>>(), rest in any::<Vec<u8>>()) {
+            let extensions = [extension(0, &names), extension(16, &protocols), rest];
+            if let Opening::Tls(hello) = classify(&records(&hello_with(0x0303, &extensions), 9999)) {
+                assert!(hello.alpn.len() <= MAX_PROTOCOLS && hello.server_name.is_none_or(|name| name.len() <= 253));
+            }
         }
     }
 }

@@ -125,8 +125,8 @@ async fn accept_tls(mut tcp: TcpStream, identity: &Identity) -> Result<Secure, R
     let (opening, hello) = read_opening(&mut tcp).await.map_err(broken)?;
     let config = identity.server.clone();
     let secure = match opening {
-        Opening::Tls { offers_1_3: true } => Secure::accept(tcp, hello, config).await,
-        Opening::Tls { offers_1_3: false } => Secure::accept_1_2(tcp, hello, config).await,
+        Opening::Tls(asked) if asked.offers_1_3 => Secure::accept(tcp, hello, config).await,
+        Opening::Tls(_) => Secure::accept_1_2(tcp, hello, config).await,
         Opening::Refuse(reason, detail) => {
             // Who speaks no TLS gets no answer: nothing of ours ever goes out in plaintext.
             let farewell: &[u8] = if reason == RefusalReason::ProtocolVersion { &ALERT_PROTOCOL_VERSION } else { &[] };

@@ -8,6 +8,7 @@ pub mod accounting;
 pub mod connections;
 pub mod flow;
 pub mod handshake;
+pub mod header;
 mod hold;
 mod inbound;
 mod outbound;
