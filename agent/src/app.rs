@@ -314,6 +314,7 @@ fn shared(
         timeouts: config.timeouts.clone(),
         connections: Arc::new(Semaphore::new(config.limits.max_connections)),
         handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
+        sources: proxy::sources(&config.limits),
         metrics,
         random,
         stop: CancellationToken::new(),

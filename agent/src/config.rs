@@ -142,6 +142,10 @@ pub struct Limits {
     pub max_connections: usize,
     /// Connections that have not finished their handshake.
     pub max_handshakes: usize,
+    /// Of these, how many may come from one source; zero for no limit of its own.
+    pub max_handshakes_per_source: usize,
+    /// New connections a second from one source; zero for no limit.
+    pub max_new_connections_per_source: u64,
     /// The spool on disk.
     pub spool: Bytes,
 }
@@ -198,7 +202,13 @@ impl Default for Watch {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { max_connections: 10_000, max_handshakes: 256, spool: Bytes(64 << 20) }
+        Limits {
+            max_connections: 10_000,
+            max_handshakes: 256,
+            max_handshakes_per_source: 128,
+            max_new_connections_per_source: 0,
+            spool: Bytes(64 << 20),
+        }
     }
 }
 
@@ -349,6 +359,9 @@ fn limits(r: &mut Reader<'_>) -> Limits {
     Limits {
         max_connections: r.value("max_connections", default.max_connections),
         max_handshakes: r.value("max_handshakes", default.max_handshakes),
+        max_handshakes_per_source: r.value("max_handshakes_per_source", default.max_handshakes_per_source),
+        max_new_connections_per_source: r
+            .value("max_new_connections_per_source", default.max_new_connections_per_source),
         spool: r.value("spool", default.spool),
     }
 }
@@ -616,6 +629,8 @@ mod tests {
             "cgroup_parent",
             "max_connections",
             "max_handshakes",
+            "max_handshakes_per_source",
+            "max_new_connections_per_source",
             "spool",
             "handshake",
             "connect",

@@ -11,6 +11,7 @@ pub mod handshake;
 pub mod header;
 mod hold;
 mod inbound;
+pub mod limits;
 mod outbound;
 pub mod pump;
 pub mod record;
@@ -20,8 +21,9 @@ mod secure;
 mod tests;
 
 use std::io;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, Event, RefusalReason};
@@ -34,13 +36,14 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Random};
-use crate::config::{Config, Timeouts};
+use crate::config::{Config, Limits, Timeouts};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
 use crate::policy;
 use accounting::{Books, Pair, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
+use limits::{Source, SourceLimits, Sources};
 use relay::{Bounds, End, Outcome};
 
 /// How often the books are looked through, and live connections are judged anew though nothing was announced.
@@ -63,6 +66,8 @@ pub struct Shared {
     pub connections: Arc<Semaphore>,
     /// Room for handshakes.
     pub handshakes: Arc<Semaphore>,
+    /// What each source may do.
+    pub sources: Arc<Mutex<Sources>>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// Randomness.
@@ -71,6 +76,14 @@ pub struct Shared {
     pub stop: CancellationToken,
     /// Everything live ends.
     pub cut: CancellationToken,
+}
+
+/// Nobody has come yet; the limits of each source are those of `limits`.
+pub fn sources(limits: &Limits) -> Arc<Mutex<Sources>> {
+    Arc::new(Mutex::new(Sources::new(SourceLimits {
+        connections_per_second: NonZeroU64::new(limits.max_new_connections_per_source),
+        handshakes: Some(limits.max_handshakes_per_source).filter(|most| *most > 0),
+    })))
 }
 
 /// The books, and where what they say goes.
@@ -283,15 +296,46 @@ impl Shared {
 /// Room for one connection: as a whole, and while it shakes hands.
 struct Room {
     _connection: OwnedSemaphorePermit,
-    handshake: OwnedSemaphorePermit,
+    handshake: HandshakeRoom,
+}
+
+/// Given back on drop.
+struct HandshakeRoom {
+    _permit: OwnedSemaphorePermit,
+    _admitted: Option<Admitted>,
+}
+
+/// A source's share, given back on drop.
+struct Admitted {
+    sources: Arc<Mutex<Sources>>,
+    source: Source,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        lock(&self.sources).finished(self.source);
+    }
+}
+
+fn lock(sources: &Mutex<Sources>) -> MutexGuard<'_, Sources> {
+    sources.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
-    fn room(&self) -> Result<Room, String> {
+    /// Room for a connection from `source`, where sources are counted.
+    fn room(&self, source: Option<IpAddr>) -> Result<Room, String> {
         let full = |what: &str| format!("the limit of {what} is reached");
-        let connection = self.connections.clone().try_acquire_owned().map_err(|_| full("connections"))?;
-        let handshake = self.handshakes.clone().try_acquire_owned().map_err(|_| full("handshakes under way"))?;
-        Ok(Room { _connection: connection, handshake })
+        let admitted = source.map(|source| self.admit(source)).transpose()?;
+        let connection = self.connections.clone().try_acquire_owned();
+        let connection = connection.map_err(|_| full("connections (limits.max_connections)"))?;
+        let permit = self.handshakes.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| full("handshakes under way (limits.max_handshakes)"))?;
+        Ok(Room { _connection: connection, handshake: HandshakeRoom { _permit: permit, _admitted: admitted } })
+    }
+
+    fn admit(&self, source: IpAddr) -> Result<Admitted, String> {
+        let source = lock(&self.sources).admit(source, Instant::now()).map_err(|over| over.to_string())?;
+        Ok(Admitted { sources: self.sources.clone(), source })
     }
 }
 
@@ -319,7 +363,7 @@ async fn accept_each<F>(
                 tracing::warn!(%error, listener = name, "accepting failed");
                 sleep(backoff.after_failure()).await;
             }
-            Ok((tcp, source)) => match shared.room() {
+            Ok((tcp, source)) => match shared.room(counted(direction, source)) {
                 Ok(room) => {
                     backoff.reset();
                     if let Err(error) = dial::tune(&tcp) {
@@ -338,6 +382,11 @@ async fn accept_each<F>(
     while let Some(result) = tasks.join_next().await {
         log_panic(result);
     }
+}
+
+/// The workload is the one source of its own routes.
+fn counted(direction: Direction, source: SocketAddr) -> Option<IpAddr> {
+    (direction == Direction::Inbound).then(|| source.ip())
 }
 
 fn log_panic(result: Result<(), tokio::task::JoinError>) {

@@ -39,6 +39,7 @@ impl Agent {
             timeouts: config.timeouts.clone(),
             connections: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
+            sources: sources(&config.limits),
             metrics,
             random: crate::backoff::random,
             stop: CancellationToken::new(),
@@ -288,6 +289,47 @@ async fn over_a_limit_a_connection_is_refused_and_counted() {
     let _first = TcpStream::connect(orders.inbound[0]).await.unwrap();
     let _second = TcpStream::connect(orders.inbound[0]).await.unwrap();
     assert_eq!(orders.refusal().await.0, RefusalReason::LimitReached);
+}
+
+#[tokio::test]
+async fn one_source_cannot_take_the_handshakes_of_the_others() {
+    let ca = Ca::new("td");
+    let mut config = inbound_config(echo().await, WEB);
+    (config.limits.max_handshakes, config.limits.max_handshakes_per_source) = (9, 2);
+    let orders = Agent::start(Some(ca.identity("shop/orders")), config).await;
+    let from = |source: &str| crate::dial::connect_from(Some(source.parse().unwrap()), orders.inbound[0]);
+    let mut stalled = [from("127.0.0.9").await.unwrap(), from("127.0.0.9").await.unwrap()];
+    let mut third = from("127.0.0.9").await.unwrap();
+    assert!(matches!(third.read(&mut [0; 1]).await, Ok(0) | Err(_)));
+    let (reason, detail, _) = orders.refusal().await;
+    assert_eq!(reason, RefusalReason::LimitReached);
+    assert_eq!(detail, "more than 2 handshakes under way from 127.0.0.9 (limits.max_handshakes_per_source)");
+    let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(orders.inbound[0], ORDERS)).await;
+    let mut good = call(&web).await;
+    good.write_all(b"x").await.unwrap();
+    assert_eq!(good.read(&mut [0; 1]).await.unwrap(), 1);
+    stalled[0].write_all(b"GET /").await.unwrap();
+    stalled[0].read_to_end(&mut Vec::new()).await.unwrap();
+    let given_back = || lock(&orders.shared.sources).admit("127.0.0.9".parse().unwrap(), Instant::now()).is_ok();
+    while !given_back() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn one_source_opens_no_more_connections_a_second_than_it_may() {
+    let ca = Ca::new("td");
+    let mut config = inbound_config(echo().await, WEB);
+    config.limits.max_new_connections_per_source = 1;
+    let orders = Agent::start(Some(ca.identity("shop/orders")), config).await;
+    // Many, because a slow machine may let another one in each second.
+    let mut clients = Vec::new();
+    for _ in 0..50 {
+        clients.push(TcpStream::connect(orders.inbound[0]).await.unwrap());
+    }
+    let (reason, detail, _) = orders.refusal().await;
+    assert_eq!(reason, RefusalReason::LimitReached);
+    assert!(detail.starts_with("more than 1 new connections a second from 127.0.0.1"), "{detail}");
 }
 
 #[tokio::test]
