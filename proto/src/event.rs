@@ -208,6 +208,10 @@ kinds! {
     ProcessMissed = "process.missed",
     /// A port of the workload can be reached from outside without TLS.
     ListenerExposed = "listener.exposed",
+    /// A listener lets plaintext in, for a while and for a reason, or does so no longer.
+    ListenerPermissive = "listener.permissive",
+    /// Connections in plaintext were let in. Repeats within a window are counted in one event.
+    ConnectionPlaintext = "connection.plaintext",
     /// The agent has a new certificate.
     IdentityRenewed = "identity.renewed",
     /// Renewing failed; the old certificate is still in use.
@@ -358,6 +362,14 @@ pub enum RefusalReason {
     LimitReached,
     /// The agent has no valid identity of its own yet.
     NoIdentity,
+    /// A PROXY header from an address that may not send one.
+    ProxyHeaderUntrusted,
+    /// No PROXY header, or a broken one, from an address that must send one.
+    ProxyHeaderBroken,
+    /// The peer asked for a host name that no listener here has.
+    UnknownServerName,
+    /// The way leads back to this agent.
+    Loop,
 }
 
 impl RefusalReason {
@@ -381,6 +393,10 @@ impl RefusalReason {
             RefusalReason::WorkloadUnreachable => "workload_unreachable",
             RefusalReason::LimitReached => "limit_reached",
             RefusalReason::NoIdentity => "no_identity",
+            RefusalReason::ProxyHeaderUntrusted => "proxy_header_untrusted",
+            RefusalReason::ProxyHeaderBroken => "proxy_header_broken",
+            RefusalReason::UnknownServerName => "unknown_server_name",
+            RefusalReason::Loop => "loop",
         }
     }
 
@@ -424,6 +440,16 @@ impl RefusalReason {
             }
             RefusalReason::LimitReached => "raise the limit if this load is expected",
             RefusalReason::NoIdentity => "the agent has no certificate: see its enrolment",
+            RefusalReason::ProxyHeaderUntrusted => {
+                "somebody claims to speak for another address: if it is your load balancer, add it to `accept_proxy_protocol_from`"
+            }
+            RefusalReason::ProxyHeaderBroken => {
+                "who is listed in `accept_proxy_protocol_from` must begin each connection with a PROXY header: switch it on there, or take the address off the list"
+            }
+            RefusalReason::UnknownServerName => {
+                "no inbound block of this listener has this `server_name`: add one, or correct what the client asks for"
+            }
+            RefusalReason::Loop => "the route leads back to this agent: check its `to`, and what the name resolves to",
         }
     }
 }
@@ -562,6 +588,34 @@ pub struct ListenerExposed {
     pub address: String,
     /// What is known about it.
     pub detail: String,
+}
+
+/// Body of `listener.permissive`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListenerPermissive {
+    /// Which one.
+    pub listener: String,
+    /// Whether plaintext is let in now.
+    pub on: bool,
+    /// Why, by whoever configured it.
+    pub reason: String,
+    /// Until when.
+    pub until_us: Timestamp,
+}
+
+/// Body of `connection.plaintext`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionPlaintext {
+    /// The listener it came to.
+    pub listener: String,
+    /// The address of the last one.
+    pub source: String,
+    /// The network that is counted here, as `10.0.0.0/24`.
+    pub network: String,
+    /// What the last one began with, in few words.
+    pub detail: String,
+    /// How many connections like this one are counted here.
+    pub count: u64,
 }
 
 /// Body of `identity.renewed`.

@@ -217,6 +217,46 @@ pub const RULES: &[Rule] = &[
         read: refused,
     },
     Rule {
+        name: "ProxyHeaderSpoofed",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["connection.refused"],
+        meaning: "somebody who is no load balancer of ours began with a PROXY header, to pass for another address; refused",
+        what_to_do: "if it is your load balancer, add it to `accept_proxy_protocol_from`; if not, find out who has this address",
+        read: refused,
+    },
+    Rule {
+        name: "RouteLoop",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["connection.refused"],
+        meaning: "a route of an agent leads back to that agent: nothing gets through it",
+        what_to_do: "check `to` of the route, and what DNS and the hosts file say of its name",
+        read: refused,
+    },
+    Rule {
+        name: "PlaintextAllowed",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["agent.started", "listener.permissive"],
+        meaning: "a listener lets plaintext in beside mutual TLS (`permissive`); it fires until that is switched off or its time is over",
+        what_to_do: "give those who still speak plaintext an agent (PlaintextLetIn names them), then remove `permissive`",
+        read: permissive,
+    },
+    Rule {
+        name: "PlaintextLetIn",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["connection.plaintext"],
+        meaning: "somebody still speaks plaintext to a listener that allows it for now (`permissive`)",
+        what_to_do: "give this client an agent before the time of `permissive` is over: then it is refused",
+        read: plaintext,
+    },
+    Rule {
         name: "BadPeerCertificate",
         severity: Severity::Warning,
         lasts: Lasts::Moment,
@@ -438,6 +478,8 @@ fn refusal_rule(reason: RefusalReason) -> Option<&'static str> {
         RefusalReason::ProtocolVersion => "LegacyTls",
         RefusalReason::NotAllowed => "PeerNotAllowed",
         RefusalReason::WrongPeer => "WrongPeer",
+        RefusalReason::ProxyHeaderUntrusted => "ProxyHeaderSpoofed",
+        RefusalReason::Loop => "RouteLoop",
         RefusalReason::NoCertificate
         | RefusalReason::Expired
         | RefusalReason::BadCertificate
@@ -447,7 +489,9 @@ fn refusal_rule(reason: RefusalReason) -> Option<&'static str> {
         | RefusalReason::RefusedByPeer
         | RefusalReason::Unreachable
         | RefusalReason::WorkloadUnreachable
-        | RefusalReason::NoIdentity => return None,
+        | RefusalReason::NoIdentity
+        | RefusalReason::ProxyHeaderBroken
+        | RefusalReason::UnknownServerName => return None,
     })
 }
 
@@ -481,6 +525,8 @@ fn refusal_in_words(body: &ConnectionRefused) -> String {
         RefusalReason::Revoked => "a revoked certificate was refused",
         RefusalReason::HandshakeTimeout => "a handshake was never finished",
         RefusalReason::LimitReached => "a limit on connections was reached",
+        RefusalReason::ProxyHeaderUntrusted => "a PROXY header from where none may come was refused",
+        RefusalReason::Loop => "a route that leads back to its agent was refused",
         _ => "a connection was refused",
     };
     let way = match body.direction {
@@ -528,6 +574,37 @@ fn exposed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("{} can be reached from outside without TLS", body.address));
     case.evidence = lines([("detail", &body.detail)]);
     vec![Signal::Raise(case)]
+}
+
+fn permissive(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let subject = Some(Subject::from(seen.agent));
+    match seen.body {
+        // Listeners that still do so say it right after.
+        Some(Body::AgentStarted(_)) => vec![Signal::Clear(subject, None)],
+        Some(Body::ListenerPermissive(body)) if body.on => {
+            let mut case = case(seen, rule, format!("{} lets plaintext in until {}", body.listener, body.until_us));
+            case.apart = Some(("listener", listener_word(&body.listener)));
+            case.evidence = lines([("reason", &body.reason)]);
+            vec![Signal::Raise(case)]
+        }
+        Some(Body::ListenerPermissive(body)) => vec![Signal::Clear(subject, Some(listener_word(&body.listener)))],
+        _ => Vec::new(),
+    }
+}
+
+fn plaintext(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::ConnectionPlaintext(body)) = seen.body else { return Vec::new() };
+    let mut case = case(seen, rule, format!("plaintext from {} was let in at {}", body.network, body.listener));
+    case.apart = Some(("listener", listener_word(&body.listener)));
+    case.source = host_of(&body.source).to_owned();
+    case.count = body.count.max(1);
+    case.evidence = lines([("network", &body.network), ("detail", &body.detail)]);
+    vec![Signal::Raise(case)]
+}
+
+/// As a label's value: an address with a port, or `other`.
+fn listener_word(listener: &str) -> String {
+    listener.parse::<std::net::SocketAddr>().map_or_else(|_| "other".to_owned(), |address| address.to_string())
 }
 
 fn checks(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
@@ -894,6 +971,10 @@ mod tests {
             (RefusalReason::WorkloadUnreachable, None),
             (RefusalReason::LimitReached, Some("ConnectionsLimited[limit_reached]")),
             (RefusalReason::NoIdentity, None),
+            (RefusalReason::ProxyHeaderUntrusted, Some("ProxyHeaderSpoofed[proxy_header_untrusted]")),
+            (RefusalReason::ProxyHeaderBroken, None),
+            (RefusalReason::UnknownServerName, None),
+            (RefusalReason::Loop, Some("RouteLoop[loop]")),
         ];
         for (reason, expected) in rows {
             let expected: Vec<String> = expected.iter().map(|name| name.to_string()).collect();
@@ -911,6 +992,12 @@ mod tests {
             clean,
             heartbeat_secs: 5,
         };
+        let permissive = |on, listener: &str| ListenerPermissive {
+            listener: listener.into(),
+            on,
+            reason: "moving".into(),
+            until_us: Timestamp::from_secs(9),
+        };
         let rows: Vec<(Body, &[&str])> = vec![
             (entered(false, false).into(), &["ContainerEntered"]),
             (entered(true, false).into(), &["RootExec"]),
@@ -918,6 +1005,20 @@ mod tests {
             (entered(false, true).into(), &["PrivilegedExec"]),
             (ProcessShell { process: process() }.into(), &["ShellInWorkload"]),
             (ListenerExposed { address: "0.0.0.0:80".into(), detail: String::new() }.into(), &["ListenerExposed"]),
+            (permissive(true, "0.0.0.0:8443").into(), &["PlaintextAllowed[0.0.0.0:8443]"]),
+            (permissive(true, "<b>").into(), &["PlaintextAllowed[other]"]),
+            (permissive(false, "0.0.0.0:8443").into(), &[]),
+            (
+                ConnectionPlaintext {
+                    listener: "0.0.0.0:8443".into(),
+                    source: "10.0.0.9:1".into(),
+                    network: "10.0.0.0/24".into(),
+                    detail: "began with `GET /`".into(),
+                    count: 3,
+                }
+                .into(),
+                &["PlaintextLetIn[0.0.0.0:8443]"],
+            ),
             (started(true).into(), &[]),
             (started(false).into(), &["AgentKilled"]),
             (
@@ -976,6 +1077,19 @@ mod tests {
         assert_eq!(case.severity, Some(Severity::Critical));
         assert_eq!(case.what_to_do, "compose: remove the volume");
         assert!(case.what.contains("CIS 5.31") && case.what.contains("/run/docker.sock"), "{}", case.what);
+    }
+
+    #[test]
+    fn plaintext_that_is_let_in_no_longer_ends_its_alert_and_so_does_a_start() {
+        let until_us = Timestamp::from_secs(9);
+        let off = ListenerPermissive { listener: "0.0.0.0:8443".into(), on: false, reason: String::new(), until_us };
+        let clear = |apart: Option<&str>| {
+            ("PlaintextAllowed", Signal::Clear(Some((&agent()).into()), apart.map(str::to_owned)))
+        };
+        assert_eq!(read(1, 1, None, &off.into()), vec![clear(Some("0.0.0.0:8443"))]);
+        let (version, mode, vantage) = ("1".into(), Mode::Sidecar, Vantage::Open);
+        let started = AgentStarted { version, mode, vantage, clean: true, heartbeat_secs: 5 };
+        assert!(read(1, 1, None, &started.into()).contains(&clear(None)));
     }
 
     #[test]
