@@ -114,6 +114,12 @@ impl Reader<'_> {
         self.descend(self.name(key), table, self.in_list, read)
     }
 
+    /// The table `key` if there is one, read by `read`.
+    pub fn optional_section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Reader<'_>) -> T) -> Option<T> {
+        self.known.insert(key);
+        self.table.contains_key(key).then(|| self.section(key, read))
+    }
+
     /// The list of tables `key`, each read by `read`.
     pub fn list<T>(&mut self, key: &'static str, mut read: impl FnMut(&mut Reader<'_>) -> T) -> Vec<T> {
         self.known.insert(key);

@@ -10,7 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use sidewarden_proto::event::{
-    ConnectionEnded, ConnectionRefused, ConnectionsSummary, Direction, Event, PeerFirstSeen, RefusalReason, Severity,
+    ConnectionEnded, ConnectionPlaintext, ConnectionRefused, ConnectionsSummary, Direction, Event, PeerFirstSeen,
+    RefusalReason, Severity,
 };
 use sidewarden_proto::time::Timestamp;
 
@@ -73,6 +74,24 @@ pub struct Traffic {
     pub truncated: bool,
 }
 
+/// One connection in plaintext that was let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plaintext {
+    /// The listener it came to.
+    pub listener: String,
+    /// Who.
+    pub source: SocketAddr,
+    /// What it began with, in few words.
+    pub detail: String,
+}
+
+#[derive(Debug)]
+struct Plaintexts {
+    since: Timestamp,
+    count: u64,
+    last: Plaintext,
+}
+
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Likeness {
     direction: Direction,
@@ -105,6 +124,8 @@ pub struct Books {
     summed_since: Option<Timestamp>,
     seen: HashSet<Pair>,
     ended: HashMap<(Direction, String, &'static str), u64>,
+    /// By listener and network.
+    plaintexts: HashMap<(String, String), Plaintexts>,
 }
 
 impl Books {
@@ -143,6 +164,22 @@ impl Books {
         let summary = format!("{peer} {word} for the first time, {address}, {tls_version}");
         let body = PeerFirstSeen { direction, peer, address, tls_version, group };
         Some(Event::new(now, Severity::Info, summary, &body.into()))
+    }
+
+    /// Counts a connection in plaintext that was let in; the event if its network was silent for a while.
+    pub fn plaintext(&mut self, plaintext: Plaintext, now: Timestamp) -> Option<Event> {
+        let mut key = (plaintext.listener.clone(), prefix_of(plaintext.source.ip()));
+        if self.plaintexts.len() >= MAX_KEPT && !self.plaintexts.contains_key(&key) {
+            key.1 = OTHER.into();
+        }
+        if let Some(known) = self.plaintexts.get_mut(&key) {
+            known.count += 1;
+            known.last = plaintext;
+            return None;
+        }
+        let event = plaintext_event(&plaintext, &key.1, 1, now);
+        self.plaintexts.insert(key, Plaintexts { since: now, count: 0, last: plaintext });
+        Some(event)
     }
 
     /// Counts the end of a connection that was let through.
@@ -184,6 +221,17 @@ impl Books {
             events.push(refusal_event(&repeats.last, repeats.count, now));
             (repeats.since, repeats.count) = (now, 0);
             !all
+        });
+        self.plaintexts.retain(|(_, network), known| {
+            if now.since(known.since) < SUMMARY_WINDOW && !all {
+                return true;
+            }
+            let more = known.count > 0;
+            if more {
+                events.push(plaintext_event(&known.last, network, known.count, now));
+            }
+            (known.since, known.count) = (now, 0);
+            more && !all
         });
         let window = self.summed_since.map_or(Duration::ZERO, |since| now.since(since));
         if self.summed_since.is_some() && (all || window >= SUMMARY_WINDOW) {
@@ -235,6 +283,15 @@ fn refusal_event(refusal: &Refusal, count: u64, now: Timestamp) -> Event {
     Event::new(now, severity_of(reason), summary, &body.into())
 }
 
+fn plaintext_event(plaintext: &Plaintext, network: &str, count: u64, now: Timestamp) -> Event {
+    let Plaintext { listener, source, detail } = plaintext.clone();
+    let more = if count > 1 { format!(" ({count} times)") } else { String::new() };
+    let summary = format!("{source} was let in at {listener} without TLS: {detail}{more}");
+    let (source, network) = (source.to_string(), network.to_owned());
+    let body = ConnectionPlaintext { listener, source, network, detail, count };
+    Event::new(now, Severity::Warning, summary, &body.into())
+}
+
 fn summary_event(pair: Pair, sums: &Sums, window_secs: u32, now: Timestamp) -> Event {
     let Pair { direction, peer, listener } = pair;
     let Sums { opened, closed, truncated, bytes_in, bytes_out } = *sums;
@@ -270,6 +327,7 @@ mod tests {
         let of = |event: &Event| match event.body().unwrap().unwrap() {
             Body::ConnectionRefused(body) => body.count,
             Body::ConnectionsSummary(body) => body.opened,
+            Body::ConnectionPlaintext(body) => body.count,
             other => panic!("{other:?}"),
         };
         let mut counts: Vec<u64> = events.iter().map(of).collect();
@@ -333,6 +391,36 @@ mod tests {
         let events = books.due(at(1), false);
         assert_eq!(events[0].summary, "3 live connections with spiffe://td/shop/web ended: revoked");
         assert!(books.due(at(2), false).is_empty());
+    }
+
+    #[test]
+    fn plaintext_that_is_let_in_is_counted_by_network() {
+        let mut books = Books::default();
+        let come = |books: &mut Books, source: &str, now| {
+            let (listener, detail) = ("0.0.0.0:8443".into(), "began with `GET /`".into());
+            books.plaintext(Plaintext { listener, source: source.parse().unwrap(), detail }, now)
+        };
+        let first = come(&mut books, "10.0.0.7:1", at(0)).unwrap();
+        assert_eq!(first.summary, "10.0.0.7:1 was let in at 0.0.0.0:8443 without TLS: began with `GET /`");
+        (0..41).for_each(|i| assert!(come(&mut books, &format!("10.0.0.{i}:1"), at(1)).is_none()));
+        assert!(come(&mut books, "10.0.1.7:1", at(1)).is_some(), "another network");
+        assert!(books.due(at(59), false).is_empty());
+        assert_eq!(counts(&books.due(at(61), false)), [41]);
+        assert!(come(&mut books, "10.0.0.7:1", at(62)).is_none(), "within the next window");
+        assert_eq!(counts(&books.due(at(63), true)), [1]);
+        assert!(books.due(at(64), true).is_empty());
+    }
+
+    #[test]
+    fn plaintext_is_counted_however_many_networks_there_are() {
+        let (mut books, mut told) = (Books::default(), Vec::new());
+        for i in 0..5_000u32 {
+            let source = format!("10.{}.{}.1:1", i >> 8, i & 0xFF).parse().unwrap();
+            told.extend(books.plaintext(Plaintext { listener: "x".into(), source, detail: String::new() }, at(0)));
+        }
+        assert!(books.plaintexts.len() <= MAX_KEPT + 1);
+        told.extend(books.due(at(1), true));
+        assert_eq!(counts(&told).iter().sum::<u64>(), 5_000);
     }
 
     #[test]

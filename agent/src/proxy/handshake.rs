@@ -229,16 +229,21 @@ impl<'a> Fields<'a> {
 /// Reads until it is clear what the connection is; returns what was read with it.
 pub async fn read_opening<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<(Opening, Vec<u8>)> {
     let mut bytes = Vec::with_capacity(2048);
+    let opening = read_on(stream, &mut bytes).await?;
+    Ok((opening, bytes))
+}
+
+/// The same, of a connection whose first `bytes` are read already.
+pub async fn read_on<S: AsyncRead + Unpin>(stream: &mut S, bytes: &mut Vec<u8>) -> io::Result<Opening> {
     loop {
-        let read = stream.read_buf(&mut bytes).await?;
-        if read == 0 {
+        match classify(bytes) {
+            Opening::More => {}
+            settled => return Ok(settled),
+        }
+        if stream.read_buf(bytes).await? == 0 {
             let what =
                 if bytes.is_empty() { "closed without a byte" } else { "closed in the middle of its ClientHello" };
-            return Ok((broken(what), bytes));
-        }
-        match classify(&bytes) {
-            Opening::More => {}
-            settled => return Ok((settled, bytes)),
+            return Ok(broken(what));
         }
     }
 }

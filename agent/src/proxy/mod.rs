@@ -5,18 +5,23 @@
 //! others off the workload's own port.
 
 pub mod accounting;
+pub mod balance;
 pub mod connections;
 pub mod flow;
+pub mod front;
 pub mod handshake;
 pub mod header;
 mod hold;
 mod inbound;
 pub mod limits;
+pub mod names;
 mod outbound;
+pub mod own;
 pub mod pump;
 pub mod record;
 pub mod relay;
 mod secure;
+pub mod targets;
 #[cfg(test)]
 mod tests;
 
