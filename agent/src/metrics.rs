@@ -113,7 +113,7 @@ impl Metrics {
 
     /// Series that are not there cannot be told from zero by an alert.
     fn begin_at_zero(&self) {
-        for direction in [Direction::Inbound, Direction::Outbound].map(Direction::word) {
+        for direction in Direction::ALL.map(Direction::word) {
             self.opened.with_label_values(&[direction]);
             self.live.with_label_values(&[direction]);
             self.truncated.with_label_values(&[direction]);

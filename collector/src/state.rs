@@ -14,7 +14,7 @@ use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
-/// Peers kept for one agent; later ones are only counted.
+/// Peers kept for one agent, and as many places that its workload goes to; later ones are only counted.
 const MAX_PEERS: usize = 256;
 /// Findings kept for one agent: far more than there are checks.
 const MAX_FINDINGS: usize = 512;
@@ -293,7 +293,10 @@ impl Agent {
 
     fn peer(&mut self, direction: Direction, peer: String) -> Option<&mut PeerSeen> {
         let key = (direction, short(peer));
-        if self.peers.len() >= MAX_PEERS && !self.peers.contains_key(&key) {
+        // A workload may go to any number of places: they must not crowd out its peers.
+        let is_egress = |direction| direction == Direction::Egress;
+        let alike = || self.peers.keys().filter(|(other, _)| is_egress(*other) == is_egress(direction)).count();
+        if !self.peers.contains_key(&key) && alike() >= MAX_PEERS {
             self.peers_beyond += 1;
             return None;
         }

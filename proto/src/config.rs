@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use toml::{Table, Value};
+use toml::Table;
+pub use toml::Value;
 
 use crate::event::Severity;
 use crate::identity::{InstanceId, SpiffeId, TrustDomain};

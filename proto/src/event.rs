@@ -310,16 +310,22 @@ pub struct VerdictChanged {
 pub enum Direction {
     /// Somebody connects to the workload.
     Inbound,
-    /// The workload connects to somebody.
+    /// The workload connects to a peer that is named in the configuration.
     Outbound,
+    /// The workload asks to be connected to somewhere.
+    Egress,
 }
 
 impl Direction {
+    /// All of them.
+    pub const ALL: [Direction; 3] = [Direction::Inbound, Direction::Outbound, Direction::Egress];
+
     /// The word in metrics.
     pub const fn word(self) -> &'static str {
         match self {
             Direction::Inbound => "inbound",
             Direction::Outbound => "outbound",
+            Direction::Egress => "egress",
         }
     }
 }
@@ -370,6 +376,20 @@ pub enum RefusalReason {
     UnknownServerName,
     /// The way leads back to this agent.
     Loop,
+    /// The workload asked for a place that is not on its egress list.
+    EgressNotListed,
+    /// The workload asked for a private, loopback, link-local or metadata address, or a name that leads there.
+    EgressPrivateAddress,
+    /// A connection came back to the agent that had made it, or was never redirected.
+    EgressLoop,
+    /// What the workload sent to an egress listener is no request that is taken.
+    BadRequest,
+    /// The workload did not finish its request in time.
+    RequestTimeout,
+    /// The name has no address.
+    NameUnresolved,
+    /// The upstream proxy did not connect us.
+    UpstreamRefused,
 }
 
 impl RefusalReason {
@@ -397,6 +417,13 @@ impl RefusalReason {
             RefusalReason::ProxyHeaderBroken => "proxy_header_broken",
             RefusalReason::UnknownServerName => "unknown_server_name",
             RefusalReason::Loop => "loop",
+            RefusalReason::EgressNotListed => "egress_not_listed",
+            RefusalReason::EgressPrivateAddress => "egress_private_address",
+            RefusalReason::EgressLoop => "egress_loop",
+            RefusalReason::BadRequest => "bad_request",
+            RefusalReason::RequestTimeout => "request_timeout",
+            RefusalReason::NameUnresolved => "name_unresolved",
+            RefusalReason::UpstreamRefused => "upstream_refused",
         }
     }
 
@@ -434,7 +461,7 @@ impl RefusalReason {
                 "the client opened a connection and did not finish its handshake in time"
             }
             RefusalReason::RefusedByPeer => "the peer's agent refused us: its own event says why",
-            RefusalReason::Unreachable => "no answer at the address: is the peer's agent up, does the name resolve?",
+            RefusalReason::Unreachable => "no answer at the address: is it up there, does the name resolve?",
             RefusalReason::WorkloadUnreachable => {
                 "the service does not accept on its own port: is it up, does it listen on 127.0.0.1?"
             }
@@ -450,6 +477,25 @@ impl RefusalReason {
                 "no inbound block of this listener has this `server_name`: add one, or correct what the client asks for"
             }
             RefusalReason::Loop => "the route leads back to this agent: check its `to`, and what the name resolves to",
+            RefusalReason::EgressNotListed => "add it to `egress.allow` if the workload should get there",
+            RefusalReason::EgressPrivateAddress => {
+                "server-side request forgery and DNS rebinding look like this: find out what made the workload ask; if it should get there, list the network itself"
+            }
+            RefusalReason::EgressLoop => {
+                "only redirected connections may come to `egress.transparent_listen`, and never the agent's own: exempt the agent's group from interception"
+            }
+            RefusalReason::BadRequest => {
+                "the egress listener takes HTTP CONNECT, http:// requests and SOCKS5: look at the client's proxy settings"
+            }
+            RefusalReason::RequestTimeout => {
+                "the client connected to the egress listener and did not finish its request"
+            }
+            RefusalReason::NameUnresolved => {
+                "the name has no address: is it spelt right, does the agent's DNS know it?"
+            }
+            RefusalReason::UpstreamRefused => {
+                "the upstream proxy did not connect us: look at `egress.upstream_credentials_file` and at the proxy's own rules"
+            }
         }
     }
 }
@@ -830,7 +876,18 @@ mod tests {
 
     #[test]
     fn refusal_words_are_those_of_the_json() {
-        for reason in [RefusalReason::DirectToService, RefusalReason::ProtocolVersion, RefusalReason::UnknownCa] {
+        for reason in [
+            RefusalReason::DirectToService,
+            RefusalReason::ProtocolVersion,
+            RefusalReason::UnknownCa,
+            RefusalReason::EgressNotListed,
+            RefusalReason::EgressPrivateAddress,
+            RefusalReason::EgressLoop,
+            RefusalReason::BadRequest,
+            RefusalReason::RequestTimeout,
+            RefusalReason::NameUnresolved,
+            RefusalReason::UpstreamRefused,
+        ] {
             assert_eq!(serde_json::to_string(&reason).unwrap(), format!("\"{}\"", reason.word()));
         }
     }

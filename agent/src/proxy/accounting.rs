@@ -33,9 +33,9 @@ pub struct Refusal {
     pub reason: RefusalReason,
     /// What exactly happened.
     pub detail: String,
-    /// The listener it came to, or where the route leads.
+    /// The listener it came to, or where the route leads; of egress, where the workload wanted to go.
     pub listener: String,
-    /// The other side.
+    /// The other side; of egress, who asked.
     pub source: Option<SocketAddr>,
     /// Who it said it is.
     pub peer: String,
@@ -46,7 +46,7 @@ pub struct Refusal {
 pub struct Pair {
     /// Which way.
     pub direction: Direction,
-    /// The other side's verified name.
+    /// The other side's verified name; of egress, where the workload asked to go.
     pub peer: String,
     /// The listener or route.
     pub listener: String,
@@ -149,7 +149,9 @@ impl Books {
         if self.refusals.len() < MAX_KEPT || self.refusals.contains_key(&key) {
             return key;
         }
-        Likeness { prefix: OTHER.into(), ..key }
+        // Listeners and routes are few; where a workload wants to go is without end.
+        let listener = if *direction == Direction::Egress { OTHER.into() } else { key.listener };
+        Likeness { prefix: OTHER.into(), listener, ..key }
     }
 
     /// Counts a connection that was let through; an event if this peer was never seen here before.
@@ -160,8 +162,11 @@ impl Books {
         }
         let Pair { direction, peer, .. } = pair.clone();
         let Secured { address, tls_version, group } = secured;
-        let word = if direction == Direction::Inbound { "came in" } else { "was reached" };
-        let summary = format!("{peer} {word} for the first time, {address}, {tls_version}");
+        let summary = match direction {
+            Direction::Inbound => format!("{peer} came in for the first time, {address}, {tls_version}"),
+            Direction::Outbound => format!("{peer} was reached for the first time, {address}, {tls_version}"),
+            Direction::Egress => format!("the workload went to {peer} for the first time, {address}"),
+        };
         let body = PeerFirstSeen { direction, peer, address, tls_version, group };
         Some(Event::new(now, Severity::Info, summary, &body.into()))
     }
@@ -264,6 +269,7 @@ fn severity_of(reason: RefusalReason) -> Severity {
     use RefusalReason as R;
     match reason {
         R::Unreachable | R::WorkloadUnreachable | R::RefusedByPeer | R::NoIdentity => Severity::Notice,
+        R::NameUnresolved | R::UpstreamRefused => Severity::Notice,
         _ => Severity::Warning,
     }
 }
@@ -275,6 +281,8 @@ fn refusal_event(refusal: &Refusal, count: u64, now: Timestamp) -> Event {
     let way = match direction {
         Direction::Inbound => format!("refused {who} at {listener}"),
         Direction::Outbound => format!("no connection to {listener}"),
+        Direction::Egress if never_said_where(reason) => format!("refused {who} at {listener}"),
+        Direction::Egress => format!("no egress to {listener}"),
     };
     let more = if count > 1 { format!(" ({count} times)") } else { String::new() };
     let summary = format!("{way}: {}: {detail}{more}", reason.word().replace('_', " "));
@@ -290,6 +298,12 @@ fn plaintext_event(plaintext: &Plaintext, network: &str, count: u64, now: Timest
     let (source, network) = (source.to_string(), network.to_owned());
     let body = ConnectionPlaintext { listener, source, network, detail, count };
     Event::new(now, Severity::Warning, summary, &body.into())
+}
+
+/// Whether a refusal of egress is about a connection that did not come to the point of asking for a place.
+fn never_said_where(reason: RefusalReason) -> bool {
+    use RefusalReason as R;
+    matches!(reason, R::BadRequest | R::RequestTimeout | R::LimitReached | R::EgressLoop)
 }
 
 fn summary_event(pair: Pair, sums: &Sums, window_secs: u32, now: Timestamp) -> Event {
@@ -367,6 +381,28 @@ mod tests {
         told.extend(books.due(at(1), true));
         assert_eq!(counts(&told).iter().sum::<u64>(), 5_000);
         assert!(books.due(at(2), true).is_empty(), "nothing is told twice");
+    }
+
+    #[test]
+    fn places_a_workload_asks_for_are_counted_apart_as_long_as_they_are_not_too_many() {
+        let mut books = Books::default();
+        let ask = |books: &mut Books, i: usize| {
+            let listener = format!("x{i}.example:443");
+            let refusal = Refusal {
+                direction: Direction::Egress,
+                listener,
+                detail: "it is not on the list".into(),
+                ..refusal(RefusalReason::EgressNotListed, "127.0.0.1:4711")
+            };
+            books.refused(refusal, at(0))
+        };
+        let first = ask(&mut books, 0).unwrap();
+        assert_eq!(first.summary, "no egress to x0.example:443: egress not listed: it is not on the list");
+        assert!(ask(&mut books, 0).is_none() && ask(&mut books, 1).is_some());
+        let mut told: Vec<Event> = (2..5_000).filter_map(|i| ask(&mut books, i)).collect();
+        assert!(books.refusals.len() <= MAX_KEPT + 1, "{}", books.refusals.len());
+        told.extend(books.due(at(1), true));
+        assert_eq!(counts(&told).iter().sum::<u64>(), 5_001 - 2);
     }
 
     #[test]

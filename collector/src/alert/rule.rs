@@ -267,6 +267,26 @@ pub const RULES: &[Rule] = &[
         read: refused,
     },
     Rule {
+        name: "EgressRefused",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["connection.refused"],
+        meaning: "the workload asked its agent for a place that is not on its egress list, or in a way that is not taken",
+        what_to_do: "if it should get there, add it to `egress.allow`; if not, look at what the workload runs",
+        read: refused,
+    },
+    Rule {
+        name: "EgressToPrivateAddress",
+        severity: Severity::Critical,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["connection.refused"],
+        meaning: "the workload asked its agent for a private, loopback, link-local or metadata address, or a name that leads there; it was refused",
+        what_to_do: "server-side request forgery and DNS rebinding look like this: find out what made the workload ask",
+        read: refused,
+    },
+    Rule {
         name: "ConnectionsLimited",
         severity: Severity::Warning,
         lasts: Lasts::Moment,
@@ -484,14 +504,20 @@ fn refusal_rule(reason: RefusalReason) -> Option<&'static str> {
         | RefusalReason::Expired
         | RefusalReason::BadCertificate
         | RefusalReason::Revoked => "BadPeerCertificate",
-        RefusalReason::HandshakeTimeout | RefusalReason::LimitReached => "ConnectionsLimited",
+        RefusalReason::EgressNotListed | RefusalReason::EgressLoop | RefusalReason::BadRequest => "EgressRefused",
+        RefusalReason::EgressPrivateAddress => "EgressToPrivateAddress",
+        RefusalReason::HandshakeTimeout | RefusalReason::RequestTimeout | RefusalReason::LimitReached => {
+            "ConnectionsLimited"
+        }
         RefusalReason::HandshakeFailed
         | RefusalReason::RefusedByPeer
         | RefusalReason::Unreachable
         | RefusalReason::WorkloadUnreachable
         | RefusalReason::NoIdentity
         | RefusalReason::ProxyHeaderBroken
-        | RefusalReason::UnknownServerName => return None,
+        | RefusalReason::UnknownServerName
+        | RefusalReason::NameUnresolved
+        | RefusalReason::UpstreamRefused => return None,
     })
 }
 
@@ -527,11 +553,16 @@ fn refusal_in_words(body: &ConnectionRefused) -> String {
         RefusalReason::LimitReached => "a limit on connections was reached",
         RefusalReason::ProxyHeaderUntrusted => "a PROXY header from where none may come was refused",
         RefusalReason::Loop => "a route that leads back to its agent was refused",
+        RefusalReason::EgressNotListed => "a place that is not on the egress list was refused",
+        RefusalReason::EgressPrivateAddress => "a way to an address that is not public was refused",
+        RefusalReason::EgressLoop => "a connection that was not the workload's own was refused",
+        RefusalReason::BadRequest => "a request that is not taken was refused",
+        RefusalReason::RequestTimeout => "a request was never finished",
         _ => "a connection was refused",
     };
     let way = match body.direction {
         Direction::Inbound => "at",
-        Direction::Outbound => "on the way to",
+        Direction::Outbound | Direction::Egress => "on the way to",
     };
     let peer = if body.peer.is_empty() { String::new() } else { format!(" ({})", body.peer) };
     format!("{what} {way} {}{peer}", body.listener)
@@ -975,6 +1006,13 @@ mod tests {
             (RefusalReason::ProxyHeaderBroken, None),
             (RefusalReason::UnknownServerName, None),
             (RefusalReason::Loop, Some("RouteLoop[loop]")),
+            (RefusalReason::EgressNotListed, Some("EgressRefused[egress_not_listed]")),
+            (RefusalReason::EgressPrivateAddress, Some("EgressToPrivateAddress[egress_private_address]")),
+            (RefusalReason::EgressLoop, Some("EgressRefused[egress_loop]")),
+            (RefusalReason::BadRequest, Some("EgressRefused[bad_request]")),
+            (RefusalReason::RequestTimeout, Some("ConnectionsLimited[request_timeout]")),
+            (RefusalReason::NameUnresolved, None),
+            (RefusalReason::UpstreamRefused, None),
         ];
         for (reason, expected) in rows {
             let expected: Vec<String> = expected.iter().map(|name| name.to_string()).collect();

@@ -56,7 +56,7 @@ pub struct AgentView {
 /// One peer of a workload.
 #[derive(Debug, Serialize)]
 pub struct PeerView {
-    /// `inbound` or `outbound`.
+    /// `inbound`, `outbound` or `egress`.
     pub direction: Direction,
     /// Its verified identity.
     pub peer: String,

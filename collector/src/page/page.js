@@ -264,7 +264,8 @@ function instanceBlock(instance, agent) {
     fact("Session", session(agent)),
     agent.certificate && el("span", {}, el("b", {}, "Certificate ends "), when(agent.certificate.not_after)),
     agent.renewal_failed && fact("Renewal fails", agent.renewal_failed),
-    agent.peers.length > 0 && fact("Talks to", [...new Set(agent.peers.map((peer) => short(peer.peer)))].slice(0, 8).join(", ")),
+    some("Talks to", agent.peers.filter((peer) => peer.direction !== "egress")),
+    some("Goes to", agent.peers.filter((peer) => peer.direction === "egress")),
     Object.keys(agent.refused).length > 0 && fact("Refused", Object.entries(agent.refused).map(([reason, counted]) => `${counted.count} ${reason}`).join(", ")),
     Object.keys(agent.lost).length > 0 && fact("Events lost", Object.entries(agent.lost).map(([reason, counted]) => `${counted.count} (${reason})`).join(", ")));
   const stale = !["live", "away"].includes(instance.status);
@@ -275,6 +276,7 @@ function instanceBlock(instance, agent) {
     rows.length ? table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows) : el("p", { class: "empty" }, "The agent has not reported its posture yet. It does so within seconds of its start.")].filter(Boolean);
 }
 
+const some = (name, peers) => peers.length > 0 && fact(name, [...new Set(peers.map((peer) => short(peer.peer)))].slice(0, 8).join(", "));
 const fact = (name, text) => el("span", {}, el("b", {}, `${name} `), text);
 
 function session(agent) {
