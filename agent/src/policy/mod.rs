@@ -1,6 +1,10 @@
 //! Who may talk to whom. Pure: a peer, the rules, what the collector says, and the time.
 //!
-//! Asked when a connection begins, and again for every live one whenever an answer could have changed.
+//! Asked when a connection begins, and again for every live one whenever an answer could have changed. Where the workload
+//! may go besides its peers is in [`egress`].
+
+pub mod address;
+pub mod egress;
 
 use sidewarden_proto::directive::{Deny, Directive};
 use sidewarden_proto::event::RefusalReason;
