@@ -11,7 +11,7 @@ use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +24,8 @@ use crate::facts::{self, Subject};
 use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source};
 use crate::identity::{Current, Store, StoreError};
 use crate::metrics::Metrics;
-use crate::proxy::{self, BindError, Ledger, Listeners, Shared};
+use crate::proxy::egress::{CredentialsError, read_credentials};
+use crate::proxy::{self, BindError, Listeners, Shared};
 use crate::spool::{Limits, Opened, Spool, SpoolError, Writer};
 use crate::uplink::drive::HEARTBEAT_SECS;
 use crate::uplink::{SharedStatus, Uplink};
@@ -71,6 +72,9 @@ pub enum StartError {
     /// A listener.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The credentials for the upstream proxy.
+    #[error("`egress.upstream_credentials_file`: {0}")]
+    Credentials(#[from] CredentialsError),
     /// The watch's thread.
     #[error("the watch's thread cannot be started: {0}")]
     Watch(std::io::Error),
@@ -83,6 +87,8 @@ pub struct Addresses {
     pub inbound: Vec<SocketAddr>,
     /// The same.
     pub outbound: Vec<SocketAddr>,
+    /// For egress: the one that clients know, then those for redirected connections.
+    pub egress: Vec<SocketAddr>,
     /// Health and metrics.
     pub admin: SocketAddr,
 }
@@ -116,11 +122,13 @@ type Emit = Arc<dyn Fn(Event) + Send + Sync>;
 pub async fn start(setup: Setup) -> Result<App, StartError> {
     let Setup { mode, config, root, shares_user, random } = setup;
     let instance = instance(&config)?;
+    check_credentials(&config)?;
     let listeners = Listeners::bind(&config).await?;
     let admin_listener = proxy::bind(config.admin.listen, "the admin endpoint").await?;
     let (inbound, outbound) = listeners.addresses();
     let admin_address = admin_listener.local_addr().unwrap_or(config.admin.listen);
-    let addresses = Addresses { inbound, outbound, admin: admin_address };
+    let egress = listeners.egress_addresses();
+    let addresses = Addresses { inbound, outbound, egress, admin: admin_address };
 
     let limits = Limits { disk_bytes: config.limits.spool.0, memory_bytes: SPOOL_MEMORY, links: SPOOL_LINKS };
     let (spool, writer, opened) = Spool::open(&config.spool_dir(), limits, random, Timestamp::now)?;
@@ -132,7 +140,8 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let keeping = Keeping { config: &config, instance: &instance, shares_user, random };
     let (keeper, identity) = keeping.load(resolver.clone(), emit.clone(), renewals)?;
 
-    let shared = shared(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    let shared = Shared::new(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    let shared = Arc::new(shared);
     let proxying = tokio::spawn(listeners.serve(shared.clone()));
 
     let stop_watching = CancellationToken::new();
@@ -298,30 +307,6 @@ impl Keeping<'_> {
     }
 }
 
-fn shared(
-    config: &Config,
-    identity: Current,
-    resolver: Resolver,
-    emit: Emit,
-    metrics: Arc<Metrics>,
-    random: Random,
-) -> Arc<Shared> {
-    Arc::new(Shared {
-        identity,
-        registry: Arc::default(),
-        ledger: Ledger::new(emit, metrics.clone()),
-        resolver,
-        timeouts: config.timeouts.clone(),
-        connections: Arc::new(Semaphore::new(config.limits.max_connections)),
-        handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
-        sources: proxy::sources(&config.limits),
-        metrics,
-        random,
-        stop: CancellationToken::new(),
-        cut: CancellationToken::new(),
-    })
-}
-
 /// Tells that the agent has started, and then starts the watch, so that its baseline comes after.
 fn start_watch(
     mode: Mode,
@@ -373,6 +358,12 @@ pub fn check(config: &Config) -> Result<(), StartError> {
     if let Some(path) = &config.trust.dns_roots {
         keeper::read_dns_roots(path)?;
     }
+    check_credentials(config)
+}
+
+/// They are read anew for every connection; that they cannot be read at all is better known now.
+fn check_credentials(config: &Config) -> Result<(), StartError> {
+    config.egress.upstream_credentials_file.as_deref().map(read_credentials).transpose()?;
     Ok(())
 }
 

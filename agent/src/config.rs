@@ -11,6 +11,7 @@ use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Re
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
 
 use crate::cis::Declared;
+use crate::policy::egress::Policy;
 use crate::watch::Normal;
 
 /// A whole configuration without contradictions.
@@ -28,6 +29,8 @@ pub struct Config {
     pub inbound: Vec<Inbound>,
     /// Where the workload may go.
     pub outbound: Vec<Outbound>,
+    /// Where else the workload may go.
+    pub egress: Egress,
     /// Foreign peers.
     pub trust: TrustFiles,
     /// How the wrapped command runs.
@@ -97,6 +100,33 @@ pub enum Peer {
     Workload(SpiffeId),
     /// A foreign server with this DNS name.
     Dns(String),
+}
+
+/// `[egress]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Egress {
+    /// Where the workload finds its proxy: HTTP CONNECT, requests for `http://`, SOCKS5.
+    pub listen: Option<SocketAddr>,
+    /// Where nftables redirects the workload's connections to.
+    pub transparent_listen: Vec<SocketAddr>,
+    /// Whether these may be addresses that others can reach.
+    pub expose: bool,
+    /// Where it may go.
+    pub allow: Policy,
+    /// Another proxy that everything goes through.
+    pub upstream: Option<HostPort>,
+    /// Holds `user:password` for it.
+    pub upstream_credentials_file: Option<PathBuf>,
+    /// Whether it looks names up, instead of the agent.
+    pub upstream_resolves: bool,
+}
+
+impl Egress {
+    /// Every listener, with its key.
+    fn listeners(&self) -> impl Iterator<Item = (&'static str, SocketAddr)> {
+        let explicit = self.listen.iter().map(|address| ("egress.listen", *address));
+        explicit.chain(self.transparent_listen.iter().map(|address| ("egress.transparent_listen", *address)))
+    }
 }
 
 /// `[trust]`
@@ -179,6 +209,7 @@ impl Default for Config {
             admin: Admin { listen: SocketAddr::from(([127, 0, 0, 1], 9901)) },
             inbound: Vec::new(),
             outbound: Vec::new(),
+            egress: Egress::default(),
             trust: TrustFiles::default(),
             exec: Exec::default(),
             watch: Watch::default(),
@@ -273,6 +304,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         admin: r.section("admin", |r| Admin { listen: r.value("listen", default.admin.listen) }),
         inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
         outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
+        egress: r.section("egress", egress),
         trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
         watch: r.section("watch", watch),
@@ -323,6 +355,18 @@ fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
         }
     };
     Some(Outbound { listen: listen?, to: to?, peer: peer?, expose })
+}
+
+fn egress(r: &mut Reader<'_>) -> Egress {
+    Egress {
+        listen: r.optional("listen"),
+        transparent_listen: r.value("transparent_listen", Vec::new()),
+        expose: r.value("expose", false),
+        allow: r.value("allow", Policy::default()),
+        upstream: r.optional("upstream"),
+        upstream_credentials_file: r.optional("upstream_credentials_file"),
+        upstream_resolves: r.value("upstream_resolves", false),
+    }
 }
 
 impl FromValue for User {
@@ -402,6 +446,7 @@ fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
             );
         }
     }
+    egress_contradictions(&config.egress, &mut say);
     port_conflicts(config, &mut say);
     value_faults(config, &mut say);
     wrong
@@ -438,11 +483,45 @@ fn inbound_contradictions(config: &Config, i: usize, inbound: &Inbound, say: &mu
     }
 }
 
+fn egress_contradictions(egress: &Egress, say: &mut dyn FnMut(&'static str, String)) {
+    let default = Egress::default();
+    if egress.listeners().next().is_none() && *egress != default {
+        say(
+            "egress",
+            "is set while nothing listens: set `egress.listen`, like \"127.0.0.1:3128\", or `egress.transparent_listen`".into(),
+        );
+    }
+    for (key, address) in egress.listeners().filter(|(_, address)| !address.ip().is_loopback() && !egress.expose) {
+        say(
+            key,
+            format!(
+                "listens on {address}, where others can go out in this workload's name: use a loopback address, or set `expose = true`"
+            ),
+        );
+    }
+    match &egress.upstream {
+        Some(upstream) => {
+            let ip = upstream.host.parse::<IpAddr>().ok();
+            let itself =
+                |address: SocketAddr| ip.is_some_and(|ip| overlaps(address, SocketAddr::new(ip, upstream.port)));
+            if egress.listeners().any(|(_, address)| itself(address)) {
+                say("egress.upstream", format!("is {upstream}, which is this agent's own egress listener"));
+            }
+        }
+        None if egress.upstream_credentials_file.is_some() => {
+            say("egress.upstream_credentials_file", "is set without `egress.upstream`".into());
+        }
+        None if egress.upstream_resolves => say("egress.upstream_resolves", "is set without `egress.upstream`".into()),
+        None => {}
+    }
+}
+
 /// Two listeners on one port, or one that we hold ourselves.
 fn port_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
     let mut listeners: Vec<(&'static str, SocketAddr)> = vec![("admin.listen", config.admin.listen)];
     listeners.extend(config.inbound.iter().map(|inbound| ("inbound", inbound.listen)));
     listeners.extend(config.outbound.iter().map(|outbound| ("outbound", outbound.listen)));
+    listeners.extend(config.egress.listeners());
     let mut by_port: BTreeMap<u16, Vec<(&'static str, SocketAddr)>> = BTreeMap::new();
     for (key, address) in listeners.into_iter().filter(|(_, address)| address.port() != 0) {
         let taken = by_port.entry(address.port()).or_default();
@@ -573,6 +652,33 @@ mod tests {
     }
 
     #[test]
+    fn egress_without_contradictions_is_read_and_with_them_refused() {
+        let good = GOOD.to_owned()
+            + "[egress]\nlisten = '127.0.0.1:3128'\ntransparent_listen = ['127.0.0.1:15001', '[::1]:15001']\n\
+               allow = ['api.example.com:443', '10.0.0.0/8:5432,5433']\nupstream = 'proxy:3128'\n\
+               upstream_credentials_file = '/run/proxy'\nupstream_resolves = true\n";
+        let egress = Config::parse(&good, &no_env).unwrap().egress;
+        assert_eq!((egress.allow.rules.len(), egress.transparent_listen.len()), (2, 2));
+        let env = |name: &str| (name == "SIDEWARDEN_EGRESS_ALLOW").then(|| "a.example:80,443,b.example:22".to_owned());
+        assert_eq!(Config::parse(&good, &env).unwrap().egress.allow.rules.len(), 2);
+        let with = |text: &str| format!("{GOOD}[egress]\n{text}\n");
+        check(&with("allow = ['a.example:443']"), &["nothing listens"]);
+        check(&with("listen = '0.0.0.0:3128'"), &["`egress.listen` listens on 0.0.0.0:3128"]);
+        check(&with("listen = '0.0.0.0:3128'\nexpose = true"), &[]);
+        check(&with("transparent_listen = ['[::]:15001']"), &["`egress.transparent_listen` listens on [::]:15001"]);
+        check(&with("listen = '127.0.0.1:3306'"), &["`outbound` has already"]);
+        check(&with("listen = '127.0.0.1:1'\ntransparent_listen = ['127.0.0.1:1']"), &["`egress.listen` has already"]);
+        check(&with("listen = '127.0.0.1:1'\nupstream = '127.0.0.1:1'"), &["own egress listener"]);
+        check(&with("listen = '127.0.0.1:1'\nupstream_resolves = true"), &["without `egress.upstream`"]);
+        check(&with("listen = '127.0.0.1:1'\nupstream_credentials_file = '/x'"), &["without `egress.upstream`"]);
+        check(
+            &with("listen = '127.0.0.1:1'\nallow = ['a.example']"),
+            &["`egress.allow` (item 1) must be whom and a port"],
+        );
+        check(&with("listen = '127.0.0.1:1'\nalow = []"), &["did you mean `allow`"]);
+    }
+
+    #[test]
     fn all_faults_come_at_once() {
         let text = changed("addresses", "adresses") + "[admin]\nlisten = \"nowhere\"\n[limits]\nmax_handshakes = 0";
         check(
@@ -614,6 +720,10 @@ mod tests {
             "peer",
             "peer_dns",
             "expose",
+            "transparent_listen",
+            "upstream",
+            "upstream_credentials_file",
+            "upstream_resolves",
             "dns_roots",
             "user",
             "tick",

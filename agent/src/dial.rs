@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig, ResolverOpts};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use rustls::CertificateError;
 use sidewarden_proto::config::HostPort;
 use sidewarden_proto::event::RefusalReason;
@@ -62,13 +64,28 @@ impl Resolver {
     /// With the system's name servers and hosts file.
     pub fn from_system() -> Resolver {
         let built = TokioResolver::builder_tokio().and_then(|mut builder| {
-            let options = builder.options_mut();
-            options.positive_max_ttl = Some(MAX_TTL);
-            options.negative_max_ttl = Some(Duration::from_secs(1));
-            options.timeout = Duration::from_secs(2);
+            set_limits(builder.options_mut());
             builder.build()
         });
         Resolver { inner: built.map_err(|e| e.to_string()) }
+    }
+
+    /// With this name server alone, over UDP, and the system's hosts file.
+    pub fn with_server(server: SocketAddr) -> Resolver {
+        let mut over_udp = ConnectionConfig::udp();
+        over_udp.port = server.port();
+        let server = NameServerConfig::new(server.ip(), true, vec![over_udp]);
+        let config = ResolverConfig::from_name_servers(vec![server]);
+        let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+        set_limits(builder.options_mut());
+        Resolver { inner: builder.build().map_err(|e| e.to_string()) }
+    }
+
+    /// The addresses of a name. One with a dot in it is taken as it stands; the system's search list is for the others.
+    pub async fn addresses_of(&self, name: &str) -> Result<Vec<IpAddr>, DialError> {
+        let host = if name.contains('.') { format!("{}.", name.trim_end_matches('.')) } else { name.to_owned() };
+        let found = self.lookup(&HostPort { host, port: 0 }).await;
+        found.map(|found| found.iter().map(SocketAddr::ip).collect())
     }
 
     /// The addresses of `to`; an IP address is its own.
@@ -92,18 +109,35 @@ impl Resolver {
     async fn connect_any(&self, to: &HostPort, within: Duration) -> Result<TcpStream, DialError> {
         let end = Instant::now() + within;
         let addresses = self.lookup(to).await?;
-        let mut last = DialError::Timeout { to: to.to_string(), within };
-        for (i, address) in addresses.iter().enumerate() {
-            let left = end.saturating_duration_since(Instant::now());
-            let span = if i + 1 < addresses.len() { left.min(ONE_ADDRESS) } else { left };
-            match timeout(span, connect_from(None, *address)).await {
-                Ok(Ok(stream)) => return Ok(stream),
-                Ok(Err(error)) => last = DialError::Connect { address: *address, error },
-                Err(_) => last = DialError::Timeout { to: address.to_string(), within: span },
-            }
-        }
-        Err(last)
+        let left = end.saturating_duration_since(Instant::now());
+        connect_first(&addresses, left, |address| connect_from(None, address)).await
     }
+}
+
+fn set_limits(options: &mut ResolverOpts) {
+    options.positive_max_ttl = Some(MAX_TTL);
+    options.negative_max_ttl = Some(Duration::from_secs(1));
+    options.timeout = Duration::from_secs(2);
+}
+
+/// What `connect` makes of the first of `addresses` that answers; they are tried in turn.
+pub async fn connect_first<T, F: Future<Output = io::Result<T>>>(
+    addresses: &[SocketAddr],
+    within: Duration,
+    connect: impl Fn(SocketAddr) -> F,
+) -> Result<T, DialError> {
+    let end = Instant::now() + within;
+    let mut last = DialError::Timeout { to: "no address at all".into(), within };
+    for (i, address) in addresses.iter().enumerate() {
+        let left = end.saturating_duration_since(Instant::now());
+        let span = if i + 1 < addresses.len() { left.min(ONE_ADDRESS) } else { left };
+        match timeout(span, connect(*address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => last = DialError::Connect { address: *address, error },
+            Err(_) => last = DialError::Timeout { to: address.to_string(), within: span },
+        }
+    }
+    Err(last)
 }
 
 /// Connects to `address` from `source`, or from whatever the system chooses.

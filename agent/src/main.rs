@@ -185,7 +185,9 @@ fn check_config(config: &Config, path: Option<&Path>) -> ExitCode {
     match app::check(config) {
         Ok(()) => {
             let from = path.map_or_else(|| "the environment".into(), |path| path.display().to_string());
-            println!("{from}: good; {} inbound, {} outbound", config.inbound.len(), config.outbound.len());
+            let (inbound, outbound, rules) =
+                (config.inbound.len(), config.outbound.len(), config.egress.allow.rules.len());
+            println!("{from}: good; {inbound} inbound, {outbound} outbound, egress to {rules} places");
             ExitCode::SUCCESS
         }
         Err(error) => fail(USAGE, &error.to_string()),

@@ -37,6 +37,10 @@ pub const TESTS: &[Needed] = &[
     needed("promtool", &["prometheus"]),
     needed("prometheus-alertmanager", &["prometheus-alertmanager"]),
     needed("chromium", &["chromium"]),
+    needed("curl", &["curl"]),
+    needed("squid", &["squid"]),
+    needed("nft", &["nftables"]),
+    needed("ip", &["iproute2"]),
 ];
 
 /// Installs what is not there.

@@ -65,6 +65,27 @@ async fn a_refused_connection_becomes_an_alert_at_a_webhook() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_workload_that_asks_for_the_metadata_service_raises_a_critical_alert() {
+    let (hook, bodies) = hook().await;
+    let world = World::start_with(&format!("[[alerts.webhooks]]\nurl = 'http://{hook}/'")).await;
+    let rules = "[egress]\nlisten = '127.0.0.1:0'\nallow = ['api.example.com:443', '0.0.0.0/0:80']\n";
+    let web = world.agent("web-1", "shop/web", rules).await;
+    web.enrolled().await;
+    let asked = "GET http://169.254.169.254/latest/meta-data/iam HTTP/1.1\r\nHost: x\r\n\r\n";
+    let answer = http(web.app.addresses.egress[0], asked).await;
+    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("a cloud's metadata address"), "{answer}");
+    let told = world.event("connection.refused", |record| record.summary.contains("169.254.169.254:80")).await;
+    assert!(told.summary.starts_with("no egress to 169.254.169.254:80: egress private address"), "{}", told.summary);
+    let has_it = async || bodies.lock().unwrap().iter().find(|body| body.contains("EgressToPrivateAddress")).cloned();
+    let alert = eventually(|| format!("no alert among {:#?}", bodies.lock().unwrap()), has_it).await;
+    assert!(
+        alert.contains("shop/web") && alert.contains("critical") && alert.contains("169.254.169.254:80"),
+        "{alert}"
+    );
+    assert!(!alert.contains("iam"), "what was asked for there is nobody's business: {alert}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_happens_while_the_collector_is_away_arrives_once_and_in_order() {
     let mut world = World::start().await;
     let (web, orders) = shop(&world).await;

@@ -1,12 +1,13 @@
 //! The data plane: mutual TLS between workloads that know nothing of it.
 //!
 //! accept -> what is it (handshake) -> who is it (TLS) -> register (connections) -> may it (policy) -> dial -> relay
-//! -> one event (accounting). `inbound` and `outbound` tell it in this order, one for each way; `hold` keeps
-//! others off the workload's own port.
+//! -> one event (accounting). `inbound` and `outbound` tell it in this order, one for each way; `egress` is for places
+//! that are no peers; `hold` keeps others off the workload's own port.
 
 pub mod accounting;
 pub mod balance;
 pub mod connections;
+pub mod egress;
 pub mod flow;
 pub mod front;
 pub mod handshake;
@@ -89,6 +90,33 @@ pub fn sources(limits: &Limits) -> Arc<Mutex<Sources>> {
         connections_per_second: NonZeroU64::new(limits.max_new_connections_per_source),
         handshakes: Some(limits.max_handshakes_per_source).filter(|most| *most > 0),
     })))
+}
+
+impl Shared {
+    /// What connections share under `config`, with nothing live yet.
+    pub fn new(
+        config: &Config,
+        identity: Current,
+        resolver: Resolver,
+        emit: Arc<dyn Fn(Event) + Send + Sync>,
+        metrics: Arc<Metrics>,
+        random: Random,
+    ) -> Shared {
+        Shared {
+            identity,
+            registry: Arc::default(),
+            ledger: Ledger::new(emit, metrics.clone()),
+            resolver,
+            timeouts: config.timeouts.clone(),
+            connections: Arc::new(Semaphore::new(config.limits.max_connections)),
+            handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
+            sources: sources(&config.limits),
+            metrics,
+            random,
+            stop: CancellationToken::new(),
+            cut: CancellationToken::new(),
+        }
+    }
 }
 
 /// The books, and where what they say goes.
@@ -179,17 +207,26 @@ pub async fn bind(address: SocketAddr, purpose: &'static str) -> Result<TcpListe
 pub struct Listeners {
     inbound: Vec<(TcpListener, crate::config::Inbound)>,
     outbound: Vec<(TcpListener, crate::config::Outbound)>,
+    egress: Vec<(TcpListener, egress::Kind)>,
+    egress_config: crate::config::Egress,
 }
 
 impl Listeners {
     /// Binds them all, or none.
     pub async fn bind(config: &Config) -> Result<Listeners, BindError> {
-        let mut listeners = Listeners { inbound: Vec::new(), outbound: Vec::new() };
+        let (inbound, outbound, egress) = (Vec::new(), Vec::new(), Vec::new());
+        let mut listeners = Listeners { inbound, outbound, egress, egress_config: config.egress.clone() };
         for inbound in &config.inbound {
             listeners.inbound.push((bind(inbound.listen, "inbound connections").await?, inbound.clone()));
         }
         for outbound in &config.outbound {
             listeners.outbound.push((bind(outbound.listen, "outbound connections").await?, outbound.clone()));
+        }
+        if let Some(address) = config.egress.listen {
+            listeners.egress.push((bind(address, "egress").await?, egress::Kind::Explicit));
+        }
+        for address in &config.egress.transparent_listen {
+            listeners.egress.push((bind(*address, "transparent egress").await?, egress::Kind::Transparent));
         }
         Ok(listeners)
     }
@@ -199,6 +236,11 @@ impl Listeners {
         let inbound = self.inbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
         let outbound = self.outbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
         (inbound, outbound)
+    }
+
+    /// Where those for egress really listen, the one that clients know first.
+    pub fn egress_addresses(&self) -> Vec<SocketAddr> {
+        self.egress.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
     }
 
     /// Serves them until `shared.stop`, and the connections until they end or `shared.cut`.
@@ -212,6 +254,12 @@ impl Listeners {
         }
         for (listener, config) in self.outbound {
             tasks.spawn(outbound::serve(shared.clone(), listener, config));
+        }
+        if !self.egress.is_empty() {
+            let gate = Arc::new(egress::Gate::new(shared.clone(), &self.egress_config));
+            for (listener, kind) in self.egress {
+                tasks.spawn(egress::serve(gate.clone(), listener, kind));
+            }
         }
         let keeping = tokio::spawn(keep_books(shared.clone()));
         while let Some(result) = tasks.join_next().await {

@@ -31,20 +31,9 @@ impl Agent {
         let emit: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(move |event| told.lock().unwrap().push(event));
         let metrics = Arc::new(Metrics::new("test"));
         let (publish, current) = watch::channel(identity);
-        let shared = Arc::new(Shared {
-            identity: current,
-            registry: Arc::default(),
-            ledger: Ledger::new(emit, metrics.clone()),
-            resolver: Resolver::from_system(),
-            timeouts: config.timeouts.clone(),
-            connections: Arc::new(Semaphore::new(config.limits.max_connections)),
-            handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
-            sources: sources(&config.limits),
-            metrics,
-            random: crate::backoff::random,
-            stop: CancellationToken::new(),
-            cut: CancellationToken::new(),
-        });
+        let resolver = Resolver::from_system();
+        let shared = Shared::new(&config, current, resolver, emit, metrics, crate::backoff::random);
+        let shared = Arc::new(shared);
         let serving = tokio::spawn(listeners.serve(shared.clone()));
         Agent { inbound, outbound, events, identity: publish, shared, _serving: serving }
     }
