@@ -310,7 +310,7 @@ pub enum Usage {
     Server,
 }
 
-/// Which rule of an X.509-SVID leaf a certificate breaks (SPIFFE X509-SVID, sections 2 to 5).
+/// Which rule of an X.509-SVID leaf, or of who signed it, a certificate breaks (SPIFFE X509-SVID, sections 2 to 5).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LeafFault {
     /// Not parseable, or with bytes left over.
@@ -337,6 +337,9 @@ pub enum LeafFault {
     /// The URI name is no SPIFFE ID.
     #[error(transparent)]
     BadName(#[from] BadName),
+    /// A CA of the chain may not sign certificates.
+    #[error("a CA of the chain has a key usage that does not allow signing certificates")]
+    IssuerMayNotSign,
     /// A DNS name holds something else than a host name.
     #[error("the certificate has a DNS name that is none")]
     BadDns,
@@ -378,6 +381,24 @@ fn judge_usage(cert: &X509Certificate<'_>, usage: Usage) -> Result<(), LeafFault
         Usage::Server => (extended.is_some_and(|e| e.server_auth), "server authentication"),
     };
     if allowed { Ok(()) } else { Err(LeafFault::WrongUsage(word)) }
+}
+
+/// Whether the CA certificate `der` may sign certificates; what is no CA signs nothing anyhow, and is let be.
+///
+/// webpki looks at the CA flag and not at the key usage. One without key usage may by RFC 5280, and may not by
+/// X509-SVID, section 4.3: that is what `required` says.
+pub fn judge_issuer(der: &[u8], required: bool) -> Result<(), LeafFault> {
+    let unreadable = |e: String| LeafFault::Unreadable(e);
+    let (_, cert) = X509Certificate::from_der(der).map_err(|e| unreadable(e.to_string()))?;
+    if !cert.basic_constraints().map_err(|e| unreadable(e.to_string()))?.is_some_and(|c| c.value.ca) {
+        return Ok(());
+    }
+    let usage = cert.key_usage().map_err(|e| unreadable(e.to_string()))?;
+    match usage.map(|usage| usage.value.key_cert_sign()) {
+        Some(true) => Ok(()),
+        None if !required => Ok(()),
+        _ => Err(LeafFault::IssuerMayNotSign),
+    }
 }
 
 fn read_name(cert: &X509Certificate<'_>) -> Result<PeerName, LeafFault> {

@@ -23,7 +23,7 @@ use rustls::{
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::event::RefusalReason;
-use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_leaf};
+use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_issuer, judge_leaf};
 use crate::time::Timestamp;
 
 /// Most certificates of a presented chain: building paths costs time, and an attacker chooses the chain.
@@ -204,7 +204,7 @@ pub fn dns_matches(name: &str, host: &str) -> bool {
 /// Why a peer's certificate was not accepted, beyond what webpki says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PeerFault {
-    /// The leaf breaks a rule.
+    /// The leaf breaks a rule, or a CA that it is shown with does.
     #[error(transparent)]
     Leaf(#[from] LeafFault),
     /// Nobody vouches for this trust domain, or for DNS names.
@@ -340,6 +340,8 @@ impl Anchors {
         }
         let peer = judge_leaf(leaf, usage).map_err(PeerFault::from)?;
         let roots = self.roots_for(&peer.name)?;
+        let is_workload = matches!(peer.name, PeerName::Spiffe(_));
+        rest.iter().try_for_each(|ca| judge_issuer(ca, is_workload)).map_err(PeerFault::from)?;
         match usage {
             Usage::Client => {
                 roots.clients.verify_client_cert(leaf, rest, now)?;
@@ -751,6 +753,30 @@ pub(crate) mod tests {
         let (client, _) = shake(client, server).unwrap();
         let group = client.negotiated_key_exchange_group().unwrap().name();
         assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+    }
+
+    #[test]
+    fn an_intermediate_signs_only_if_its_key_usage_says_so() {
+        let ca = Authority::new("td");
+        let judged = |usages: &[KeyUsagePurpose], name: SanType| {
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = usages.to_vec();
+            let key = KeyPair::generate().unwrap();
+            let intermediate = params.signed_by(&key, &ca.issuer).unwrap().der().clone();
+            let below = Authority { domain: ca.domain.clone(), root: intermediate, issuer: Issuer::new(params, key) };
+            let leaf = below.issue_with(WEB, |p| p.subject_alt_names = vec![name.clone()]);
+            let trust = Trust { dns_roots: vec![ca.root.clone()], ..ca.trust() };
+            verify_chain(leaf.chain(), &trust, Usage::Client, Timestamp::now()).map(|_| ()).map_err(|e| refusal_of(&e))
+        };
+        let workload = || SanType::URI(WEB.try_into().unwrap());
+        let host = || SanType::DnsName("partner.example".try_into().unwrap());
+        let no = Err(RefusalReason::BadCertificate);
+        assert_eq!(judged(&[KeyUsagePurpose::KeyCertSign], workload()), Ok(()));
+        assert_eq!(judged(&[KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::CrlSign], workload()), no);
+        assert_eq!(judged(&[], workload()), no, "X509-SVID wants it said");
+        assert_eq!(judged(&[KeyUsagePurpose::CrlSign], host()), no);
+        assert_eq!(judged(&[], host()), Ok(()), "RFC 5280 does not");
     }
 
     #[test]
