@@ -1,5 +1,8 @@
 //! Two agents' proxies against each other, and against everybody who should not get in.
 
+mod idle;
+mod resumption;
+
 use std::sync::Mutex;
 
 use sidewarden_proto::config::HostPort;
