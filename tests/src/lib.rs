@@ -12,12 +12,16 @@ pub mod metrics;
 pub mod scene;
 pub mod wire;
 
+pub mod service;
+pub mod tap;
+
 pub mod stage;
 
 pub mod docker;
 pub mod images;
 pub mod packages;
 pub mod programs;
+pub mod python;
 pub mod suite;
 pub mod workspace;
 

@@ -1,7 +1,7 @@
 //! The Debian packages that are needed, and how they get onto the machine: by apt-get when we may, otherwise by one
 //! line that says what to run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -41,7 +41,34 @@ pub const TESTS: &[Needed] = &[
     needed("squid", &["squid"]),
     needed("nft", &["nftables"]),
     needed("ip", &["iproute2"]),
+    // Servers and clients whose connections are led through a pair of agents, unchanged.
+    needed("mariadbd", &["mariadb-server-core"]),
+    needed("mariadb", &["mariadb-client-core"]),
+    needed("mariadb-slap", &["mariadb-client"]),
+    needed("sysbench", &["sysbench"]),
+    needed("postgres", &["postgresql"]),
+    needed("psql", &["postgresql-client"]),
+    needed("redis-server", &["redis-server"]),
+    needed("redis-benchmark", &["redis-tools"]),
+    needed("nginx", &["nginx-light"]),
+    needed("catalina.sh", &["tomcat10"]),
+    needed("activemq", &["activemq"]),
+    needed("nats-server", &["nats-server"]),
+    needed("h2load", &["nghttp2-client"]),
+    needed("wrk", &["wrk"]),
+    // What looks at a TLS port from outside.
+    needed("testssl", &["testssl.sh"]),
+    needed("sslscan", &["sslscan"]),
+    // For the clients that Debian does not have; see `python`.
+    needed("python3", &["python3"]),
+    needed(PIP, &["python3-venv"]),
+    needed(PROTON, &["python3-qpid-proton"]),
 ];
+
+/// Says by being there that `python3 -m venv` works.
+const PIP: &str = "ensurepip/__main__.py";
+/// Client and server of AMQP 1.0, for Debian's own Python.
+pub const PROTON: &str = "dist-packages/proton/__init__.py";
 
 /// Installs what is not there.
 pub fn provide(needed: &[Needed], progress: &Progress) -> Result<()> {
@@ -68,9 +95,42 @@ fn present(needed: &Needed) -> bool {
     compose_plugin || in_path(needed.program, &std::env::var("PATH").unwrap_or_default())
 }
 
-/// Whether `program` is in one of the folders of `path`, or where root's programs are.
+/// Where `program` is; an error says what to install.
+pub fn find(program: &str) -> Result<PathBuf> {
+    if let Some(path) = look(program, &std::env::var("PATH").unwrap_or_default()) {
+        return Ok(path);
+    }
+    match DEMO.iter().chain(TESTS).find(|needed| needed.program == program) {
+        Some(needed) => bail!(
+            "there is no `{program}`: install Debian's package {} (`cargo verify` does it)",
+            needed.packages.join(" or ")
+        ),
+        None => bail!("there is no `{program}`"),
+    }
+}
+
+/// Whether `program` is in one of the folders of `path`, or where Debian keeps what is not in PATH.
 fn in_path(program: &str, path: &str) -> bool {
-    path.split(':').chain(["/usr/sbin", "/sbin"]).any(|dir| Path::new(dir).join(program).is_file())
+    look(program, path).is_some()
+}
+
+fn look(program: &str, path: &str) -> Option<PathBuf> {
+    let apart = elsewhere();
+    let folders =
+        path.split(':').filter(|dir| !dir.is_empty()).map(Path::new).chain(apart.iter().map(PathBuf::as_path));
+    folders.map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
+/// Folders of programs that are not in everybody's PATH: root's, each release of PostgreSQL, Tomcat, Python's modules.
+fn elsewhere() -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = ["/usr/sbin", "/sbin", "/usr/share/tomcat10/bin"].map(PathBuf::from).into();
+    folders.extend(children("/usr/lib/postgresql").map(|release| release.join("bin")));
+    folders.extend(children("/usr/lib").filter(|dir| dir.to_string_lossy().starts_with("/usr/lib/python3")));
+    folders
+}
+
+fn children(dir: &str) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
 fn names(missing: &[Needed]) -> Vec<&'static str> {

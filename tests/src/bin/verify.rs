@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use sidewarden_tests::progress::{Progress, seconds};
-use sidewarden_tests::{interrupt, packages, stage, suite};
+use sidewarden_tests::{interrupt, packages, python, stage, suite};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -23,6 +23,7 @@ fn verify(arguments: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
     let progress = Progress::start();
     stage::provide(&[packages::DEMO, packages::TESTS].concat(), &progress)?;
+    python::provide(&progress)?;
     drop(progress);
     let ran = suite::run(arguments)?;
     println!("\ncargo verify took {}", seconds(started.elapsed()));
