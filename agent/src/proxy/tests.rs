@@ -1,5 +1,6 @@
 //! Two agents' proxies against each other, and against everybody who should not get in.
 
+mod ends;
 mod idle;
 mod resumption;
 
