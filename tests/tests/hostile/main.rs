@@ -16,4 +16,5 @@ mod hellos;
 mod mint;
 mod records;
 mod resumption;
+mod streams;
 mod tools;

@@ -8,10 +8,11 @@ use rustls::client::UnbufferedClientConnection;
 use sidewarden_agent::proxy::pump::{Early, Progress, advance};
 use sidewarden_agent::proxy::record::{HEADER, Opened, Records, SLOT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
-use crate::gate::{BOTH, Gate, LIMIT, dial_from, elsewhere, name, trusting};
+use crate::gate::{BOTH, Gate, LIMIT, dial_from, elsewhere, name, says, trusting};
 
 /// An authenticated client that makes its records itself.
 struct Client {
@@ -73,6 +74,42 @@ impl Client {
                     return Ok(data);
                 }
             }
+        }
+    }
+}
+
+/// A workload that says of each of its connections whether it ended in order.
+async fn witness() -> (std::net::SocketAddr, tokio::sync::mpsc::Receiver<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, told) = tokio::sync::mpsc::channel(8);
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let mut word = [0; 5];
+            socket.read_exact(&mut word).await.unwrap();
+            socket.write_all(&word).await.unwrap();
+            tell.send(matches!(socket.read(&mut word).await, Ok(0))).await.unwrap();
+        }
+    });
+    (address, told)
+}
+
+/// A FIN without close_notify could be anybody's on the way: what the workload got may be half of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fin_is_an_end_to_the_workload_only_after_close_notify() {
+    let (workload, mut told) = witness().await;
+    let gate = Gate::before(workload, "").await;
+    for versions in [&BOTH[..1], &BOTH[1..]] {
+        for in_order in [true, false] {
+            let tcp = dial_from(elsewhere(), gate.address()).await;
+            let connector = TlsConnector::from(Arc::new(trusting(&gate.web(), versions)));
+            let mut stream = connector.connect(name(), tcp).await.unwrap();
+            says(&mut stream, b"hello").await.unwrap();
+            if in_order {
+                stream.shutdown().await.unwrap();
+            }
+            drop(stream);
+            assert_eq!(timeout(LIMIT, told.recv()).await.unwrap(), Some(in_order), "{:?}", versions[0]);
         }
     }
 }

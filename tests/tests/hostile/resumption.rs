@@ -22,7 +22,7 @@ use crate::world::eventually;
 
 impl Gate {
     /// Puts a key on the collector's deny list, and waits until the agent runs that directive.
-    async fn deny(&self, spki: Sha256) {
+    pub async fn deny(&self, spki: Sha256) {
         let core = &self.world.collector().core;
         let own = core.issuer.authority().own().borrow().clone();
         let deny = vec![Deny::Key { spki, why: "stolen".into() }];
