@@ -11,7 +11,7 @@ use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Re
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
 
 use crate::cis::Declared;
-use crate::policy::egress::Policy;
+use crate::policy::egress::{Lines, Policy, Rule};
 use crate::watch::Normal;
 
 /// A whole configuration without contradictions.
@@ -362,11 +362,20 @@ fn egress(r: &mut Reader<'_>) -> Egress {
         listen: r.optional("listen"),
         transparent_listen: r.value("transparent_listen", Vec::new()),
         expose: r.value("expose", false),
-        allow: r.value("allow", Policy::default()),
+        allow: egress_rules(r),
         upstream: r.optional("upstream"),
         upstream_credentials_file: r.optional("upstream_credentials_file"),
         upstream_resolves: r.value("upstream_resolves", false),
     }
+}
+
+fn egress_rules(r: &mut Reader<'_>) -> Policy {
+    let Lines(lines) = r.value("allow", Lines::default());
+    let rules: Vec<Result<Rule, String>> = lines.iter().map(|line| line.parse()).collect();
+    for (i, error) in rules.iter().enumerate().filter_map(|(i, rule)| Some((i, rule.as_ref().err()?))) {
+        r.fault("allow", format_args!("(item {}) {error}", i + 1));
+    }
+    Policy { rules: rules.into_iter().flatten().collect() }
 }
 
 impl FromValue for User {
@@ -672,8 +681,8 @@ mod tests {
         check(&with("listen = '127.0.0.1:1'\nupstream_resolves = true"), &["without `egress.upstream`"]);
         check(&with("listen = '127.0.0.1:1'\nupstream_credentials_file = '/x'"), &["without `egress.upstream`"]);
         check(
-            &with("listen = '127.0.0.1:1'\nallow = ['a.example']"),
-            &["`egress.allow` (item 1) must be whom and a port"],
+            &with("listen = '127.0.0.1:1'\nallow = ['a.example', 'b.example:1', '*:443']"),
+            &["`egress.allow` (item 1) must be whom and a port", "`egress.allow` (item 3) `*` is no name"],
         );
         check(&with("listen = '127.0.0.1:1'\nalow = []"), &["did you mean `allow`"]);
     }

@@ -83,9 +83,19 @@ impl Resolver {
 
     /// The addresses of a name. One with a dot in it is taken as it stands; the system's search list is for the others.
     pub async fn addresses_of(&self, name: &str) -> Result<Vec<IpAddr>, DialError> {
-        let host = if name.contains('.') { format!("{}.", name.trim_end_matches('.')) } else { name.to_owned() };
-        let found = self.lookup(&HostPort { host, port: 0 }).await;
-        found.map(|found| found.iter().map(SocketAddr::ip).collect())
+        let whole = name.contains('.') && !name.ends_with('.');
+        self.ask(name, &format!("{name}{}", if whole { "." } else { "" })).await
+    }
+
+    async fn ask(&self, host: &str, query: &str) -> Result<Vec<IpAddr>, DialError> {
+        let fault = |error: String| DialError::Name { host: host.to_owned(), error };
+        let resolver = self.inner.as_ref().map_err(|e| DialError::Resolver(e.clone()))?;
+        let found = resolver.lookup_ip(query).await.map_err(|e| match e.is_no_records_found() {
+            true => fault("it has no address".into()),
+            false => fault(e.to_string()),
+        })?;
+        let addresses: Vec<IpAddr> = found.iter().collect();
+        if addresses.is_empty() { Err(fault("it has no address".into())) } else { Ok(addresses) }
     }
 
     /// The addresses of `to`; an IP address is its own.
@@ -93,11 +103,8 @@ impl Resolver {
         if let Ok(ip) = to.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(ip, to.port)]);
         }
-        let fault = |error: String| DialError::Name { host: to.host.clone(), error };
-        let resolver = self.inner.as_ref().map_err(|e| DialError::Resolver(e.clone()))?;
-        let found = resolver.lookup_ip(to.host.as_str()).await.map_err(|e| fault(e.to_string()))?;
-        let addresses: Vec<SocketAddr> = found.iter().map(|ip| SocketAddr::new(ip, to.port)).collect();
-        if addresses.is_empty() { Err(fault("it has no address".into())) } else { Ok(addresses) }
+        let found = self.ask(&to.host, &to.host).await?;
+        Ok(found.iter().map(|ip| SocketAddr::new(*ip, to.port)).collect())
     }
 
     /// Connects to `to`, trying its addresses in turn.

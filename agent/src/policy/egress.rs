@@ -178,6 +178,9 @@ fn whom_of(text: &str) -> Result<Whom, String> {
             _ => Ok(Whom::Network(network)),
         };
     }
+    if text.contains("://") {
+        return Err(format!("`{text}`: a rule has no scheme; https:// is port 443, http:// is port 80"));
+    }
     if text.contains(':') {
         return Err(format!("`{text}`: an IPv6 network stands in brackets, like [2001:db8::/32]:443"));
     }
@@ -213,9 +216,25 @@ fn span_of(text: &str) -> Option<(u16, u16)> {
     (first <= last).then_some((first, last))
 }
 
-impl FromValue for Rule {
-    fn from_text(text: &str) -> Result<Rule, String> {
-        text.parse()
+/// Rules as they are written, each on its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lines(pub Vec<String>);
+
+impl FromValue for Lines {
+    fn from_value(value: &Value) -> Result<Lines, String> {
+        Vec::from_value(value).map(Lines)
+    }
+
+    /// All in one line, with commas between; what has no colon is one more port of the rule before it.
+    fn from_text(text: &str) -> Result<Lines, String> {
+        let mut rules: Vec<String> = Vec::new();
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            match rules.last_mut() {
+                Some(rule) if !part.contains(':') => *rule += &format!(",{part}"),
+                _ => rules.push(part.to_owned()),
+            }
+        }
+        Ok(Lines(rules))
     }
 }
 
@@ -224,24 +243,6 @@ impl FromValue for Rule {
 pub struct Policy {
     /// In no order: one that allows is enough.
     pub rules: Vec<Rule>,
-}
-
-impl FromValue for Policy {
-    fn from_value(value: &Value) -> Result<Policy, String> {
-        Vec::from_value(value).map(|rules| Policy { rules })
-    }
-
-    /// Rules in one line, with commas between; what has no colon is one more port of the rule before it.
-    fn from_text(text: &str) -> Result<Policy, String> {
-        let mut rules: Vec<String> = Vec::new();
-        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-            match rules.last_mut() {
-                Some(rule) if !part.contains(':') => *rule += &format!(",{part}"),
-                _ => rules.push(part.to_owned()),
-            }
-        }
-        rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>().map(|rules| Policy { rules })
-    }
 }
 
 /// What there is to do for a target that may be allowed.
@@ -597,7 +598,7 @@ mod tests {
             ("api.example.com:+80", "must be whom and a port"),
             ("api.example.com:080", "must be whom and a port"),
             ("api.example.com:*,80", "must be whom and a port"),
-            ("https://api.example.com:443", "in brackets"),
+            ("https://api.example.com:443", "has no scheme"),
             ("2001:db8::1:443", "in brackets"),
             ("[10.0.0.0/8]:443", "only IPv6"),
             ("[::ffff:10.0.0.1]:443", "stands for 10.0.0.1"),
@@ -622,10 +623,10 @@ mod tests {
 
     #[test]
     fn rules_of_one_line_may_have_several_ports() {
-        let got = Policy::from_text("a.example:80,443,8000-8010, 10.0.0.0/8:5432 ,db:1 in 10.0.0.0/8").unwrap();
-        assert_eq!(got, policy(&["a.example:80,443,8000-8010", "10.0.0.0/8:5432", "db:1 in 10.0.0.0/8"]));
-        assert!(Policy::from_text("443,a.example:80").is_err());
-        assert_eq!(Policy::from_text("").unwrap(), Policy::default());
+        let Lines(got) = Lines::from_text("a.example:80,443,8000-8010, 10.0.0.0/8:5432 ,db:1 in 10.0.0.0/8,").unwrap();
+        assert_eq!(got, ["a.example:80,443,8000-8010", "10.0.0.0/8:5432", "db:1 in 10.0.0.0/8"]);
+        assert_eq!(Lines::from_text("443,a.example:80").unwrap().0, ["443", "a.example:80"]);
+        assert_eq!(Lines::from_text("").unwrap(), Lines::default());
     }
 
     #[test]
@@ -673,7 +674,7 @@ mod tests {
                 prop_assert!(name.parse::<IpAddr>().is_err() && !ends_in_a_number(&name), "{text:?}");
             }
             let _ = text.parse::<Rule>();
-            let _ = Policy::from_text(&text);
+            let _ = Lines::from_text(&text);
         }
 
         #[test]

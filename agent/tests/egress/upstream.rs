@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use sidewarden_proto::event::RefusalReason;
+use sidewarden_proto::event::{Body, RefusalReason};
 
 use crate::scene::{Agent, Dns, Running, Server, curl, free_port, listens, program};
 
@@ -18,6 +18,11 @@ struct Squid {
 
 impl Squid {
     async fn start() -> Option<Squid> {
+        Squid::with("").await
+    }
+
+    /// With more lines before what it allows.
+    async fn with(more: &str) -> Option<Squid> {
         let (squid, openssl) = (program("squid", "squid")?, program("openssl", "openssl")?);
         let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
         // Started by root it works as a user of its own.
@@ -30,7 +35,7 @@ impl Squid {
         let config = format!(
             "http_port 127.0.0.1:{port}\nauth_param basic program /usr/lib/squid/basic_ncsa_auth {home}/passwd\n\
              acl users proxy_auth REQUIRED\nhttp_access deny !users\nacl bad dstdomain .forbidden.example\n\
-             http_access deny bad\nhttp_access allow all\ncache deny all\npid_filename {home}/pid\n\
+             http_access deny bad\n{more}http_access allow all\ncache deny all\npid_filename {home}/pid\n\
              access_log stdio:{home}/access.log\ncache_log {home}/cache.log\ncoredump_dir {home}\n\
              hosts_file {home}/hosts\nvisible_hostname squid.test\nshutdown_lifetime 0 seconds\n"
         );
@@ -122,31 +127,71 @@ async fn wrong_missing_and_replaced_credentials() {
     assert!(got.out.contains("reading ") && got.out.contains("credentials"), "{got:?}");
 }
 
+/// As Debian ships it, squid takes CONNECT for port 443 alone.
+const TLS_ONLY: &str = "acl CONNECT method CONNECT\nacl tls port 443\nhttp_access deny CONNECT !tls\n";
+
 #[tokio::test]
 async fn where_squid_looks_names_up_the_event_says_that_nobody_checked() {
+    for (more, tunnelled) in [("", true), (TLS_ONLY, false)] {
+        let Some(squid) = Squid::with(more).await else { return };
+        let server = Server::start("127.0.0.1:0").await;
+        let port = server.address.port();
+        let credentials = squid.dir.path().join("credentials");
+        std::fs::write(&credentials, "alice:s3cret").unwrap();
+        let allow = format!("'*.squid-knows.example:{port}', '*.forbidden.example:{port}', '127.0.0.0/8:1'");
+        let section = squid.section(&allow, Some(&credentials)) + "upstream_resolves = true\n";
+        let dns = Dns::of(&["127.0.0.1"]).await;
+        let agent = Agent::explicit(&section, dns.resolver()).await;
+        let ask = async |host: &str, args: &[&str]| {
+            curl(&[args, &["--proxy", &agent.proxy(), &format!("http://{host}:{port}/")]].concat()).await
+        };
+        let known = "only.squid-knows.example";
+        let Some(got) = ask(known, &["--data", "abc"]).await else { return };
+        assert_eq!((got.code, got.out.as_str()), (0, "3 bytes came"), "{got:?}");
+        squid.log(&format!("POST http://{known}:{port}/ alice")).await;
+        let seen = agent.first_seen().await;
+        assert_eq!(seen.peer, format!("{known}:{port}"));
+        assert!(seen.address.ends_with(", unchecked: it looked the name up"), "{seen:?}");
+        let got = ask(known, &["--proxytunnel"]).await.unwrap();
+        assert_eq!(got.code == 0, tunnelled, "{got:?}");
+        squid.log(&format!("CONNECT {known}:{port} alice")).await;
+        assert!(dns.asked().is_empty(), "{:?}", dns.asked());
+        let heads = server.requests();
+        assert!(heads.iter().all(|head| !head.to_ascii_lowercase().contains("authorization")), "{heads:?}");
+
+        let got = ask("x.forbidden.example", &["--proxytunnel"]).await.unwrap();
+        assert!(got.code == 56 && got.err.contains("502"), "{got:?}");
+        let refused = agent.event(|body| match body {
+            Body::ConnectionRefused(refused) => {
+                (refused.listener == format!("x.forbidden.example:{port}")).then(|| refused.clone())
+            }
+            _ => None,
+        });
+        let refused = refused.await;
+        assert_eq!(refused.reason, RefusalReason::UpstreamRefused);
+        assert!(refused.detail.contains("answered `403 Forbidden`"), "{refused:?}");
+        let got = ask("elsewhere.example", &[]).await.unwrap();
+        assert!(got.out.contains("it is not on the list"), "{got:?}");
+        let got = ask("127.0.0.1", &[]).await.unwrap();
+        assert!(got.out.contains("a loopback address, and not on the list"), "{got:?}");
+    }
+}
+
+#[tokio::test]
+async fn credentials_that_squid_does_not_take_for_a_request_are_an_event_and_no_success() {
     let Some(squid) = Squid::start().await else { return };
     let server = Server::start("127.0.0.1:0").await;
-    let port = server.address.port();
-    let credentials = squid.dir.path().join("credentials");
-    std::fs::write(&credentials, "alice:s3cret").unwrap();
-    let allow = format!("'*.squid-knows.example:{port}', '*.forbidden.example:{port}', '127.0.0.0/8:1'");
-    let section = squid.section(&allow, Some(&credentials)) + "upstream_resolves = true\n";
-    let dns = Dns::of(&["127.0.0.1"]).await;
-    let agent = Agent::explicit(&section, dns.resolver()).await;
-    let ask = async |host: &str| curl(&["--proxy", &agent.proxy(), &format!("http://{host}:{port}/")]).await;
-    let Some(got) = ask("only.squid-knows.example").await else { return };
-    assert_eq!((got.code, got.out.as_str()), (0, "0 bytes came"), "{got:?}");
-    squid.log(&format!("CONNECT only.squid-knows.example:{port} alice")).await;
-    assert!(agent.first_seen().await.address.ends_with(", unchecked: it looked the name up"));
-    assert!(dns.asked().is_empty(), "{:?}", dns.asked());
-
-    let got = ask("x.forbidden.example").await.unwrap();
-    assert!(got.out.contains("answered `403 Forbidden`"), "{got:?}");
-    assert_eq!(agent.refusal(RefusalReason::UpstreamRefused).await.listener, format!("x.forbidden.example:{port}"));
-    let got = ask("elsewhere.example").await.unwrap();
-    assert!(got.out.contains("it is not on the list"), "{got:?}");
-    let got = ask("127.0.0.1").await.unwrap();
-    assert!(got.out.contains("a loopback address, and not on the list"), "{got:?}");
+    let section = squid.section(&format!("'{}'", server.address), None) + "upstream_resolves = true\n";
+    let agent = Agent::explicit(&section, sidewarden_agent::dial::Resolver::from_system()).await;
+    let Some(got) = curl(&["-i", "--proxy", &agent.proxy(), &format!("http://{}/", server.address)]).await else {
+        return;
+    };
+    assert!(got.out.starts_with("HTTP/1.1 502 ") && got.out.contains("it wants credentials for a proxy"), "{got:?}");
+    let refused = agent.refusal(RefusalReason::UpstreamRefused).await;
+    assert_eq!(refused.detail, "the upstream proxy wants other credentials");
+    let events = agent.stop().await;
+    assert_eq!(events.len(), 1, "counted in one event: {events:#?}");
+    assert!(server.requests().is_empty());
 }
 
 #[tokio::test]

@@ -4,11 +4,12 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::http::{Body, HeadScan, Reply, Request, own_answer};
+use super::http::{Body, Framing, HeadScan, Reply, own_answer};
 use crate::proxy::relay::Side;
 
 /// Most bytes behind a request that are read and dropped, to notice the client's end.
@@ -24,9 +25,9 @@ pub struct Asking<S> {
 }
 
 impl<S> Asking<S> {
-    /// `inner`, from which the head of `request` was read already.
-    pub fn new(request: &Request, inner: S) -> Asking<S> {
-        Asking { head: request.forwarded(), body: Body::new(request.framing), dropped: 0, inner }
+    /// `inner`, from which a head was read already, in whose place `head` is sent on.
+    pub fn new(head: Vec<u8>, framing: Framing, inner: S) -> Asking<S> {
+        Asking { head, body: Body::new(framing), dropped: 0, inner }
     }
 }
 
@@ -88,6 +89,8 @@ pub struct Answering<S> {
     ready: Vec<u8>,
     /// Nothing follows: what stood in for the server's answer was ours.
     ended: bool,
+    /// Set if the server is a proxy and wants credentials.
+    refused: Arc<OnceLock<()>>,
     inner: S,
 }
 
@@ -98,9 +101,9 @@ struct Coming {
 }
 
 impl<S> Answering<S> {
-    /// `inner`, from which nothing was read yet.
-    pub fn new(inner: S) -> Answering<S> {
-        Answering { coming: Some(Coming::default()), ready: Vec::new(), ended: false, inner }
+    /// `inner`, from which nothing was read yet. `refused` is set if it asks for credentials, as only a proxy does.
+    pub fn new(inner: S, refused: Arc<OnceLock<()>>) -> Answering<S> {
+        Answering { coming: Some(Coming::default()), ready: Vec::new(), ended: false, refused, inner }
     }
 
     fn take(&mut self, came: &[u8]) {
@@ -112,6 +115,10 @@ impl<S> Answering<S> {
         loop {
             match coming.advance() {
                 Ok(Some(reply)) if reply.is_interim => self.ready.extend_from_slice(&reply.head),
+                Ok(Some(reply)) if reply.wants_credentials => {
+                    self.refused.get_or_init(|| ());
+                    return self.give_up("it wants credentials for a proxy");
+                }
                 Ok(Some(reply)) => return self.ready.extend([reply.head, coming.bytes].concat()),
                 Ok(None) => return self.coming = Some(coming),
                 Err(wrong) => return self.give_up(&wrong),
@@ -192,7 +199,12 @@ writes_and_resets_as_inner!(Answering);
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
+    use super::super::http::Request;
     use super::*;
+
+    fn asking<S>(request: &Request, inner: S) -> Asking<S> {
+        Asking::new(request.forwarded(), request.framing, inner)
+    }
 
     fn request(fields: &str) -> Request {
         Request::parse(format!("POST http://a.example/ HTTP/1.1\r\n{fields}\r\n").as_bytes()).unwrap()
@@ -208,7 +220,7 @@ mod tests {
             client.write_all(format!("{body}GET http://evil.example/ HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
             client.shutdown().await.unwrap();
             let mut sent = String::new();
-            Asking::new(&request, ours).read_to_string(&mut sent).await.unwrap();
+            asking(&request, ours).read_to_string(&mut sent).await.unwrap();
             assert_eq!(sent, format!("{}{body}", String::from_utf8(request.forwarded()).unwrap()));
         }
     }
@@ -223,14 +235,14 @@ mod tests {
             let (mut client, ours) = duplex(1 << 16);
             client.write_all(body.as_bytes()).await.unwrap();
             client.shutdown().await.unwrap();
-            let error = Asking::new(&request(fields), ours).read_to_end(&mut Vec::new()).await.unwrap_err();
+            let error = asking(&request(fields), ours).read_to_end(&mut Vec::new()).await.unwrap_err();
             assert_eq!(error.kind(), kind, "{body}");
         }
     }
 
     async fn answered(pieces: &[&[u8]]) -> String {
         let (mut server, ours) = duplex(1 << 20);
-        let mut answering = Answering::new(ours);
+        let mut answering = Answering::new(ours, Arc::default());
         let mut got = Vec::new();
         for piece in pieces {
             server.write_all(piece).await.unwrap();
@@ -263,10 +275,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_no_answer_becomes_one_of_ours() {
         let endless = [&b"HTTP/1.1 200 OK\r\nX: "[..], &vec![b'x'; 70 << 10]].concat();
+        let credentials = b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic\r\n\r\n";
         let switching = b"HTTP/1.1 101 Switching Protocols\r\n\r\nGET /";
-        for wrong in
-            [&b""[..], b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\r\nConte", b"HTTP/1.1 200 OK\n\n", switching, &endless]
-        {
+        for wrong in [
+            &b""[..],
+            b"SSH-2.0\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nConte",
+            b"HTTP/1.1 200 OK\n\n",
+            switching,
+            credentials,
+            &endless,
+        ] {
             let got = answered(&[wrong]).await;
             assert!(got.starts_with("HTTP/1.1 502 Bad Gateway\r\n") && got.ends_with(".\n"), "{got}");
         }

@@ -7,6 +7,8 @@
 
 use std::fmt::Write;
 
+use sidewarden_proto::secret::Secret;
+
 use crate::policy::egress::{Host, Target};
 
 /// Most bytes of a head; browsers' largest have some 16 KiB.
@@ -130,8 +132,22 @@ impl Request {
 
     /// The head that is sent to the server instead.
     pub fn forwarded(&self) -> Vec<u8> {
-        let Request { asked: Asked::Forward(target) | Asked::Tunnel(target), method, path, minor, fields, .. } = self;
-        let mut head = format!("{method} {path} HTTP/1.{minor}\r\nhost: {}\r\n", host_field(target)).into_bytes();
+        self.rewritten(&self.path, "")
+    }
+
+    /// The head that is sent to another proxy instead, with the value of its `Proxy-Authorization`.
+    pub fn forwarded_to_proxy(&self, authorization: Option<&Secret>) -> Vec<u8> {
+        let Request { asked: Asked::Forward(target) | Asked::Tunnel(target), path, .. } = self;
+        let path = if path == "*" { "" } else { path };
+        let ours = authorization.map(|value| format!("proxy-authorization: {}\r\n", value.reveal()));
+        self.rewritten(&format!("http://{}{path}", host_field(target)), &ours.unwrap_or_default())
+    }
+
+    /// `asked_for` is what stands in the first line; `ours` are fields of our own.
+    fn rewritten(&self, asked_for: &str, ours: &str) -> Vec<u8> {
+        let Request { asked: Asked::Forward(target) | Asked::Tunnel(target), method, minor, fields, .. } = self;
+        let host = host_field(target);
+        let mut head = format!("{method} {asked_for} HTTP/1.{minor}\r\nhost: {host}\r\n{ours}").into_bytes();
         // What stands in `Host` is ignored, as it must be: the server is asked for what was judged.
         end_to_end(fields.iter().filter(|field| field.name != "host").collect(), &mut head);
         head.extend_from_slice(format!("via: 1.{minor} {NAME}\r\nconnection: close\r\n\r\n").as_bytes());
@@ -322,6 +338,8 @@ pub struct Reply {
     pub head: Vec<u8>,
     /// Another head follows (`100 Continue`).
     pub is_interim: bool,
+    /// It is the answer of a proxy that wants credentials.
+    pub wants_credentials: bool,
 }
 
 impl Reply {
@@ -337,7 +355,7 @@ impl Reply {
         end_to_end(fields.iter().collect(), &mut head);
         head.extend_from_slice(format!("via: 1.{minor} {NAME}\r\n").as_bytes());
         head.extend_from_slice(if is_interim { b"\r\n" } else { b"connection: close\r\n\r\n" });
-        Ok(Reply { head, is_interim })
+        Ok(Reply { head, is_interim, wants_credentials: status == 407 })
     }
 }
 
@@ -618,6 +636,23 @@ mod tests {
         ] {
             let sent = forwarded(&format!("{line}\r\n\r\n"));
             assert!(sent.starts_with(&format!("{first}\r\nhost: {host}\r\n")), "{line}: {sent}");
+        }
+    }
+
+    #[test]
+    fn another_proxy_is_asked_with_the_whole_address_and_our_own_credentials() {
+        let sent = |line: &str| {
+            let request = parse(&format!("{line}\r\nProxy-Authorization: Basic dGhlaXJz\r\n\r\n")).unwrap();
+            String::from_utf8(request.forwarded_to_proxy(Some(&Secret::new("Basic b3Vycw==")))).unwrap()
+        };
+        for (line, first) in [
+            ("GET http://A.example/x?y HTTP/1.1", "GET http://a.example/x?y HTTP/1.1\r\nhost: a.example\r\n"),
+            ("GET http://a.example:81 HTTP/1.1", "GET http://a.example:81/ HTTP/1.1\r\nhost: a.example:81\r\n"),
+            ("OPTIONS http://a.example HTTP/1.1", "OPTIONS http://a.example HTTP/1.1\r\nhost: a.example\r\n"),
+        ] {
+            let got = sent(line);
+            assert!(got.starts_with(&format!("{first}proxy-authorization: Basic b3Vycw==\r\n")), "{got}");
+            assert!(!got.contains("dGhlaXJz"), "{got}");
         }
     }
 

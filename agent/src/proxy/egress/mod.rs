@@ -12,7 +12,8 @@ mod upstream;
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, RefusalReason};
@@ -108,6 +109,8 @@ struct There {
     stream: Replayed<TcpStream>,
     /// Which address, for the event.
     address: String,
+    /// The head to send in place of the client's, if not the usual one.
+    head: Option<Vec<u8>>,
     _known: Known,
 }
 
@@ -225,7 +228,7 @@ impl Door {
         let mut tongue = Tongue::None;
         let reached = match self.listen_to(&mut tcp, source, &mut tongue).await {
             Ok(wanted) => {
-                let there = self.gate.reach(&wanted.target).await;
+                let there = self.gate.reach(&wanted).await;
                 there.map_err(|refused| refused.to(&wanted.target)).map(|there| (wanted, there))
             }
             Err(refused) => Err(refused),
@@ -233,7 +236,7 @@ impl Door {
         let Room { _connection, handshake } = room;
         drop(handshake);
         match reached {
-            Ok((wanted, there)) => self.relay(tcp, tongue, wanted, there).await,
+            Ok((wanted, there)) => self.relay(tcp, source, tongue, wanted, there).await,
             Err(refused) => {
                 self.book(&refused, source);
                 tongue.refuse(tcp, &refused).await;
@@ -263,29 +266,55 @@ impl Door {
         timeout(within, asked_by(tcp, tongue)).await.unwrap_or_else(|_| Err(late()))
     }
 
-    async fn relay(&self, mut tcp: TcpStream, tongue: Tongue, wanted: Wanted, there: There) {
+    async fn relay(&self, mut tcp: TcpStream, source: SocketAddr, tongue: Tongue, wanted: Wanted, there: There) {
         let Wanted { target, request, rest } = wanted;
-        let There { stream, address, _known } = there;
+        let There { stream, address, head, _known } = there;
         let shared = &self.gate.shared;
         let pair = Pair { direction: Direction::Egress, peer: target.to_string(), listener: self.name.clone() };
-        shared.ledger.opened(&pair, Secured { address, ..Secured::default() });
+        let how = Secured { address, ..Secured::default() };
         let yes: &[u8] = match (tongue, &request) {
             (Tongue::Socks, _) => &Answer::Succeeded.bytes(),
             (Tongue::Http { .. }, None) => ESTABLISHED,
             _ => &[],
         };
         // So few bytes always fit into a fresh socket: nothing is waited for.
-        let end = match tcp.write_all(yes).await {
-            Ok(()) => relay(mover(Replayed::new(rest, tcp), stream, request), self.gate.bounds(), || {}).await,
-            Err(error) => Outcome { bytes_in: 0, bytes_out: 0, end: End::WorkloadCut(error) },
+        if let Err(error) = tcp.write_all(yes).await {
+            shared.ledger.opened(&pair, how);
+            return self.gate.settle(&pair, &Outcome { bytes_in: 0, bytes_out: 0, end: End::WorkloadCut(error) });
+        }
+        // Whether another proxy wants the request is known with the first byte of its answer; everybody else has said so.
+        let (refused, told) = (Arc::new(OnceLock::new()), AtomicBool::new(false));
+        let tell = || {
+            if refused.get().is_none() && !told.swap(true, Relaxed) {
+                shared.ledger.opened(&pair, how.clone());
+            }
         };
-        self.gate.settle(&pair, &end);
+        if head.is_none() {
+            tell();
+        }
+        let mover = mover(Replayed::new(rest, tcp), stream, request, head, refused.clone());
+        let outcome = relay(mover, self.gate.bounds(), tell).await;
+        if !told.load(Relaxed) && refused.get().is_some() {
+            let words = "the upstream proxy wants other credentials";
+            return self.book(&Refused::new(RefusalReason::UpstreamRefused, words).to(&target), source);
+        }
+        tell();
+        self.gate.settle(&pair, &outcome);
     }
 }
 
-fn mover(client: Replayed<TcpStream>, server: Replayed<TcpStream>, request: Option<Request>) -> Box<dyn Mover + Send> {
+fn mover(
+    client: Replayed<TcpStream>,
+    server: Replayed<TcpStream>,
+    request: Option<Request>,
+    head: Option<Vec<u8>>,
+    refused: Arc<OnceLock<()>>,
+) -> Box<dyn Mover + Send> {
     match request {
-        Some(request) => Box::new(copying(Asking::new(&request, client), Answering::new(server))),
+        Some(request) => {
+            let head = head.unwrap_or_else(|| request.forwarded());
+            Box::new(copying(Asking::new(head, request.framing, client), Answering::new(server, refused)))
+        }
         None => Box::new(copying(client, server)),
     }
 }
@@ -313,32 +342,51 @@ impl Gate {
         self.shared.ledger.closed(pair, Traffic { bytes_in: *bytes_in, bytes_out: *bytes_out, truncated });
     }
 
-    /// Goes to `target`, if it may, within the time to connect.
-    async fn reach(&self, target: &Target) -> Result<There, Refused> {
+    /// Goes where it is wanted, if it may, within the time to connect.
+    async fn reach(&self, wanted: &Wanted) -> Result<There, Refused> {
         let within = self.shared.timeouts.connect;
         let late = || Refused::new(RefusalReason::Unreachable, format!("no answer within {within:?}"));
-        timeout(within, self.go(target, within)).await.unwrap_or_else(|_| Err(late()))
+        timeout(within, self.go(wanted, within)).await.unwrap_or_else(|_| Err(late()))
     }
 
-    async fn go(&self, target: &Target, within: Duration) -> Result<There, Refused> {
+    async fn go(&self, wanted: &Wanted, within: Duration) -> Result<There, Refused> {
+        let target = &wanted.target;
         match &self.upstream {
             Some(upstream) if upstream.resolves => {
                 self.policy.consider_unresolved(target)?;
-                let unchecked =
-                    if matches!(target.host, Host::Name(_)) { ", unchecked: it looked the name up" } else { "" };
-                let (stream, known) = self.through(upstream, target, within).await?;
-                Ok(There { stream, address: format!("through {}{unchecked}", upstream.to), _known: known })
+                self.unresolved(upstream, wanted, within).await
             }
             Some(upstream) => {
                 let addresses = self.allowed(target).await?;
                 let (address, (stream, known)) = self.through_to_any(upstream, &addresses, within).await?;
-                Ok(There { stream, address: format!("{address} through {}", upstream.to), _known: known })
+                Ok(There { stream, address: format!("{address} through {}", upstream.to), head: None, _known: known })
             }
             None => {
                 let addresses = self.allowed(target).await?;
                 let dial = |address| async move { Ok((address, self.own.connect(address).await?)) };
                 let (address, (tcp, known)) = connect_first(&addresses, within, dial).await?;
-                Ok(There { stream: Replayed::new(Vec::new(), tcp), address: address.to_string(), _known: known })
+                let stream = Replayed::new(Vec::new(), tcp);
+                Ok(There { stream, address: address.to_string(), head: None, _known: known })
+            }
+        }
+    }
+
+    /// Through a proxy that looks names up. It gets a request as a request: many proxies take CONNECT for TLS only.
+    async fn unresolved(&self, upstream: &Upstream, wanted: &Wanted, within: Duration) -> Result<There, Refused> {
+        let unchecked = match wanted.target.host {
+            Host::Name(_) => ", unchecked: it looked the name up",
+            Host::Address(_) => "",
+        };
+        let address = format!("through {}{unchecked}", upstream.to);
+        match &wanted.request {
+            None => {
+                let (stream, known) = self.through(upstream, &wanted.target, within).await?;
+                Ok(There { stream, address, head: None, _known: known })
+            }
+            Some(request) => {
+                let (tcp, known) = self.dial_upstream(upstream, within).await?;
+                let head = request.forwarded_to_proxy(upstream.credentials()?.as_ref());
+                Ok(There { stream: Replayed::new(Vec::new(), tcp), address, head: Some(head), _known: known })
             }
         }
     }
@@ -355,20 +403,22 @@ impl Gate {
         }
     }
 
+    async fn dial_upstream(&self, upstream: &Upstream, within: Duration) -> Result<(TcpStream, Known), Refused> {
+        let lost = |error: DialError| {
+            let detail = format!("the upstream proxy {} is not reached: {error}", upstream.to);
+            Refused::new(RefusalReason::UpstreamRefused, detail)
+        };
+        let addresses = self.shared.resolver.lookup(&upstream.to).await.map_err(lost)?;
+        connect_first(&addresses, within, |to| self.own.connect(to)).await.map_err(lost)
+    }
+
     async fn through(
         &self,
         upstream: &Upstream,
         target: &Target,
         within: Duration,
     ) -> Result<(Replayed<TcpStream>, Known), Refused> {
-        let lost = |error: DialError| {
-            Refused::new(
-                RefusalReason::UpstreamRefused,
-                format!("the upstream proxy {} is not reached: {error}", upstream.to),
-            )
-        };
-        let addresses = self.shared.resolver.lookup(&upstream.to).await.map_err(lost)?;
-        let (tcp, known) = connect_first(&addresses, within, |to| self.own.connect(to)).await.map_err(lost)?;
+        let (tcp, known) = self.dial_upstream(upstream, within).await?;
         Ok((upstream.open(tcp, target).await?, known))
     }
 

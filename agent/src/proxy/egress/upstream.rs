@@ -95,10 +95,14 @@ pub fn read_credentials(path: &Path) -> Result<Secret, CredentialsError> {
 }
 
 impl Upstream {
-    /// Asks the proxy at the other end of `tcp` for `target`. The file of credentials is read each time, so that a new
-    /// password takes effect by itself.
+    /// Its credentials, if it wants any. The file is read each time, so that a new password takes effect by itself.
+    pub fn credentials(&self) -> Result<Option<Secret>, UpstreamError> {
+        Ok(self.credentials_file.as_deref().map(read_credentials).transpose()?)
+    }
+
+    /// Asks the proxy at the other end of `tcp` for `target`.
     pub async fn open(&self, mut tcp: TcpStream, target: &Target) -> Result<Replayed<TcpStream>, UpstreamError> {
-        let credentials = self.credentials_file.as_deref().map(read_credentials).transpose()?;
+        let credentials = self.credentials()?;
         let broken = |error| UpstreamError::Broken { proxy: self.to.clone(), error };
         tcp.write_all(&connect_request(target, credentials.as_ref())).await.map_err(broken)?;
         let (head, rest) = read_head(&mut tcp).await.map_err(broken)?;
