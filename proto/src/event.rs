@@ -482,7 +482,7 @@ impl RefusalReason {
                 "server-side request forgery and DNS rebinding look like this: find out what made the workload ask; if it should get there, list the network itself"
             }
             RefusalReason::EgressLoop => {
-                "only redirected connections may come to `egress.transparent_listen`, and never the agent's own: exempt the agent's group from interception"
+                "only redirected connections may come to `egress.transparent_listen`, and never the agent's own: exempt the agent's group from interception, and look at `egress.upstream`"
             }
             RefusalReason::BadRequest => {
                 "the egress listener takes HTTP CONNECT, http:// requests and SOCKS5: look at the client's proxy settings"

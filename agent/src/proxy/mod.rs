@@ -122,6 +122,8 @@ impl Shared {
 /// The books, and where what they say goes.
 pub struct Ledger {
     books: Mutex<Books>,
+    /// Of egress: a workload that asks for no end of places must not crowd out its peers.
+    egress: Mutex<Books>,
     emit: Arc<dyn Fn(Event) + Send + Sync>,
     metrics: Arc<Metrics>,
 }
@@ -129,15 +131,16 @@ pub struct Ledger {
 impl Ledger {
     /// Empty books.
     pub fn new(emit: Arc<dyn Fn(Event) + Send + Sync>, metrics: Arc<Metrics>) -> Ledger {
-        Ledger { books: Mutex::default(), emit, metrics }
+        Ledger { books: Mutex::default(), egress: Mutex::default(), emit, metrics }
     }
 
     fn emit(&self, event: Event) {
         (self.emit)(event);
     }
 
-    fn with<T>(&self, act: impl FnOnce(&mut Books) -> T) -> T {
-        act(&mut self.books.lock().unwrap_or_else(PoisonError::into_inner))
+    fn with<T>(&self, direction: Direction, act: impl FnOnce(&mut Books) -> T) -> T {
+        let books = if direction == Direction::Egress { &self.egress } else { &self.books };
+        act(&mut books.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn refused(&self, refusal: Refusal) {
@@ -152,29 +155,32 @@ impl Ledger {
             peer,
             "refused"
         );
-        if let Some(event) = self.with(|books| books.refused(refusal, Timestamp::now())) {
+        if let Some(event) = self.with(*direction, |books| books.refused(refusal, Timestamp::now())) {
             (self.emit)(event);
         }
     }
 
     fn opened(&self, pair: &Pair, secured: Secured) {
         self.metrics.opened(pair.direction);
-        if let Some(event) = self.with(|books| books.opened(pair, secured, Timestamp::now())) {
+        if let Some(event) = self.with(pair.direction, |books| books.opened(pair, secured, Timestamp::now())) {
             (self.emit)(event);
         }
     }
 
     fn closed(&self, pair: &Pair, traffic: Traffic) {
         self.metrics.closed(pair.direction, &traffic);
-        self.with(|books| books.closed(pair, traffic, Timestamp::now()));
+        self.with(pair.direction, |books| books.closed(pair, traffic, Timestamp::now()));
     }
 
     fn ended(&self, live: &Live, reason: &'static str) {
-        self.with(|books| books.ended(live.direction, live.peer.name.to_string(), reason));
+        self.with(live.direction, |books| books.ended(live.direction, live.peer.name.to_string(), reason));
     }
 
     fn tell(&self, all: bool) {
-        self.with(|books| books.due(Timestamp::now(), all)).into_iter().for_each(|event| (self.emit)(event));
+        for direction in [Direction::Inbound, Direction::Egress] {
+            let due = self.with(direction, |books| books.due(Timestamp::now(), all));
+            due.into_iter().for_each(|event| (self.emit)(event));
+        }
     }
 }
 

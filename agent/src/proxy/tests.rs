@@ -406,3 +406,20 @@ async fn after_stop_live_connections_go_on_until_they_are_cut() {
     orders.shared.cut.cancel();
     assert!(client.read(&mut [0; 1]).await.is_err());
 }
+
+#[tokio::test]
+async fn a_workload_that_goes_everywhere_does_not_crowd_out_its_peers() {
+    let told: Arc<Mutex<Vec<Event>>> = Arc::default();
+    let events = told.clone();
+    let emit = Arc::new(move |event| events.lock().unwrap().push(event));
+    let ledger = Ledger::new(emit, Arc::new(Metrics::new("test")));
+    let pair = |direction, peer: &str| Pair { direction, peer: peer.into(), listener: "l".into() };
+    for i in 0..3_000 {
+        ledger.opened(&pair(Direction::Egress, &format!("x{i}.example:443")), Secured::default());
+    }
+    ledger.opened(&pair(Direction::Inbound, WEB), Secured::default());
+    ledger.tell(true);
+    let told = told.lock().unwrap();
+    let about_web: Vec<&str> = told.iter().map(|event| event.summary.as_str()).filter(|s| s.contains(WEB)).collect();
+    assert_eq!(about_web.len(), 2, "its first sight and its sum: {about_web:?}");
+}

@@ -202,3 +202,16 @@ async fn an_upstream_that_is_down_is_named() {
     assert!(got.out.contains("the upstream proxy 127.0.0.1:") && got.out.contains("Connection refused"), "{got:?}");
     agent.refusal(RefusalReason::UpstreamRefused).await;
 }
+
+#[tokio::test]
+async fn an_agent_that_is_its_own_upstream_does_not_ask_itself_forever() {
+    let port = free_port();
+    let section = format!("listen = '127.0.0.1:{port}'\nupstream = 'localhost:{port}'\nallow = ['93.184.216.34:80']\n");
+    let agent = Agent::start(&section, "", sidewarden_agent::dial::Resolver::from_system()).await;
+    let Some(got) = curl(&["--proxy", &agent.proxy(), "http://93.184.216.34/"]).await else { return };
+    assert!(got.out.contains("the upstream proxy localhost:"), "{got:?}");
+    let refused = agent.refusal(RefusalReason::EgressLoop).await;
+    assert!(refused.detail.contains("is it its own upstream?"), "{refused:?}");
+    let events = agent.stop().await;
+    assert_eq!(events.len(), 2, "one turn, and no more: {events:#?}");
+}

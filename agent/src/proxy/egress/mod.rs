@@ -259,6 +259,11 @@ impl Door {
 
     async fn listen_to(&self, tcp: &mut TcpStream, source: SocketAddr, tongue: &mut Tongue) -> Result<Wanted, Refused> {
         let within = self.gate.shared.timeouts.handshake;
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+        if let Some(here) = tcp.local_addr().ok().filter(|here| self.gate.own.made(source, *here)) {
+            let detail = format!("the agent's own connection to {here} came back to it: is it its own upstream?");
+            return Err(Refused::new(RefusalReason::EgressLoop, detail));
+        }
         if self.kind == Kind::Transparent {
             return self.gate.redirected(tcp, source, within).await;
         }
@@ -335,7 +340,9 @@ impl Gate {
             _ => None,
         };
         if let Some(reason) = ended_by_us {
-            self.shared.ledger.with(|books| books.ended(Direction::Egress, pair.peer.clone(), reason));
+            self.shared
+                .ledger
+                .with(Direction::Egress, |books| books.ended(Direction::Egress, pair.peer.clone(), reason));
         }
         tracing::debug!(direction = "egress", peer = pair.peer, bytes_in, bytes_out, ?end, "connection ended");
         let truncated = matches!(end, End::PeerCut(_));
@@ -445,7 +452,7 @@ impl Gate {
         let looped = |detail: String| Refused::new(RefusalReason::EgressLoop, detail);
         let there = transparent::original_destination(tcp);
         let there = there.ok_or_else(|| looped("it was not redirected here".into()))?;
-        if self.own.made(SocketAddr::new(source.ip().to_canonical(), source.port()), there) {
+        if self.own.made(source, there) {
             return Err(looped(format!("the agent's own connection to {there} was redirected to the agent")));
         }
         let target = Target { host: Host::Address(there.ip()), port: there.port() };
