@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
@@ -22,7 +21,7 @@ use crate::config::Config;
 use crate::dial::Resolver;
 use crate::facts::{self, Subject};
 use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source};
-use crate::identity::{Current, Store, StoreError};
+use crate::identity::{Current, Store, StoreError, Terms};
 use crate::metrics::Metrics;
 use crate::proxy::egress::{CredentialsError, read_credentials};
 use crate::proxy::{self, BindError, Listeners, Shared};
@@ -285,11 +284,15 @@ impl Keeping<'_> {
         renewals: mpsc::Sender<Renewal>,
     ) -> Result<(Keeper, Current), StartError> {
         let Keeping { config, instance, shares_user, random } = self;
-        let dns_roots: Vec<CertificateDer<'static>> = match &config.trust.dns_roots {
+        let dns_roots = match &config.trust.dns_roots {
             Some(path) => keeper::read_dns_roots(path)?,
             None => Vec::new(),
         };
-        let store = if shares_user {
+        let terms = Terms { dns_roots, groups: config.tls.groups.clone() };
+        if let (true, Some(files)) = (shares_user, &config.identity) {
+            tracing::warn!(key = %files.key.display(), "the workload runs as the agent's own user and can read the private key: set exec.user");
+        }
+        let store = if shares_user && config.identity.is_none() {
             tracing::warn!(
                 "the workload runs as the agent's own user and could read a key on disk: the key is kept in memory, and each start needs a token; set exec.user to avoid both"
             );
@@ -302,8 +305,9 @@ impl Keeping<'_> {
             token_file: config.collector.token_file.clone(),
             workload: config.collector.workload.clone(),
             instance: instance.clone(),
+            files: config.identity.clone(),
         };
-        Ok(Keeper::load(store, Parts { source, resolver, dns_roots, emit, random, renewals })?)
+        Ok(Keeper::load(store, Parts { source, resolver, terms, emit, random, renewals })?)
     }
 }
 

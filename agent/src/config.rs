@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader};
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
+use sidewarden_proto::tls::{GROUPS, Group};
 
 use crate::cis::Declared;
+use crate::identity::files::Files;
 use crate::policy::egress::{Lines, Policy, Rule};
 use crate::watch::Normal;
 
@@ -23,6 +25,8 @@ pub struct Config {
     pub instance: Option<InstanceId>,
     /// Where events go and certificates come from.
     pub collector: Collector,
+    /// Where the identity lies, if somebody else keeps it.
+    pub identity: Option<Files>,
     /// Health, metrics and posture, over HTTP.
     pub admin: Admin,
     /// Who may come in, and to where.
@@ -33,6 +37,8 @@ pub struct Config {
     pub egress: Egress,
     /// Foreign peers.
     pub trust: TrustFiles,
+    /// How TLS is spoken.
+    pub tls: Tls,
     /// How the wrapped command runs.
     pub exec: Exec,
     /// What is watched.
@@ -136,6 +142,19 @@ pub struct TrustFiles {
     pub dns_roots: Option<PathBuf>,
 }
 
+/// `[tls]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// Key exchange groups, the one we like best first.
+    pub groups: Vec<Group>,
+}
+
+impl Default for Tls {
+    fn default() -> Tls {
+        Tls { groups: GROUPS.to_vec() }
+    }
+}
+
 /// `[exec]`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exec {
@@ -206,11 +225,13 @@ impl Default for Config {
             data_dir: "/var/lib/sidewarden".into(),
             instance: None,
             collector: Collector::default(),
+            identity: None,
             admin: Admin { listen: SocketAddr::from(([127, 0, 0, 1], 9901)) },
             inbound: Vec::new(),
             outbound: Vec::new(),
             egress: Egress::default(),
             trust: TrustFiles::default(),
+            tls: Tls::default(),
             exec: Exec::default(),
             watch: Watch::default(),
             declared: Declared::default(),
@@ -301,11 +322,13 @@ fn read(r: &mut Reader<'_>) -> Config {
         data_dir: r.value("data_dir", default.data_dir),
         instance: r.optional::<String>("instance").filter(|name| !name.is_empty()).and_then(|name| instance(r, &name)),
         collector: r.section("collector", collector),
+        identity: r.section("identity", identity),
         admin: r.section("admin", |r| Admin { listen: r.value("listen", default.admin.listen) }),
         inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
         outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
         egress: r.section("egress", egress),
         trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
+        tls: r.section("tls", |r| Tls { groups: r.value("groups", default.tls.groups) }),
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
         watch: r.section("watch", watch),
         declared: r.section("declared", declared),
@@ -327,6 +350,17 @@ fn collector(r: &mut Reader<'_>) -> Collector {
         addresses: r.value("addresses", Vec::new()),
         token_file: r.optional("token_file"),
         workload: r.optional("workload"),
+    }
+}
+
+fn identity(r: &mut Reader<'_>) -> Option<Files> {
+    match (r.optional("cert"), r.optional("key"), r.optional("roots")) {
+        (Some(cert), Some(key), Some(roots)) => Some(Files { cert, key, roots }),
+        (None, None, None) => None,
+        _ => {
+            r.fault("cert", "goes with `key` and `roots`: an identity in files needs all three");
+            None
+        }
     }
 }
 
@@ -440,6 +474,9 @@ fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
     let mut say = |key: &'static str, text: String| wrong.push((key, text));
     if config.collector.addresses.is_empty() {
         say("collector.addresses", "is missing: name at least one collector, like [\"collector:7443\"]".into());
+    }
+    if config.identity.is_some() && config.collector.token_file.is_some() {
+        say("identity", "and `collector.token_file` exclude each other: who this is comes from one place".into());
     }
     for (i, inbound) in config.inbound.iter().enumerate() {
         inbound_contradictions(config, i, inbound, &mut say);
@@ -579,6 +616,9 @@ fn value_faults(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
             say(key, "must be more than zero: nothing would get in".into());
         }
     }
+    if config.tls.groups.is_empty() {
+        say("tls.groups", "is empty: without a key exchange there is no TLS".into());
+    }
     if config.limits.spool.0 < MIN_SPOOL {
         say("limits.spool", "must be at least 4MiB".into());
     }
@@ -654,6 +694,14 @@ mod tests {
         check(&changed("allow = [", "allow_dns = [\"x.example\"]\nallow = ["), &["set `trust.dns_roots`"]);
         check(&changed("127.0.0.1:8080", "[::1]:8080"), &["of the other IP version"]);
         check(&changed("10001:10002", "root"), &["`exec.user` must be numbers"]);
+        let files = |text: &str| format!("{GOOD}[identity]\ncert = \"/tls.crt\"\n{text}");
+        check(&files(""), &["needs all three"]);
+        check(&files("key = \"/tls.key\"\nroots = \"/ca.crt\""), &["`identity` and `collector.token_file` exclude"]);
+        check(&format!("{GOOD}[tls]\ngroups = []"), &["`tls.groups` is empty"]);
+        check(
+            &format!("{GOOD}[tls]\ngroups = [\"x448\"]"),
+            &["`x448` is no group that is spoken here: X25519MLKEM768"],
+        );
         check(
             &format!("{GOOD}[timeouts]\nhandshake = \"0s\"\n[limits]\nspool = \"1MiB\""),
             &["more than zero", "4MiB"],
@@ -734,6 +782,10 @@ mod tests {
             "upstream_credentials_file",
             "upstream_resolves",
             "dns_roots",
+            "cert",
+            "key",
+            "roots",
+            "groups",
             "user",
             "tick",
             "posture_interval",

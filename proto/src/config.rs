@@ -16,6 +16,7 @@ pub use toml::Value;
 use crate::event::Severity;
 use crate::identity::{InstanceId, SpiffeId, TrustDomain};
 use crate::secret::Secret;
+use crate::tls::Group;
 
 /// Everything that is wrong with a configuration, one line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -249,7 +250,7 @@ macro_rules! parsed {
         }
     )*};
 }
-parsed!(SpiffeId, TrustDomain, InstanceId, Severity);
+parsed!(SpiffeId, TrustDomain, InstanceId, Severity, Group);
 
 fn parse<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, String> {
     text.parse().map_err(|e| format!("is wrong: {e}"))

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -70,15 +70,70 @@ pub enum TlsError {
     Rustls(#[from] rustls::Error),
 }
 
-/// aws-lc-rs with the groups in our order, the post-quantum hybrid first.
-///
-/// The groups are listed, because the order that rustls chooses by itself depends on its features.
+/// A key exchange group, by its name in the IANA registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// The hybrid of X25519 and ML-KEM-768: what is recorded today stays closed to a quantum computer.
+    X25519MlKem768,
+    /// Curve25519.
+    X25519,
+    /// NIST P-256.
+    Secp256r1,
+    /// NIST P-384.
+    Secp384r1,
+}
+
+/// What is offered unless said otherwise, the post-quantum hybrid first.
+pub const GROUPS: [Group; 4] = [Group::X25519MlKem768, Group::X25519, Group::Secp256r1, Group::Secp384r1];
+
+impl Group {
+    /// Its name.
+    pub fn word(self) -> &'static str {
+        match self {
+            Group::X25519MlKem768 => "X25519MLKEM768",
+            Group::X25519 => "X25519",
+            Group::Secp256r1 => "secp256r1",
+            Group::Secp384r1 => "secp384r1",
+        }
+    }
+
+    fn supported(self) -> &'static dyn SupportedKxGroup {
+        match self {
+            Group::X25519MlKem768 => aws_lc_rs::kx_group::X25519MLKEM768,
+            Group::X25519 => aws_lc_rs::kx_group::X25519,
+            Group::Secp256r1 => aws_lc_rs::kx_group::SECP256R1,
+            Group::Secp384r1 => aws_lc_rs::kx_group::SECP384R1,
+        }
+    }
+}
+
+impl std::str::FromStr for Group {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Group, String> {
+        let found = GROUPS.into_iter().find(|group| group.word().eq_ignore_ascii_case(text));
+        found.ok_or_else(|| {
+            let known: Vec<&str> = GROUPS.iter().map(|group| group.word()).collect();
+            format!("`{text}` is no group that is spoken here: {}", known.join(", "))
+        })
+    }
+}
+
+/// aws-lc-rs with the groups in our order: see [`provider_with`].
 pub fn provider() -> Arc<CryptoProvider> {
-    let groups = {
-        use aws_lc_rs::kx_group::{SECP256R1, SECP384R1, X25519, X25519MLKEM768};
-        vec![X25519MLKEM768, X25519, SECP256R1, SECP384R1]
-    };
-    Arc::new(CryptoProvider { kx_groups: groups, ..aws_lc_rs::default_provider() })
+    provider_with(&GROUPS)
+}
+
+/// aws-lc-rs with these groups, in this order.
+///
+/// They are listed, because the order that rustls chooses by itself depends on its features. AES-128-GCM goes before
+/// AES-256-GCM: it is the faster one, and neither is within anybody's reach.
+pub fn provider_with(groups: &[Group]) -> Arc<CryptoProvider> {
+    let kx_groups = groups.iter().map(|group| group.supported()).collect();
+    let mut provider = CryptoProvider { kx_groups, ..aws_lc_rs::default_provider() };
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() == rustls::CipherSuite::TLS13_AES_256_GCM_SHA384);
+    let tls13 = |suite: &rustls::SupportedCipherSuite| suite.tls13().is_none();
+    provider.cipher_suites.sort_by_key(tls13);
+    Arc::new(provider)
 }
 
 /// The name every collector of `domain` bears. Nothing under `sidewarden/` is given to agents.
@@ -391,8 +446,20 @@ pub fn server_config(
     floor: Floor,
     alpn: &[&[u8]],
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider() };
-    let config = ServerConfig::builder_with_provider(provider())
+    server_config_with(&GROUPS, credential, trust, floor, alpn)
+}
+
+/// The same, with these groups only.
+pub fn server_config_with(
+    groups: &[Group],
+    credential: &Credential,
+    trust: &Trust,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let provider = provider_with(groups);
+    let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider.clone() };
+    let config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(floor.versions())?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(credential.resolver());
@@ -430,8 +497,21 @@ pub fn client_config(
     floor: Floor,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, provider: provider() };
-    let config = ClientConfig::builder_with_provider(provider())
+    client_config_with(&GROUPS, credential, trust, expect, floor, alpn)
+}
+
+/// The same, with these groups only.
+pub fn client_config_with(
+    groups: &[Group],
+    credential: &Credential,
+    trust: &Trust,
+    expect: Expect,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let provider = provider_with(groups);
+    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, provider: provider.clone() };
+    let config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(floor.versions())?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))

@@ -1,8 +1,8 @@
 //! Keeps the agent's identity alive: enrols, renews, takes directives, and publishes what follows.
 //!
 //! A renewal goes over the session with the collector while the certificate holds. One that ended while no collector
-//! could be reached is renewed with its own key over the enrolment port, within the collector's grace. A failure never
-//! throws away what still holds.
+//! could be reached is renewed with its own key over the enrolment port, within the collector's grace. Where somebody
+//! else keeps it in files, the files are watched instead. A failure never throws away what still holds.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,8 +23,9 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::enrol::{self, EnrolError};
-use super::store::{self, Issued, Store, StoreError};
-use super::{Current, Identity};
+use super::files::{Files, FilesError, Stamp};
+use super::store::{self, Checked, Issued, Store, StoreError};
+use super::{Current, Identity, Terms};
 use crate::backoff::{Backoff, Random, part_of};
 use crate::dial::Resolver;
 
@@ -32,6 +33,8 @@ use crate::dial::Resolver;
 const RENEW_WITHIN: Duration = Duration::from_secs(30);
 /// The clock is looked at again this often: it may be set.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
+/// How often files are looked at.
+const LOOK_AT_FILES: Duration = Duration::from_secs(1);
 /// With less than this part of its life left, a certificate that could not be renewed is worth an alarm.
 const ALARM_SHARE: u32 = 4;
 
@@ -86,6 +89,12 @@ pub enum KeeperError {
     /// It cannot be kept.
     #[error("keeping the identity: {0}")]
     Store(#[from] StoreError),
+    /// The files hold none.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// The files hold one that ends soon.
+    #[error("nobody has put a newer certificate into its file, and this one ends at {0}")]
+    NotReplaced(Timestamp),
 }
 
 impl From<TlsError> for KeeperError {
@@ -105,6 +114,8 @@ pub struct Source {
     pub workload: Option<SpiffeId>,
     /// Which instance of it.
     pub instance: InstanceId,
+    /// Where somebody else keeps the identity; no token is asked for then.
+    pub files: Option<Files>,
 }
 
 /// What the keeper needs from others.
@@ -113,8 +124,8 @@ pub struct Parts {
     pub source: Source,
     /// Resolves the collectors' names.
     pub resolver: Resolver,
-    /// The roots for foreign peers.
-    pub dns_roots: Vec<CertificateDer<'static>>,
+    /// What does not change.
+    pub terms: Terms,
     /// Takes events.
     pub emit: Arc<dyn Fn(Event) + Send + Sync>,
     /// Randomness.
@@ -130,7 +141,12 @@ pub struct Keeper {
     publish: watch::Sender<Option<Arc<Identity>>>,
     /// Why the last attempt failed; `None` after one that did not.
     trouble: watch::Sender<Option<String>>,
+    /// What the collector issued.
     issued: Option<Issued>,
+    /// The same, or what the files held, looked through.
+    held: Option<Checked>,
+    /// The files that `held` came from, and those of the last look.
+    stamps: (Stamp, Stamp),
     directive: Option<Arc<Directive>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
     key: Option<KeyPair>,
@@ -147,6 +163,7 @@ enum Step {
     Enrol,
     Renew,
     RenewEnded,
+    LookAtFiles,
     Wait(Duration),
 }
 
@@ -165,7 +182,8 @@ impl Keeper {
     pub fn load(store: Store, parts: Parts) -> Result<(Keeper, Current), KeeperError> {
         let (publish, current) = watch::channel(None);
         let has_token = parts.source.token_file.as_ref().is_some_and(|path| path.exists());
-        let issued = match store.load() {
+        let loaded = if parts.source.files.is_some() { Ok(None) } else { store.load() };
+        let issued = match loaded {
             Ok(issued) => issued,
             Err(error @ StoreError::Damaged { .. }) if has_token => {
                 tracing::error!(%error, "the identity is unusable; enrolling anew");
@@ -173,6 +191,7 @@ impl Keeper {
             }
             Err(error) => return Err(error.into()),
         };
+        let held = issued.as_ref().map(Issued::check).transpose()?;
         let (directive, jitter) = (None, Duration::ZERO);
         let mut keeper = Keeper {
             parts,
@@ -180,12 +199,15 @@ impl Keeper {
             publish,
             trouble: watch::Sender::default(),
             issued,
+            held,
+            stamps: Default::default(),
             directive,
             key: None,
             refused: None,
             jitter,
             failing: false,
         };
+        keeper.first_look()?;
         keeper.load_directive()?;
         keeper.publish_current()?;
         Ok((keeper, current))
@@ -198,16 +220,15 @@ impl Keeper {
 
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
     fn load_directive(&mut self) -> Result<(), KeeperError> {
-        let Some(issued) = &self.issued else { return Ok(()) };
-        let checked = issued.check()?;
-        let loaded = self.store.load_directive(&checked.trust, &checked.workload.trust_domain())?;
+        let Some(held) = &self.held else { return Ok(()) };
+        let loaded = self.store.load_directive(&held.trust, &held.workload.trust_domain())?;
         self.directive = loaded.map(Arc::new);
         Ok(())
     }
 
     fn publish_current(&mut self) -> Result<(), KeeperError> {
-        let Some(issued) = &self.issued else { return Ok(()) };
-        let identity = Identity::build(issued.check()?, self.directive.clone(), &self.parts.dns_roots)?;
+        let Some(held) = self.held.clone() else { return Ok(()) };
+        let identity = Identity::build(held, self.directive.clone(), &self.parts.terms)?;
         let (from, until) = (identity.credential.peer().not_before, identity.credential.peer().not_after);
         self.jitter = part_of(until.since(from) / 10, self.parts.random);
         self.publish.send_replace(Some(Arc::new(identity)));
@@ -225,8 +246,12 @@ impl Keeper {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), self.parts.random);
         let mut pause = Duration::ZERO;
         loop {
-            let step = plan(self.dates(), self.jitter, Timestamp::now());
-            let wait = if let Step::Wait(wait) = step { wait } else { pause };
+            let step = self.next_step();
+            let wait = match step {
+                Step::Wait(wait) => wait,
+                Step::LookAtFiles => LOOK_AT_FILES,
+                _ => pause,
+            };
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(bytes) = directives.recv() => self.take_directive(&bytes),
@@ -245,9 +270,17 @@ impl Keeper {
         }
     }
 
+    fn next_step(&self) -> Step {
+        match self.parts.source.files {
+            Some(_) => Step::LookAtFiles,
+            None => plan(self.dates(), self.jitter, Timestamp::now()),
+        }
+    }
+
     async fn act(&mut self, step: Step) -> Result<(), KeeperError> {
         match step {
             Step::Wait(_) => Ok(()),
+            Step::LookAtFiles => self.look_at_files(),
             Step::Enrol => self.enrol().await,
             Step::Renew => self.renew().await,
             Step::RenewEnded => match self.renew_ended().await {
@@ -259,6 +292,69 @@ impl Keeper {
                 result => result,
             },
         }
+    }
+
+    /// What is in the files when the agent starts. That they are not there yet is no reason not to start: nothing gets
+    /// through until they are.
+    fn first_look(&mut self) -> Result<(), KeeperError> {
+        let Some(files) = self.parts.source.files.clone() else { return Ok(()) };
+        if files.key_is_open() {
+            tracing::warn!(path = %files.key.display(), "others than the agent may read the private key: chmod 600");
+        }
+        let stamp = files.stamp();
+        match files.read() {
+            Ok(checked) => self.held = Some(checked),
+            Err(error) => {
+                self.trouble.send_replace(Some(error.to_string()));
+                tracing::warn!(%error, "no identity yet; waiting for the files");
+                return Ok(());
+            }
+        }
+        self.stamps = (stamp.clone(), stamp);
+        Ok(())
+    }
+
+    /// Takes what is in the files, when they have changed and have stood still since the last look.
+    fn look_at_files(&mut self) -> Result<(), KeeperError> {
+        let Some(files) = self.parts.source.files.clone() else { return Ok(()) };
+        let stamp = files.stamp();
+        let moves = std::mem::replace(&mut self.stamps.1, stamp.clone()) != stamp;
+        if moves {
+            return Ok(());
+        }
+        if stamp == self.stamps.0 {
+            return self.look_at_dates();
+        }
+        self.take_files(&files)?;
+        self.stamps.0 = stamp;
+        Ok(())
+    }
+
+    fn take_files(&mut self, files: &Files) -> Result<(), KeeperError> {
+        let checked = files.read()?;
+        let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
+        identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
+        self.held = Some(checked);
+        self.publish_current()?;
+        self.tell_renewed(&identity);
+        Ok(())
+    }
+
+    /// The files are somebody else's to renew: all we can do is to say in time that nobody did.
+    fn look_at_dates(&self) -> Result<(), KeeperError> {
+        match self.dates() {
+            Some((from, until)) if until.since(Timestamp::now()) < until.since(from) / ALARM_SHARE => {
+                Err(KeeperError::NotReplaced(until))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn tell_renewed(&self, identity: &Identity) {
+        let (serial, not_after_us) = (identity.credential.peer().serial.clone(), identity.credential.peer().not_after);
+        tracing::info!(workload = %identity.workload, serial, until = %not_after_us, "this agent has a certificate");
+        let summary = format!("the certificate was renewed and holds until {not_after_us}");
+        self.emit(Severity::Info, summary, IdentityRenewed { serial, not_after_us });
     }
 
     fn has_token(&self) -> bool {
@@ -335,17 +431,17 @@ impl Keeper {
     fn adopt(&mut self, key: &[u8], answer: wire::Issued) -> Result<(), KeeperError> {
         let issued = Issued::new(key, answer.chain, answer.bundle);
         let checked = issued.check()?;
-        let (renewed, workload, trust) = (self.issued.is_some(), checked.workload.clone(), checked.trust.clone());
-        let identity = Identity::build(checked, self.directive.clone(), &self.parts.dns_roots)?;
+        let (renewed, trust) = (self.issued.is_some(), checked.trust.clone());
+        let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
         self.store.save(&issued)?;
-        self.issued = Some(issued);
+        (self.issued, self.held) = (Some(issued), Some(checked));
         self.publish_current()?;
-        let (serial, not_after_us) = (identity.credential.peer().serial.clone(), identity.credential.peer().not_after);
-        tracing::info!(%workload, serial, until = %not_after_us, "this agent has a certificate");
         if renewed {
-            let summary = format!("the certificate was renewed and holds until {not_after_us}");
-            self.emit(Severity::Info, summary, IdentityRenewed { serial, not_after_us });
+            self.tell_renewed(&identity);
+        } else {
+            let until = identity.credential.peer().not_after;
+            tracing::info!(workload = %identity.workload, %until, "this agent has its first certificate");
         }
         if let Some(signed) = answer.directive {
             self.take_signed(signed, &trust);
@@ -448,6 +544,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::identity::files;
     use crate::identity::made_up::{Ca, validity};
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -519,9 +616,9 @@ mod tests {
             let (renewals, renewal_requests) = mpsc::channel(1);
             let instance = "c1".parse().unwrap();
             let parts = Parts {
-                source: Source { collectors: vec![collector], token_file, workload: None, instance },
+                source: Source { collectors: vec![collector], token_file, workload: None, instance, files: None },
                 resolver: Resolver::from_system(),
-                dns_roots: Vec::new(),
+                terms: Terms::default(),
                 emit: Arc::new(move |event| told.lock().unwrap().push(event)),
                 random: crate::backoff::random,
                 renewals,
@@ -687,6 +784,102 @@ mod tests {
         let error = keeper.adopt(&ours.serialize_der(), foreign).unwrap_err().to_string();
         assert!(error.contains("does not belong"), "{error}");
         assert!(world.current.borrow().is_none() && keeper.store.load().unwrap().is_none());
+    }
+
+    /// A keeper over files, and its looks one after the other.
+    struct OverFiles {
+        keeper: Keeper,
+        current: Current,
+        events: Arc<Mutex<Vec<Event>>>,
+    }
+
+    impl OverFiles {
+        fn new(files: Files) -> OverFiles {
+            let World { keeper, events, .. } =
+                World::new(Arc::new(Ca::new("td")), HostPort { host: "127.0.0.1".into(), port: 1 }, None);
+            let source = Source { files: Some(files), ..keeper.parts.source.clone() };
+            let (keeper, current) = Keeper::load(keeper.store, Parts { source, ..keeper.parts }).unwrap();
+            OverFiles { keeper, current, events }
+        }
+
+        fn workload(&self) -> Option<String> {
+            self.current.borrow().as_ref().map(|identity| identity.workload.to_string())
+        }
+
+        /// As `run` does once a second.
+        fn look(&mut self) -> Result<(), String> {
+            let looked = self.keeper.look_at_files();
+            if let Err(error) = &looked {
+                self.keeper.tell_failure(error, LOOK_AT_FILES);
+            }
+            looked.map_err(|error| error.to_string())
+        }
+
+        fn kinds(&self) -> Vec<String> {
+            self.events.lock().unwrap().iter().map(|event| event.kind.to_string()).collect()
+        }
+    }
+
+    #[test]
+    fn an_identity_in_files_is_taken_when_it_stands_still_and_the_last_good_one_is_kept() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let mut world = OverFiles::new(files.clone());
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/web"));
+        assert_eq!(world.keeper.next_step(), Step::LookAtFiles);
+
+        // The key is written first, and the certificate a look later.
+        let other = tempfile::tempdir().unwrap();
+        let newer = files::tests::write(other.path(), &ca, "shop/orders");
+        std::fs::copy(&newer.key, &files.key).unwrap();
+        world.look().unwrap();
+        std::fs::copy(&newer.cert, &files.cert).unwrap();
+        std::fs::copy(&newer.roots, &files.roots).unwrap();
+        world.look().unwrap();
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/web"), "it has just moved");
+        world.look().unwrap();
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/orders"));
+        assert_eq!(world.kinds(), ["identity.renewed"]);
+
+        std::fs::write(&files.cert, "").unwrap();
+        world.look().unwrap();
+        assert!(world.look().unwrap_err().contains("tls.crt"));
+        assert!(world.look().is_err());
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/orders"), "what holds is kept");
+        assert_eq!(world.kinds(), ["identity.renewed", "identity.renewal_failed"], "told once");
+        std::fs::copy(&newer.cert, &files.cert).unwrap();
+        world.look().unwrap();
+        world.look().unwrap();
+    }
+
+    #[test]
+    fn files_that_come_late_are_waited_for() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let away = dir.path().join("away");
+        std::fs::rename(&files.cert, &away).unwrap();
+        let mut world = OverFiles::new(files.clone());
+        assert_eq!(world.workload(), None);
+        assert!(world.keeper.trouble().borrow().as_ref().unwrap().contains("tls.crt"));
+        std::fs::rename(&away, &files.cert).unwrap();
+        world.look().unwrap();
+        world.look().unwrap();
+        assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/web"));
+    }
+
+    #[test]
+    fn a_certificate_in_a_file_that_nobody_replaces_is_told_before_it_ends() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let mut world = OverFiles::new(files);
+        world.look().unwrap();
+        let mut params = ca.params("shop/web");
+        let now = Timestamp::now();
+        validity(&mut params, now.minus(HOUR * 4), now.plus(HOUR));
+        world.keeper.held = Some(ca.issue_with(&params).check().unwrap());
+        world.keeper.publish_current().unwrap();
+        assert!(world.look().unwrap_err().contains("nobody has put a newer certificate"));
+        assert_eq!(world.kinds(), ["identity.renewal_failed"]);
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@
 //! makes a whole new [`Identity`], and whoever handshakes takes the newest. [`keeper`] makes them.
 
 pub mod enrol;
+pub mod files;
 pub mod keeper;
 mod store;
 
@@ -14,13 +15,28 @@ use rustls::{ClientConfig, ServerConfig};
 use sidewarden_proto::directive::Directive;
 use sidewarden_proto::identity::SpiffeId;
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{self, Credential, Expect, Floor, TlsError, Trust};
+use sidewarden_proto::tls::{self, Credential, Expect, Floor, GROUPS, Group, TlsError, Trust};
 use tokio::sync::watch;
 
 pub use store::{Checked, Issued, Store, StoreError, certificates};
 
 /// Where everybody looks for the newest identity. `None`: there is none yet, and nothing gets through.
 pub type Current = watch::Receiver<Option<Arc<Identity>>>;
+
+/// What every identity of this agent is built with.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The roots for foreign peers.
+    pub dns_roots: Vec<CertificateDer<'static>>,
+    /// Key exchange groups, the one we like best first.
+    pub groups: Vec<Group>,
+}
+
+impl Default for Terms {
+    fn default() -> Terms {
+        Terms { dns_roots: Vec::new(), groups: GROUPS.to_vec() }
+    }
+}
 
 /// Everything that follows from one key, chain, set of roots and directive.
 #[derive(Debug)]
@@ -35,6 +51,7 @@ pub struct Identity {
     pub server: Arc<ServerConfig>,
     /// What the collector says.
     pub directive: Option<Arc<Directive>>,
+    groups: Vec<Group>,
 }
 
 /// Why an identity cannot be used now.
@@ -54,24 +71,21 @@ pub enum Unusable {
 }
 
 impl Identity {
-    /// From what was issued, what the collector says, and the roots for foreign peers.
-    pub fn build(
-        issued: Checked,
-        directive: Option<Arc<Directive>>,
-        dns_roots: &[CertificateDer<'static>],
-    ) -> Result<Identity, TlsError> {
-        let Checked { credential, workload, mut trust } = issued;
+    /// From what was issued or found, what the collector says, and what does not change.
+    pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
+        let Checked { credential, workload, mut trust } = checked;
         if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty()) {
             trust.domains.insert(workload.trust_domain(), certificates(&directive.bundle));
         }
-        trust.dns_roots = dns_roots.to_vec();
-        let server = tls::server_config(&credential, &trust, Floor::Tls12, &[])?;
-        Ok(Identity { credential, workload, trust, server, directive })
+        trust.dns_roots.clone_from(&terms.dns_roots);
+        let groups = terms.groups.clone();
+        let server = tls::server_config_with(&groups, &credential, &trust, Floor::Tls12, &[])?;
+        Ok(Identity { credential, workload, trust, server, directive, groups })
     }
 
     /// For a connection to `expect`.
     pub fn client(&self, expect: Expect, floor: Floor, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
-        tls::client_config(&self.credential, &self.trust, expect, floor, alpn)
+        tls::client_config_with(&self.groups, &self.credential, &self.trust, expect, floor, alpn)
     }
 
     /// Whether it can be used at `now`.
@@ -168,7 +182,7 @@ pub mod made_up {
 
         /// A whole identity with these parameters.
         pub fn identity_of(&self, params: &CertificateParams) -> Arc<Identity> {
-            Arc::new(Identity::build(self.issue_with(params).check().unwrap(), None, &[]).unwrap())
+            Arc::new(Identity::build(self.issue_with(params).check().unwrap(), None, &Terms::default()).unwrap())
         }
 
         /// The collector's credential.

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::config::{Inbound, Outbound};
+use crate::identity::Terms;
 use crate::identity::made_up::{Ca, validity};
 
 /// One agent's proxy, with what it told.
@@ -340,7 +341,7 @@ async fn a_new_directive_ends_live_connections_of_those_it_denies_and_no_others(
     let signed = ca.directive(1, vec![Deny::Key { spki: key, why: "stolen".into() }], Timestamp::now());
     let directive = Arc::new(signed.open(&ca.trust(), Timestamp::now()).unwrap());
     let checked = ca.issue("shop/orders").check().unwrap();
-    orders.identity.send_replace(Some(Arc::new(Identity::build(checked, Some(directive), &[]).unwrap())));
+    orders.identity.send_replace(Some(Arc::new(Identity::build(checked, Some(directive), &Terms::default()).unwrap())));
     assert!(denied.read(&mut [0; 1]).await.is_err(), "cut, not ended");
     let ended = |body: &Body| if let Body::ConnectionEnded(ended) = body { Some(ended.clone()) } else { None };
     let told = orders.event(ended).await;

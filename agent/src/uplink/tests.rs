@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use super::*;
+use crate::identity::Terms;
 use crate::identity::made_up::Ca;
 use crate::spool::{Limits, Writer};
 
@@ -300,11 +301,11 @@ async fn directives_go_down_and_their_version_comes_back() {
     let collector = Arc::new(collector);
     let at = collector.listen(true).await;
     let issued = collector.ca.issue("shop/web");
-    let identity = Arc::new(Identity::build(issued.check().unwrap(), None, &[]).unwrap());
+    let identity = Arc::new(Identity::build(issued.check().unwrap(), None, &Terms::default()).unwrap());
     let mut agent = Agent::start(identity, vec![at]);
     assert_eq!(agent.directives.recv().await.unwrap(), signed.to_bytes());
     let directive = Arc::new(signed.open(&collector.ca.trust(), Timestamp::now()).unwrap());
-    let with = Identity::build(issued.check().unwrap(), Some(directive), &[]).unwrap();
+    let with = Identity::build(issued.check().unwrap(), Some(directive), &Terms::default()).unwrap();
     agent.identity.send_replace(Some(Arc::new(with)));
     assert_eq!(collector.wait("the version", |log| log.applied.first().copied()).await, 7);
     agent.stop().await;

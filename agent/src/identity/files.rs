@@ -1,0 +1,197 @@
+//! An identity that somebody else keeps in files: cert-manager, a SPIFFE helper, an operator with openssl.
+//!
+//! The files are looked at every second: who they are (device, inode, size, time of change), symlinks followed, so that a
+//! file put in place by a rename and the swapped symlink of a Kubernetes volume are both seen. They are read once they
+//! have stood still for one look, because key and certificate are rarely written in one step.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::pem::PemObject;
+use sidewarden_proto::identity::PeerName;
+use sidewarden_proto::tls::{self, Credential, TlsError, Trust};
+
+use super::Checked;
+
+/// More than any chain or bundle: a file that is larger is a wrong one.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Why the files make no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// One cannot be read.
+    #[error("reading {}: {error}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// One holds something else.
+    #[error("{}: {fault}", path.display())]
+    Wrong {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        fault: TlsError,
+    },
+    /// The certificate names nobody.
+    #[error("{} names no workload: it needs one URI name like spiffe://example.org/shop/orders", .0.display())]
+    NoWorkload(PathBuf),
+}
+
+/// Where the identity lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// PEM, the leaf first.
+    pub cert: PathBuf,
+    /// PEM.
+    pub key: PathBuf,
+    /// PEM: the CAs of our own trust domain.
+    pub roots: PathBuf,
+}
+
+/// Which files these were: another stamp means that one was changed or replaced.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stamp([Option<Seen>; 3]);
+
+/// Device, inode, size, and time of change in seconds and nanoseconds.
+type Seen = (u64, u64, u64, i64, i64);
+
+impl Files {
+    /// Which files are there now.
+    pub fn stamp(&self) -> Stamp {
+        Stamp([&self.cert, &self.key, &self.roots].map(|path| {
+            let meta = fs::metadata(path).ok()?;
+            Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
+        }))
+    }
+
+    /// Reads them and looks them through: the key fits the leaf, and the leaf names a workload.
+    pub fn read(&self) -> Result<Checked, FilesError> {
+        let chain = at(&self.cert, tls::certificates(&read(&self.cert)?))?;
+        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?);
+        // What the parser says of a key may quote it.
+        let key = at(&self.key, key.map_err(|_| TlsError::Pem("it holds no private key".into())))?;
+        let credential = at(&self.cert, Credential::from_der(chain, key))?;
+        let roots = at(&self.roots, tls::certificates(&read(&self.roots)?))?;
+        let PeerName::Spiffe(workload) = credential.peer().name.clone() else {
+            return Err(FilesError::NoWorkload(self.cert.clone()));
+        };
+        let trust = Trust::single(workload.trust_domain(), roots);
+        Ok(Checked { credential, workload, trust })
+    }
+
+    /// Whether others than the agent may read the key.
+    pub fn key_is_open(&self) -> bool {
+        fs::metadata(&self.key).is_ok_and(|meta| meta.mode() & 0o077 != 0)
+    }
+}
+
+fn at<T>(path: &Path, result: Result<T, TlsError>) -> Result<T, FilesError> {
+    result.map_err(|fault| FilesError::Wrong { path: path.to_owned(), fault })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MAX_FILE {
+            return Err(io::Error::other("it is over 1 MiB, which no certificate file is"));
+        }
+        Ok(bytes)
+    };
+    read().map_err(|error| FilesError::Read { path: path.to_owned(), error })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+    use crate::identity::made_up::Ca;
+
+    /// Writes an identity as PEM.
+    pub fn write(dir: &Path, ca: &Ca, path: &str) -> Files {
+        let files = files_in(dir);
+        let issued = ca.issue(path);
+        let pem = |label: &str, der: &[u8]| {
+            let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der);
+            let lines: Vec<&str> = (0..text.len()).step_by(64).map(|i| &text[i..text.len().min(i + 64)]).collect();
+            format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+        };
+        fs::write(&files.key, pem("PRIVATE KEY", &issued.key().unwrap())).unwrap();
+        fs::write(&files.cert, pem("CERTIFICATE", &issued.chain()[0].0)).unwrap();
+        fs::write(&files.roots, pem("CERTIFICATE", &ca.root)).unwrap();
+        files
+    }
+
+    fn files_in(dir: &Path) -> Files {
+        Files { cert: dir.join("tls.crt"), key: dir.join("tls.key"), roots: dir.join("ca.crt") }
+    }
+
+    fn error(files: &Files) -> String {
+        files.read().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_the_file_and_never_the_key() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let files = write(dir.path(), &ca, "shop/web");
+        assert_eq!(files.read().unwrap().workload.to_string(), "spiffe://td/shop/web");
+        let key = fs::read_to_string(&files.key).unwrap();
+        let body = key.lines().nth(1).unwrap();
+
+        for length in 0..key.len() - 27 {
+            fs::write(&files.key, &key[..length]).unwrap();
+            let said = error(&files);
+            assert!(said.contains("tls.key: ") && !said.contains(&body[..8]), "{length}: {said}");
+        }
+        let other = tempfile::tempdir().unwrap();
+        fs::copy(write(other.path(), &ca, "shop/web").key, &files.key).unwrap();
+        assert!(error(&files).contains("does not belong to the certificate"));
+        fs::write(&files.key, &key).unwrap();
+
+        fs::write(&files.roots, "").unwrap();
+        assert!(error(&files).contains("ca.crt: "), "an empty bundle trusts nobody");
+        fs::write(&files.roots, vec![b'x'; 2 << 20]).unwrap();
+        assert!(error(&files).contains("over 1 MiB"));
+        fs::remove_file(&files.cert).unwrap();
+        assert!(error(&files).starts_with(&format!("reading {}", files.cert.display())));
+    }
+
+    #[test]
+    fn a_swapped_symlink_and_a_replaced_file_are_seen() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let (one, two) = (dir.path().join("1"), dir.path().join("2"));
+        for at in [&one, &two] {
+            fs::create_dir(at).unwrap();
+            write(at, &ca, "shop/web");
+        }
+        let data = dir.path().join("data");
+        symlink(&one, &data).unwrap();
+        let files = files_in(&data);
+        let before = files.stamp();
+        assert_eq!(files.stamp(), before);
+        symlink(&two, dir.path().join("new")).unwrap();
+        fs::rename(dir.path().join("new"), &data).unwrap();
+        let swapped = files.stamp();
+        assert_ne!(swapped, before, "as Kubernetes does it");
+        fs::copy(&files.cert, two.join("copy")).unwrap();
+        fs::rename(two.join("copy"), &files.cert).unwrap();
+        assert_ne!(files.stamp(), swapped);
+    }
+
+    #[test]
+    fn a_key_that_others_may_read_is_told() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let files = write(dir.path(), &ca, "shop/web");
+        for (mode, open) in [(0o600, false), (0o400, false), (0o640, true), (0o604, true)] {
+            fs::set_permissions(&files.key, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(files.key_is_open(), open, "{mode:o}");
+        }
+    }
+}
