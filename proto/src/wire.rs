@@ -14,6 +14,8 @@ use crate::identity::InstanceId;
 
 /// ALPN of the session between agent and collector.
 pub const ALPN: &[u8] = b"sidewarden/1";
+/// ALPN between two agents that carry one stream after the other on a connection.
+pub const ALPN_STREAMS: &[u8] = b"sidewarden-streams/1";
 /// ALPN of enrolment.
 pub const ALPN_ENROL: &[u8] = b"sidewarden-enrol/1";
 /// Most bytes of a frame after its length.

@@ -16,6 +16,7 @@ use sidewarden_proto::directive::Directive;
 use sidewarden_proto::identity::SpiffeId;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Expect, Floor, GROUPS, Group, TlsError, Trust};
+use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::sync::watch;
 
 pub use store::{Checked, Issued, Store, StoreError, certificates};
@@ -49,6 +50,8 @@ pub struct Identity {
     pub trust: Trust,
     /// For whoever connects to us.
     pub server: Arc<ServerConfig>,
+    /// For other agents, who carry one stream after the other on a connection.
+    pub streams: Arc<ServerConfig>,
     /// What the collector says.
     pub directive: Option<Arc<Directive>>,
     groups: Vec<Group>,
@@ -80,7 +83,8 @@ impl Identity {
         trust.dns_roots.clone_from(&terms.dns_roots);
         let groups = terms.groups.clone();
         let server = tls::server_config_with(&groups, &credential, &trust, Floor::Tls12, &[])?;
-        Ok(Identity { credential, workload, trust, server, directive, groups })
+        let streams = tls::server_config_with(&groups, &credential, &trust, Floor::Tls13, &[ALPN_STREAMS])?;
+        Ok(Identity { credential, workload, trust, server, streams, directive, groups })
     }
 
     /// For a connection to `expect`.

@@ -8,15 +8,18 @@
 //! and an end without close_notify is a truncation that resets the other side, never a clean end.
 
 use std::cell::RefCell;
-use std::io::{self, ErrorKind, IoSliceMut, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{self, ErrorKind, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
 
+use super::channel::{Channel, poll_read, read, read_vectored};
+use super::frame::{self, BadFrame, Frame, KIND};
 use super::pump::Early;
-use super::record::{HEADER, Opened, RecordError, Records, SLOT};
-use super::relay::{End, Mover};
+use super::record::{HEADER, MAX_PLAIN, Opened, RecordError, Records, SLOT};
+use super::relay::{End, Mover, Side as _};
 
 /// Records of one batch: 256 KiB was the knee of the curve (research/performance.md, lesson 2).
 const BATCH: usize = 16;
@@ -29,7 +32,7 @@ thread_local! {
 
 /// A socket with what could not be written to it yet.
 struct Side {
-    socket: AsyncFd<TcpStream>,
+    socket: TcpStream,
     unsent: Vec<u8>,
     sent: usize,
     /// Nothing more will be read from it.
@@ -39,42 +42,14 @@ struct Side {
 }
 
 impl Side {
-    fn new(socket: TcpStream) -> io::Result<Side> {
-        socket.set_nonblocking(true)?;
-        // SAFETY: a `TcpStream` owns its descriptor and answers with the same one until it is dropped; nothing here
-        // takes it out of the `AsyncFd` before.
-        let socket = unsafe { AsyncFd::register(socket)? };
-        Ok(Side { socket, unsent: Vec::new(), sent: 0, ended: false, shut: false })
-    }
-
-    /// One read when there is something to read. A read that comes short has emptied the socket, so the next one would
-    /// only tell that there is nothing: it is not tried before the kernel says so.
-    fn poll_read(
-        &self,
-        cx: &mut Context<'_>,
-        room: usize,
-        mut read: impl FnMut(&TcpStream) -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            let mut guard = ready!(self.socket.poll_read_ready(cx))?;
-            match read(self.socket.get_ref()) {
-                Ok(n) => {
-                    if n > 0 && n < room {
-                        guard.clear_ready();
-                    }
-                    return Poll::Ready(Ok(n));
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Poll::Ready(Err(e)),
-            }
-        }
+    fn new(socket: TcpStream) -> Side {
+        Side { socket, unsent: Vec::new(), sent: 0, ended: false, shut: false }
     }
 
     /// Writes what it can of `bytes` at once and keeps the rest.
     fn write_or_keep(&mut self, bytes: &[u8]) -> io::Result<()> {
         debug_assert!(self.unsent.is_empty());
-        let written = match self.socket.get_ref().write(bytes) {
+        let written = match self.socket.try_write(bytes) {
             Ok(n) => n,
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
             Err(e) => return Err(e),
@@ -88,11 +63,10 @@ impl Side {
     /// Writes what was kept; ready once nothing is left.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.unsent.len() {
-            let mut guard = ready!(self.socket.poll_write_ready(cx))?;
-            match self.socket.get_ref().write(&self.unsent[self.sent..]) {
+            ready!(self.socket.poll_write_ready(cx))?;
+            match self.socket.try_write(&self.unsent[self.sent..]) {
                 Ok(n) => self.sent += n,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
                 Err(e) => return Poll::Ready(Err(e)),
             }
         }
@@ -102,8 +76,8 @@ impl Side {
 
     fn shut(&mut self) -> io::Result<()> {
         self.shut = true;
-        match self.socket.get_ref().shutdown(Shutdown::Write) {
-            Err(e) if e.kind() != ErrorKind::NotConnected => Err(e),
+        match nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write) {
+            Err(e) if e != nix::errno::Errno::ENOTCONN => Err(e.into()),
             _ => Ok(()),
         }
     }
@@ -114,10 +88,8 @@ fn broken(error: RecordError) -> End {
     End::PeerCut(io::Error::new(ErrorKind::InvalidData, error))
 }
 
-/// Makes the close of `socket` a reset, so that the other end cannot take it for a clean one.
-fn reset_on_close(socket: &impl std::os::fd::AsFd) {
-    let now = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &now);
+fn bad(frame: BadFrame) -> End {
+    End::PeerCut(frame.into())
 }
 
 /// One connection whose handshake is done.
@@ -125,6 +97,8 @@ pub struct Flow {
     records: Records,
     peer: Side,
     workload: Side,
+    /// Whether the connection is one stream of several, in frames, with FIN in place of close_notify.
+    framed: bool,
     /// The begin of a record whose end has not come; at first, what came with the handshake.
     partial: Vec<u8>,
     is_new: bool,
@@ -135,19 +109,29 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A flow between the TLS connection on `peer` and `workload`. `early` and `rest` are what came behind the
-    /// handshake: opened already, and not yet.
-    pub fn new(
-        records: Records,
-        peer: TcpStream,
-        workload: TcpStream,
-        early: Early,
-        rest: Vec<u8>,
-    ) -> io::Result<Flow> {
-        let (mut peer, mut workload) = (Side::new(peer)?, Side::new(workload)?);
-        let inward = early.data.len() as u64;
-        (workload.unsent, peer.ended) = (early.data, early.closed);
-        Ok(Flow { records, peer, workload, partial: rest, is_new: true, inward, outward: 0 })
+    /// A flow between a connection of its own and `workload`. `early` is what came right behind the handshake.
+    pub fn new(channel: Channel, workload: TcpStream, early: Early) -> Flow {
+        let mut flow = Flow::over(channel, workload, false);
+        flow.inward = early.data.len() as u64;
+        (flow.workload.unsent, flow.peer.ended) = (early.data, early.closed);
+        flow
+    }
+
+    /// A flow of one stream, which was accepted.
+    pub fn stream(channel: Channel, workload: TcpStream) -> Flow {
+        Flow::over(channel, workload, true)
+    }
+
+    fn over(channel: Channel, workload: TcpStream, framed: bool) -> Flow {
+        let Channel { records, socket, partial } = channel;
+        let (peer, workload) = (Side::new(socket), Side::new(workload));
+        Flow { records, peer, workload, framed, partial, is_new: true, inward: 0, outward: 0 }
+    }
+
+    /// The connection, free for the next stream: after a whole one.
+    pub fn into_channel(self) -> Option<Channel> {
+        let Flow { records, peer, partial, framed, .. } = self;
+        (framed && peer.ended && peer.shut).then_some(Channel { records, socket: peer.socket, partial })
     }
 
     /// Opens what came with the handshake; it is as long as the peer chose, so it has no place in the scratch.
@@ -199,7 +183,7 @@ impl Flow {
         SCRATCH.with_borrow_mut(|scratch| {
             let kept = self.partial.len();
             let room = scratch.len() - kept;
-            let n = ready!(self.peer.poll_read(cx, room, |mut socket| socket.read(&mut scratch[kept..])));
+            let n = ready!(poll_read(&self.peer.socket, cx, room, |socket| read(socket, &mut scratch[kept..])));
             match n.map_err(End::PeerCut)? {
                 0 => Poll::Ready(Err(End::PeerCut(ErrorKind::UnexpectedEof.into()))),
                 n => {
@@ -220,18 +204,24 @@ impl Flow {
             match self.records.open(&mut scratch[at..length]).map_err(broken)? {
                 Opened::Partial => break,
                 Opened::Control { consumed } => at += consumed,
+                // A stream ends with FIN; a close before it cuts it.
+                Opened::Close { .. } if self.framed => return Err(End::PeerCut(ErrorKind::UnexpectedEof.into())),
                 Opened::Close { consumed } => {
                     self.peer.ended = true;
                     at += consumed;
                 }
                 Opened::Data { consumed, plain: range } => {
+                    let range = at + range.start..at + range.end;
+                    let came = self.inward + plain as u64;
+                    let range = if self.framed { self.unframe(&scratch[range.clone()], came, range)? } else { range };
                     let data = range.len();
-                    scratch.copy_within(at + range.start..at + range.end, plain);
+                    scratch.copy_within(range, plain);
                     (at, plain) = (at + consumed, plain + data);
                 }
             }
         }
-        if !self.peer.ended {
+        // Behind a FIN may stand the next stream; behind a close, nothing that counts.
+        if self.framed || !self.peer.ended {
             self.partial.extend_from_slice(&scratch[at..length]);
         }
         if self.partial.is_empty() {
@@ -239,6 +229,23 @@ impl Flow {
         }
         self.inward += plain as u64;
         if plain > 0 { self.workload.write_or_keep(&scratch[..plain]).map_err(End::WorkloadCut) } else { Ok(()) }
+    }
+
+    /// The data of a frame, whose record lies at `range`; nothing for a FIN, which must tell how many bytes `came`.
+    fn unframe(&mut self, plain: &[u8], came: u64, range: Range<usize>) -> Result<Range<usize>, End> {
+        match Frame::decode(plain).map_err(bad)? {
+            Frame::Data => Ok(range.start + KIND..range.end),
+            Frame::Fin(told) if told == came => {
+                self.peer.ended = true;
+                Ok(range.start..range.start)
+            }
+            Frame::Fin(told) => Err(bad(BadFrame::Count { told, came })),
+            _ => Err(bad(BadFrame::Unexpected("a control frame inside a stream"))),
+        }
+    }
+
+    fn prefix(&self) -> usize {
+        if self.framed { KIND } else { 0 }
     }
 
     /// One batch from the workload to the peer.
@@ -252,9 +259,10 @@ impl Flow {
             ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
         }
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut slots: [IoSliceMut<'_>; BATCH] = plaintext_slots(scratch);
-            let room = BATCH * super::record::MAX_PLAIN;
-            let n = ready!(self.workload.poll_read(cx, room, |mut socket| socket.read_vectored(&mut slots)));
+            let before = self.prefix();
+            let mut slots: [IoSliceMut<'_>; BATCH] = plaintext_slots(scratch, before);
+            let room = BATCH * (MAX_PLAIN - before);
+            let n = ready!(poll_read(&self.workload.socket, cx, room, |socket| read_vectored(socket, &mut slots)));
             match n.map_err(End::WorkloadCut)? {
                 0 => {
                     self.workload.ended = true;
@@ -267,10 +275,12 @@ impl Flow {
 
     /// Seals the `n` bytes that lie in the slots of `scratch` and sends the records in one write.
     fn seal_batch(&mut self, scratch: &mut [u8], n: usize) -> Result<(), End> {
+        let before = self.prefix();
         let (mut left, mut at) = (n, 0);
         while left > 0 {
-            let data = left.min(super::record::MAX_PLAIN);
-            at += self.records.seal(&mut scratch[at..], data).map_err(broken)?;
+            let data = left.min(MAX_PLAIN - before);
+            scratch[at + HEADER..at + HEADER + before].fill(frame::DATA);
+            at += self.records.seal(&mut scratch[at..], before + data).map_err(broken)?;
             left -= data;
         }
         self.outward += n as u64;
@@ -283,17 +293,26 @@ impl Flow {
         self.peer.write_or_keep(&slot[..length]).map_err(End::PeerCut)
     }
 
-    /// The workload has no more to say: close_notify.
+    /// The workload has no more to say: FIN, or close_notify.
     fn seal_close(&mut self) -> Result<(), End> {
         let mut slot = [0; HEADER + 64];
-        let length = self.records.seal_close(&mut slot).map_err(broken)?;
+        let length = if self.framed {
+            let fin = Frame::Fin(self.outward).encode();
+            slot[HEADER..HEADER + fin.len()].copy_from_slice(&fin);
+            self.records.seal(&mut slot, fin.len())
+        } else {
+            self.records.seal_close(&mut slot)
+        };
+        let length = length.map_err(broken)?;
         self.peer.write_or_keep(&slot[..length]).map_err(End::PeerCut)
     }
 
-    /// FIN, once close_notify is written.
+    /// Once the end is written: FIN of TCP, unless the connection goes on.
     fn poll_close_outward(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
         ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
-        if !self.peer.shut {
+        if self.framed {
+            self.peer.shut = true;
+        } else if !self.peer.shut {
             self.peer.shut().map_err(End::PeerCut)?;
         }
         Poll::Ready(Ok(()))
@@ -314,22 +333,23 @@ impl Mover for Flow {
     }
 
     fn cut(&mut self) {
-        reset_on_close(self.peer.socket.get_ref());
-        reset_on_close(self.workload.socket.get_ref());
+        self.peer.socket.reset_on_drop();
+        self.workload.socket.reset_on_drop();
     }
 }
 
-/// The room for data in each slot of `scratch`, so that one read fills many records.
-fn plaintext_slots(scratch: &mut [u8]) -> [IoSliceMut<'_>; BATCH] {
+/// The room for data in each slot of `scratch`, after `before` bytes, so that one read fills many records.
+fn plaintext_slots(scratch: &mut [u8], before: usize) -> [IoSliceMut<'_>; BATCH] {
     let mut slots = scratch.chunks_exact_mut(SLOT);
     [(); BATCH].map(|()| {
         let slot = slots.next().expect("the scratch is a batch of slots");
-        IoSliceMut::new(&mut slot[HEADER..HEADER + super::record::MAX_PLAIN])
+        IoSliceMut::new(&mut slot[HEADER + before..HEADER + MAX_PLAIN])
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -374,7 +394,8 @@ mod tests {
     fn spawn(flow: Flow) -> tokio::task::JoinHandle<Outcome> {
         let (cancelled, wait) = (CancellationToken::new(), Duration::from_secs(60));
         let bounds = Bounds { cancelled, deadline: None, idle: wait, half_closed: wait };
-        tokio::spawn(relay(Box::new(flow), bounds, || {}))
+        let mut flow = flow;
+        tokio::spawn(async move { relay(&mut flow, bounds, || {}).await })
     }
 
     /// client ⇄ flow ⇄ TLS ⇄ flow ⇄ server
@@ -386,9 +407,9 @@ mod tests {
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
         let ((early_one, rest_one), (early_two, rest_two)) =
             tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
-        let std = |socket: tokio::net::TcpStream| socket.into_std().unwrap();
-        let one = Flow::new(Records::of_client(one).unwrap(), std(a), std(client_side), early_one, rest_one).unwrap();
-        let two = Flow::new(Records::of_server(two).unwrap(), std(b), std(server_side), early_two, rest_two).unwrap();
+        let one = Channel { records: Records::of_client(one).unwrap(), socket: a, partial: rest_one };
+        let two = Channel { records: Records::of_server(two).unwrap(), socket: b, partial: rest_two };
+        let (one, two) = (Flow::new(one, client_side, early_one), Flow::new(two, server_side, early_two));
         Stage { client, server, ends: [spawn(one), spawn(two)] }
     }
 
@@ -470,9 +491,7 @@ mod tests {
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
         let (_, (early, rest)) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
         let records = Records::of_server(two).unwrap();
-        let (peer, workload) = (b.into_std().unwrap(), server_side.into_std().unwrap());
-        let flow = Flow::new(records, peer, workload, early, rest).unwrap();
-        let end = spawn(flow);
+        let end = spawn(Flow::new(Channel { records, socket: b, partial: rest }, server_side, early));
         drop(a);
         assert!(matches!(end.await.unwrap().end, End::PeerCut(_)));
         let error = server.read_u8().await.unwrap_err();
@@ -510,8 +529,7 @@ mod tests {
             };
             let ((), (early, rest)) = tokio::join!(talk, shake(&mut two, &mut b));
             let records = Records::of_server(two).unwrap();
-            let (peer, workload) = (b.into_std().unwrap(), server_side.into_std().unwrap());
-            let end = spawn(Flow::new(records, peer, workload, early, rest).unwrap());
+            let end = spawn(Flow::new(Channel { records, socket: b, partial: rest }, server_side, early));
             let mut question = [0; 8];
             server.read_exact(&mut question).await.unwrap();
             assert_eq!(&question, b"question");

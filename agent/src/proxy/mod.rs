@@ -6,9 +6,11 @@
 
 pub mod accounting;
 pub mod balance;
+pub mod channel;
 pub mod connections;
 pub mod egress;
 pub mod flow;
+pub mod frame;
 pub mod front;
 pub mod handshake;
 pub mod header;
@@ -18,6 +20,7 @@ pub mod limits;
 pub mod names;
 mod outbound;
 pub mod own;
+mod pool;
 pub mod pump;
 pub mod record;
 pub mod relay;

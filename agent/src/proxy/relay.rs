@@ -114,8 +114,8 @@ pub trait Mover {
 
 /// Relays until the end. `on_first_byte` is called when the peer has said something: with TLS 1.3 a client has finished
 /// its handshake before the server has judged it, so nothing before that is a success.
-pub async fn relay(mut mover: Box<dyn Mover + Send>, bounds: Bounds, on_first_byte: impl FnOnce()) -> Outcome {
-    let end = run(&mut *mover, bounds, on_first_byte).await;
+pub async fn relay(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl FnOnce()) -> Outcome {
+    let end = run(mover, bounds, on_first_byte).await;
     if !matches!(end, End::Whole) {
         mover.cut();
     }
@@ -339,7 +339,8 @@ mod tests {
 
     async fn world(bounds: Bounds) -> World {
         let ((to_workload, workload), (to_peer, peer)) = (pair().await, pair().await);
-        let relay = tokio::spawn(relay(Box::new(copying(to_workload, to_peer)), bounds, || {}));
+        let mut mover = copying(to_workload, to_peer);
+        let relay = tokio::spawn(async move { relay(&mut mover, bounds, || {}).await });
         World { workload, peer, relay }
     }
 

@@ -13,11 +13,13 @@ use rustls::{ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
 use sidewarden_proto::tls::peer_of;
+use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::accounting::Secured;
+use super::channel::Channel;
 use super::flow::Flow;
 use super::handshake::{Replayed, part_soon};
 use super::pump::{Early, Handshaking, Progress, advance};
@@ -39,10 +41,11 @@ pub struct Secure {
     /// How it was settled.
     pub how: Secured,
     stream: Stream,
+    carries_streams: bool,
 }
 
 enum Stream {
-    Records { socket: TcpStream, records: Box<Records>, early: Early, rest: Vec<u8> },
+    Records(Box<(Channel, Early)>),
     Accepted(Box<tokio_rustls::server::TlsStream<Replayed<TcpStream>>>),
     Connected(Box<tokio_rustls::client::TlsStream<TcpStream>>),
 }
@@ -53,8 +56,10 @@ impl Secure {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
         let early = drive(&mut connection, &mut socket, &mut hello).await?;
         let (peer, how) = settled(&connection, Usage::Client, &socket)?;
+        let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_server(connection).map_err(unusable)?;
-        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early, rest: hello } })
+        let channel = Channel { records, socket, partial: hello };
+        Ok(Secure { peer, how, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
     /// The server's half of a TLS 1.2 handshake that begins with `hello`.
@@ -63,7 +68,7 @@ impl Secure {
             Ok(stream) => {
                 let (socket, connection) = stream.get_ref();
                 let (peer, how) = settled(connection, Usage::Client, socket.inner())?;
-                Ok(Secure { peer, how, stream: Stream::Accepted(Box::new(stream)) })
+                Ok(Secure { peer, how, stream: Stream::Accepted(Box::new(stream)), carries_streams: false })
             }
             Err((error, mut rest)) => {
                 // rustls has written its alert; the client should get to read it.
@@ -80,8 +85,10 @@ impl Secure {
         let mut rest = Vec::new();
         let early = drive(&mut connection, &mut socket, &mut rest).await?;
         let (peer, how) = settled(&connection, Usage::Server, &socket)?;
+        let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_client(connection).map_err(unusable)?;
-        Ok(Secure { peer, how, stream: Stream::Records { socket, records: Box::new(records), early, rest } })
+        let channel = Channel { records, socket, partial: rest };
+        Ok(Secure { peer, how, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
     /// The client's half of a handshake with a foreign server, which may need its name to choose a certificate.
@@ -93,17 +100,18 @@ impl Secure {
         let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
         let (socket, connection) = stream.get_ref();
         let (peer, how) = settled(connection, Usage::Server, socket)?;
-        Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)) })
+        Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)), carries_streams: false })
     }
 
     /// Ends the connection with a fatal `alert`, where the form of the stream allows one, and otherwise with a reset.
     pub async fn refuse(self, alert: u8) {
         match self.stream {
-            Stream::Records { mut socket, mut records, .. } => {
+            Stream::Records(mut stream) => {
+                let channel = &mut stream.0;
                 let mut slot = [0; 64];
-                match records.seal_alert(alert, &mut slot) {
-                    Ok(length) => part_soon(&mut socket, &slot[..length]).await,
-                    Err(_) => socket.reset_on_drop(),
+                match channel.records.seal_alert(alert, &mut slot) {
+                    Ok(length) => part_soon(&mut channel.socket, &slot[..length]).await,
+                    Err(_) => channel.socket.reset_on_drop(),
                 }
             }
             Stream::Accepted(stream) => stream.reset_on_drop(),
@@ -111,15 +119,24 @@ impl Secure {
         }
     }
 
+    /// The connection and what came right behind its handshake, if both ends have agreed to carry streams on it.
+    pub fn into_streams(self) -> Result<(Channel, Early), Secure> {
+        match self.stream {
+            Stream::Records(stream) if self.carries_streams => Ok(*stream),
+            _ => Err(self),
+        }
+    }
+
     /// What moves its bytes to `workload` and back.
-    pub fn into_mover(self, workload: TcpStream) -> io::Result<Box<dyn Mover + Send>> {
-        Ok(match self.stream {
-            Stream::Records { socket, records, early, rest } => {
-                Box::new(Flow::new(*records, socket.into_std()?, workload.into_std()?, early, rest)?)
+    pub fn into_mover(self, workload: TcpStream) -> Box<dyn Mover + Send> {
+        match self.stream {
+            Stream::Records(stream) => {
+                let (channel, early) = *stream;
+                Box::new(Flow::new(channel, workload, early))
             }
             Stream::Accepted(stream) => Box::new(copying(workload, *stream)),
             Stream::Connected(stream) => Box::new(copying(workload, *stream)),
-        })
+        }
     }
 }
 
