@@ -79,6 +79,11 @@ impl Registry {
         self.lock().len()
     }
 
+    /// How many there ever were.
+    pub fn registered(&self) -> u64 {
+        self.next.load(Relaxed)
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

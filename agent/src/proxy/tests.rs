@@ -3,6 +3,7 @@
 mod ends;
 mod idle;
 mod resumption;
+mod streams;
 
 use std::sync::Mutex;
 
