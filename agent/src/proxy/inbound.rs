@@ -126,7 +126,7 @@ impl Listener {
         let entered = Entered { identity, live, how: secure.how.clone(), source };
         match secure.into_streams() {
             Ok((channel, early)) => self.serve_streams(&entered, channel, early).await,
-            Err(secure) => self.serve_whole(&entered, secure).await,
+            Err(secure) => self.serve_whole(&entered, *secure).await,
         }
     }
 

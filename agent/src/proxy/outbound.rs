@@ -216,7 +216,7 @@ impl Route {
         let how = secure.how.clone();
         self.judge(&live, &identity, &how)?;
         match secure.into_streams() {
-            Err(secure) => Ok(Reached::Whole(Made { identity, live, how }, Box::new(secure))),
+            Err(secure) => Ok(Reached::Whole(Made { identity, live, how }, secure)),
             Ok((channel, _)) => {
                 let warm = Warm { channel, how, identity, live };
                 let refuse = |error: io::Error, how: &Secured| {

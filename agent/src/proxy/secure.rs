@@ -120,10 +120,10 @@ impl Secure {
     }
 
     /// The connection and what came right behind its handshake, if both ends have agreed to carry streams on it.
-    pub fn into_streams(self) -> Result<(Channel, Early), Secure> {
+    pub fn into_streams(self) -> Result<(Channel, Early), Box<Secure>> {
         match self.stream {
             Stream::Records(stream) if self.carries_streams => Ok(*stream),
-            _ => Err(self),
+            _ => Err(Box::new(self)),
         }
     }
 

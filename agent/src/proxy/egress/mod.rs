@@ -297,8 +297,8 @@ impl Door {
         if head.is_none() {
             tell();
         }
-        let mover = mover(Replayed::new(rest, tcp), stream, request, head, refused.clone());
-        let outcome = relay(mover, self.gate.bounds(), tell).await;
+        let mut mover = mover(Replayed::new(rest, tcp), stream, request, head, refused.clone());
+        let outcome = relay(&mut *mover, self.gate.bounds(), tell).await;
         if !told.load(Relaxed) && refused.get().is_some() {
             let words = "the upstream proxy wants other credentials";
             return self.book(&Refused::new(RefusalReason::UpstreamRefused, words).to(&target), source);

@@ -78,7 +78,9 @@ async fn come_again_after(change: Change, version: &'static SupportedProtocolVer
             let signed = ca.directive(1, vec![Deny::Key { spki, why: "stolen".into() }], Timestamp::now());
             let directive = Arc::new(signed.open(&ca.trust(), Timestamp::now()).unwrap());
             let checked = ca.issue("shop/orders").check().unwrap();
-            orders.identity.send_replace(Some(Arc::new(Identity::build(checked, Some(directive), &[]).unwrap())));
+            orders
+                .identity
+                .send_replace(Some(Arc::new(Identity::build(checked, Some(directive), &Terms::default()).unwrap())));
         }
         Change::Expiry => {
             while Timestamp::now() <= until {
