@@ -28,10 +28,12 @@ mod secure;
 pub mod targets;
 #[cfg(test)]
 mod tests;
+pub mod waiting;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -52,8 +54,9 @@ use crate::metrics::Metrics;
 use crate::policy;
 use accounting::{Books, Pair, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
-use limits::{Source, SourceLimits, Sources};
+use limits::{Over, Source, SourceLimits, Sources};
 use relay::{Bounds, End, Outcome};
+use waiting::{STALLED, Waiting};
 
 /// How often the books are looked through, and live connections are judged anew though nothing was announced.
 const TICK: Duration = Duration::from_secs(1);
@@ -77,6 +80,8 @@ pub struct Shared {
     pub handshakes: Arc<Semaphore>,
     /// What each source may do.
     pub sources: Arc<Mutex<Sources>>,
+    /// The handshakes under way.
+    waiting: Arc<Mutex<Waiting<Occupied>>>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// Randomness.
@@ -114,6 +119,7 @@ impl Shared {
             connections: Arc::new(Semaphore::new(config.limits.max_connections)),
             handshakes: Arc::new(Semaphore::new(config.limits.max_handshakes)),
             sources: sources(&config.limits),
+            waiting: Arc::default(),
             metrics,
             random,
             stop: CancellationToken::new(),
@@ -361,10 +367,42 @@ struct Room {
     handshake: HandshakeRoom,
 }
 
-/// Given back on drop.
+/// Room for a handshake, given back on drop.
 struct HandshakeRoom {
+    waiting: Arc<Mutex<Waiting<Occupied>>>,
+    number: u64,
+    /// It had to make room for another one.
+    evicted: CancellationToken,
+    /// The handshake is over: what it occupied is given back, and nothing can be asked of it.
+    over: Arc<AtomicBool>,
+}
+
+/// What a handshake holds of what all handshakes share.
+struct Occupied {
     _permit: OwnedSemaphorePermit,
     _admitted: Option<Admitted>,
+    evicted: CancellationToken,
+}
+
+impl Drop for HandshakeRoom {
+    fn drop(&mut self) {
+        self.over.store(true, Relaxed);
+        let occupied = lock(&self.waiting).leave(self.number);
+        drop(occupied);
+    }
+}
+
+impl HandshakeRoom {
+    /// Waits until it has to make room, for as long as the handshake is not over.
+    fn eviction(&self) -> impl Future<Output = ()> + use<> {
+        let (evicted, over) = (self.evicted.clone(), self.over.clone());
+        async move {
+            evicted.cancelled().await;
+            if over.load(Relaxed) {
+                std::future::pending().await
+            }
+        }
+    }
 }
 
 /// A source's share, given back on drop.
@@ -379,8 +417,8 @@ impl Drop for Admitted {
     }
 }
 
-fn lock(sources: &Mutex<Sources>) -> MutexGuard<'_, Sources> {
-    sources.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
@@ -390,14 +428,30 @@ impl Shared {
         let admitted = source.map(|source| self.admit(source)).transpose()?;
         let connection = self.connections.clone().try_acquire_owned();
         let connection = connection.map_err(|_| full("connections (limits.max_connections)"))?;
-        let permit = self.handshakes.clone().try_acquire_owned();
+        let permit = || self.handshakes.clone().try_acquire_owned();
+        let permit = permit().or_else(|fault| if self.make_room(None) { permit() } else { Err(fault) });
         let permit = permit.map_err(|_| full("handshakes under way (limits.max_handshakes)"))?;
-        Ok(Room { _connection: connection, handshake: HandshakeRoom { _permit: permit, _admitted: admitted } })
+        let (evicted, source) = (CancellationToken::new(), admitted.as_ref().map(|admitted| admitted.source));
+        let occupied = Occupied { _permit: permit, _admitted: admitted, evicted: evicted.clone() };
+        let number = lock(&self.waiting).enter(source, occupied, Instant::now());
+        let (waiting, over) = (self.waiting.clone(), Arc::default());
+        Ok(Room { _connection: connection, handshake: HandshakeRoom { waiting, number, evicted, over } })
     }
 
-    fn admit(&self, source: IpAddr) -> Result<Admitted, String> {
-        let source = lock(&self.sources).admit(source, Instant::now()).map_err(|over| over.to_string())?;
+    fn admit(&self, ip: IpAddr) -> Result<Admitted, String> {
+        let admit = || lock(&self.sources).admit(ip, Instant::now());
+        let admitted = admit().or_else(|over| match over {
+            Over::Handshakes(source, _) if self.make_room(Some(source)) => admit(),
+            over => Err(over),
+        });
+        let source = admitted.map_err(|over| over.to_string())?;
         Ok(Admitted { sources: self.sources.clone(), source })
+    }
+
+    /// Ends the oldest handshake, of `source` or of all, if it stalls. What it occupied is free on return.
+    fn make_room(&self, source: Option<Source>) -> bool {
+        let oldest = lock(&self.waiting).make_room(source, Instant::now());
+        oldest.inspect(|occupied| occupied.evicted.cancel()).is_some()
     }
 }
 
@@ -431,12 +485,17 @@ async fn accept_each<F>(
                     if let Err(error) = dial::tune(&tcp) {
                         tracing::debug!(%error, "a connection was gone before it was served");
                     }
-                    tasks.spawn(serve(tcp, source, room));
+                    let (evicted, serving) = (room.handshake.eviction(), serve(tcp, source, room));
+                    let (shared, name) = (shared.clone(), name.clone());
+                    tasks.spawn(async move {
+                        tokio::select! {
+                            biased;
+                            () = evicted => over_limit(&shared, direction, name, source, made_room()),
+                            () = serving => {}
+                        }
+                    });
                 }
-                Err(detail) => {
-                    let (reason, listener, peer) = (RefusalReason::LimitReached, name.clone(), String::new());
-                    shared.ledger.refused(Refusal { direction, reason, detail, listener, source: Some(source), peer });
-                }
+                Err(detail) => over_limit(&shared, direction, name.clone(), source, detail),
             },
         }
     }
@@ -444,6 +503,15 @@ async fn accept_each<F>(
     while let Some(result) = tasks.join_next().await {
         log_panic(result);
     }
+}
+
+fn over_limit(shared: &Shared, direction: Direction, listener: String, source: SocketAddr, detail: String) {
+    let (reason, peer) = (RefusalReason::LimitReached, String::new());
+    shared.ledger.refused(Refusal { direction, reason, detail, listener, source: Some(source), peer });
+}
+
+fn made_room() -> String {
+    format!("its handshake took more than {STALLED:?} while others waited for room (limits.max_handshakes)")
 }
 
 /// The workload is the one source of its own routes.

@@ -312,6 +312,41 @@ async fn one_source_cannot_take_the_handshakes_of_the_others() {
 }
 
 #[tokio::test]
+async fn a_handshake_that_stalls_makes_room_for_one_that_does_not() {
+    let ca = Ca::new("td");
+    for (all, per_source) in [(2, 0), (9, 2)] {
+        let mut config = inbound_config(echo().await, WEB);
+        (config.limits.max_handshakes, config.limits.max_handshakes_per_source) = (all, per_source);
+        let orders = Agent::start(Some(ca.identity("shop/orders")), config).await;
+        let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(orders.inbound[0], ORDERS)).await;
+        let mut stalled = Vec::new();
+        for _ in 0..2 {
+            stalled.push(TcpStream::connect(orders.inbound[0]).await.unwrap());
+        }
+        while lock(&orders.shared.waiting).len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert!(is_reset(call(&web).await).await, "both are young");
+        tokio::time::pause();
+        tokio::time::advance(STALLED).await;
+        tokio::time::resume();
+        let mut good = call(&web).await;
+        good.write_all(b"x").await.unwrap();
+        assert_eq!(good.read(&mut [0; 1]).await.unwrap(), 1);
+        assert!(matches!(stalled[0].read(&mut [0; 1]).await, Ok(0) | Err(_)), "the oldest had to go");
+        assert_eq!(lock(&orders.shared.waiting).len(), 1, "the other one stays, and the good one is through");
+        orders.shared.ledger.tell(true);
+        let limited = |body: Body| match body {
+            Body::ConnectionRefused(refused) if refused.reason == RefusalReason::LimitReached => refused.count,
+            _ => 0,
+        };
+        let events = orders.events.lock().unwrap();
+        let counted: u64 = events.iter().filter_map(|event| event.body().unwrap()).map(limited).sum();
+        assert_eq!(counted, 2, "who came too early, and who made room");
+    }
+}
+
+#[tokio::test]
 async fn one_source_opens_no_more_connections_a_second_than_it_may() {
     let ca = Ca::new("td");
     let mut config = inbound_config(echo().await, WEB);

@@ -42,7 +42,7 @@ impl Gate {
     /// In front of `workload`, with more settings.
     pub async fn before(workload: SocketAddr, more: &str) -> Gate {
         let world = World::start().await;
-        let orders = world.agent("orders-1", "shop/orders", &(inbound(workload, "shop/web") + more)).await;
+        let orders = world.agent("orders-1", "shop/orders", &format!("{more}{}", inbound(workload, "shop/web"))).await;
         orders.enrolled().await;
         let ca = world.dir.path().join("collector/ca");
         let (root, issuing) = (Authority::read(&ca.join("root")), Authority::read(&ca.join("issuing")));
