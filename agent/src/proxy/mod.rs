@@ -288,7 +288,7 @@ impl Listeners {
 /// Tells what is due, and judges live connections when an answer could have changed.
 async fn keep_books(shared: Arc<Shared>) {
     let mut identity = shared.identity.clone();
-    let mut ticks = 0u32;
+    let (mut ticks, mut crowd) = (0u32, Crowd::default());
     loop {
         tokio::select! {
             changed = identity.changed() => match changed {
@@ -299,11 +299,53 @@ async fn keep_books(shared: Arc<Shared>) {
             () = sleep(TICK) => ticks = ticks.wrapping_add(1),
         }
         shared.ledger.tell(false);
+        if crowd.has_gone(shared.registry.len()) {
+            give_back();
+        }
         if ticks.is_multiple_of(REVIEW_EVERY) {
             // The clock may have been set, which no deadline sees.
             shared.review();
         }
     }
+}
+
+/// How many connections there were at most, to tell when a burst is over.
+#[derive(Debug, Default)]
+struct Crowd {
+    peak: usize,
+}
+
+impl Crowd {
+    /// Fewer are not worth the milliseconds that giving back takes.
+    const WORTH: usize = 256;
+
+    /// Whether of many connections most have gone, now that there are `live`; once for each burst.
+    fn has_gone(&mut self, live: usize) -> bool {
+        self.peak = self.peak.max(live);
+        let gone = self.peak >= Crowd::WORTH && live <= self.peak / 4;
+        if gone {
+            self.peak = live;
+        }
+        gone
+    }
+}
+
+/// Gives the memory of a burst back to the system: the allocator would keep it for the next one, and an agent stands
+/// beside every container of a host.
+fn give_back() {
+    // SAFETY: malloc_trim(3) takes any padding and touches free memory only.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        nix::libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+#[test]
+fn memory_is_given_back_once_after_each_burst_that_was_worth_it() {
+    let mut crowd = Crowd::default();
+    let seen = [10, 0, 5_000, 4_000, 1_250, 1_250, 0, 900, 100].map(|live| crowd.has_gone(live));
+    assert_eq!(seen, [false, false, false, false, true, false, true, false, true]);
 }
 
 impl Shared {
