@@ -156,14 +156,18 @@ pub async fn connect_from(source: Option<IpAddr>, address: SocketAddr) -> io::Re
         socket.bind(SocketAddr::new(source, 0))?;
     }
     let stream = socket.connect(address).await?;
-    tune(&stream)?;
+    tune(&stream, address.ip())?;
     Ok(stream)
 }
 
-/// What every connection of ours has: no delay for small writes, and an end when the other side is gone.
-pub fn tune(stream: &TcpStream) -> io::Result<()> {
+/// What every connection of ours has: no delay for small writes, and an end when `other` is gone. On this machine nobody
+/// goes without the kernel telling, so that four calls for each connection are saved.
+pub fn tune(stream: &TcpStream, other: IpAddr) -> io::Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     stream.set_nodelay(true)?;
+    if other.to_canonical().is_loopback() {
+        return Ok(());
+    }
     setsockopt(stream, sockopt::KeepAlive, &true)?;
     setsockopt(stream, sockopt::TcpKeepIdle, &(KEEPALIVE.as_secs() as u32))?;
     setsockopt(stream, sockopt::TcpKeepInterval, &10)?;

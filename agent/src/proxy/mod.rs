@@ -524,7 +524,7 @@ async fn accept_each<F>(
             Ok((tcp, source)) => match shared.room(counted(direction, source)) {
                 Ok(room) => {
                     backoff.reset();
-                    if let Err(error) = dial::tune(&tcp) {
+                    if let Err(error) = dial::tune(&tcp, source.ip()) {
                         tracing::debug!(%error, "a connection was gone before it was served");
                     }
                     let (evicted, serving) = (room.handshake.eviction(), serve(tcp, source, room));

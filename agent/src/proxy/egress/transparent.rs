@@ -61,7 +61,7 @@ impl Own {
         if let Some(error) = stream.take_error()? {
             return Err(error);
         }
-        tune(&stream)?;
+        tune(&stream, address.ip())?;
         Ok((stream, known))
     }
 
