@@ -53,6 +53,7 @@ async fn an_idle_timeout_ends_what_is_quiet_and_says_so() {
     tokio::time::pause();
     let ended = |body: &Body| if let Body::ConnectionEnded(ended) = body { Some(ended.reason.clone()) } else { None };
     assert!(client.read(&mut [0; 1]).await.is_err(), "a reset, for nobody said that it was done");
-    assert_eq!(web.event(ended).await, "idle");
-    drop(orders);
+    // Both agents wait as long; the one whose timer comes first says it, and the other sees a cut.
+    let told = tokio::select! { reason = web.event(ended) => reason, reason = orders.event(ended) => reason };
+    assert_eq!(told, "idle");
 }
