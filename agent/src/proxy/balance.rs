@@ -1,8 +1,8 @@
 //! Which of several addresses a connection goes to: in turn or to the least busy, and past those that do not answer. Pure.
 //!
-//! Health is passive: what real connections meet. [`FAILURES`] in a row rest an address for a while; then one connection
+//! Health is passive: what real connections meet. `FAILURES` in a row rest an address for a while; then one connection
 //! tries it, and its fate decides between back in the circle and a rest twice as long. While fewer than one in
-//! [`PANIC_BELOW`] are in the circle, rests do not count: the fault is then more likely ours, and what is left would be
+//! `PANIC_BELOW` are in the circle, rests do not count: the fault is then more likely ours, and what is left would be
 //! overrun. An address by itself is therefore never given up.
 
 use std::net::SocketAddr;
