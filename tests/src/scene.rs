@@ -78,12 +78,14 @@ impl Scene {
     /// Starts the collector, has it make a token for each workload, then starts everything, and waits until the shop is
     /// open. Gives the collector's events from its start on.
     pub fn start(&self, progress: &Progress) -> Result<Events> {
-        let events = progress.step("starting the collector and Alertmanager", |_| self.start_collector())?;
+        progress.step("starting the collector and Alertmanager", |_| self.start_collector())?;
         progress.step("a token for each workload, then the shop with its agents", |_| {
             WORKLOADS.iter().try_for_each(|name| self.issue_token(name))?;
             self.compose(["up", "--detach"]).limit(Duration::from_secs(300)).output()?;
             Ok(())
         })?;
+        // Not before all is up: a busy engine has been seen to end an exec of its own accord while it starts containers.
+        let events = self.follow()?;
         progress.step("waiting until every agent has its identity and the shop answers", |detail| {
             for name in WORKLOADS {
                 detail.now(name);
@@ -96,11 +98,10 @@ impl Scene {
     }
 
     /// The collector and Alertmanager alone.
-    pub fn start_collector(&self) -> Result<Events> {
+    pub fn start_collector(&self) -> Result<()> {
         let up = self.compose(["up", "--detach", "collector", "alertmanager"]);
         up.limit(Duration::from_secs(300)).output()?;
-        self.await_collector()?;
-        self.follow()
+        self.await_collector()
     }
 
     /// Waits until the collector answers.
