@@ -24,6 +24,7 @@ use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source}
 use crate::identity::{Current, Store, StoreError, Terms};
 use crate::metrics::Metrics;
 use crate::proxy::egress::{CredentialsError, read_credentials};
+use crate::proxy::own::Own;
 use crate::proxy::{self, BindError, Listeners, Shared};
 use crate::spool::{Limits, Opened, Spool, SpoolError, Writer};
 use crate::uplink::drive::HEARTBEAT_SECS;
@@ -139,12 +140,14 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let keeping = Keeping { config: &config, instance: &instance, shares_user, random };
     let (keeper, identity) = keeping.load(resolver.clone(), emit.clone(), renewals)?;
 
-    let shared = Shared::new(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    let mut shared = Shared::new(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    shared.own = Own::new([&addresses.outbound[..], &addresses.egress, &[addresses.admin]].concat());
     let shared = Arc::new(shared);
     let proxying = tokio::spawn(listeners.serve(shared.clone()));
 
     let stop_watching = CancellationToken::new();
     let watching = start_watch(mode, &config, root, &emit, &opened, &stop_watching)?;
+    shared.begun.cancel();
     let view = watching.as_ref().map(|watch| watch.view.clone());
 
     let (stop_talking, stop_rest) = (CancellationToken::new(), CancellationToken::new());

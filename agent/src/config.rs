@@ -4,16 +4,21 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader};
+use rustls::pki_types::DnsName;
+use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader, Value};
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
+use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
 use crate::cis::Declared;
 use crate::identity::files::Files;
+use crate::policy::address::Network;
 use crate::policy::egress::{Lines, Policy, Rule};
+use crate::proxy::balance::Balance;
 use crate::watch::Normal;
 
 /// A whole configuration without contradictions.
@@ -74,8 +79,10 @@ pub struct Admin {
 pub struct Inbound {
     /// Where peers connect to.
     pub listen: SocketAddr,
-    /// The workload's own port.
-    pub to: SocketAddr,
+    /// The workload's own port or socket.
+    pub to: Service,
+    /// The host name that peers ask for, where several blocks share `listen`; in lower case, may begin with `*.`.
+    pub server_name: Option<String>,
     /// SPIFFE IDs that may come in.
     pub allow: Vec<SpiffeId>,
     /// DNS names of foreign peers that may come in.
@@ -84,6 +91,82 @@ pub struct Inbound {
     pub hold_service_port: bool,
     /// The source address of connections to the workload: not 127.0.0.1, which many servers believe.
     pub dial_from: IpAddr,
+    /// Whether the workload is told who connects, and how.
+    pub proxy_protocol: ProxyProtocol,
+    /// Load balancers, which must tell us who connects.
+    pub accept_proxy_protocol_from: Vec<Network>,
+    /// How many bytes.
+    pub rates: Rates,
+    /// Plaintext is let in, too.
+    pub permissive: Option<Permissive>,
+}
+
+impl Inbound {
+    /// Whether both are blocks of one listener, told apart by the host name that is asked for.
+    pub fn shares_listener_with(&self, other: &Inbound) -> bool {
+        let named = self.server_name.is_some() || other.server_name.is_some();
+        self.listen == other.listen && (named || self.listen.port() != 0)
+    }
+}
+
+/// The workload's own port or socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Service {
+    /// An address, mostly of loopback.
+    Tcp(SocketAddr),
+    /// A Unix socket at this absolute path.
+    Unix(PathBuf),
+}
+
+impl Service {
+    /// Its address, if it has one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Service::Tcp(address) => Some(*address),
+            Service::Unix(_) => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Service::Tcp(address) => address.fmt(f),
+            Service::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Version of the PROXY protocol that a service is spoken to in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// None.
+    #[default]
+    Off,
+    /// One line of text.
+    V1,
+    /// Binary, with the peer's name.
+    V2,
+}
+
+/// Bytes a second, both ways together; `None` for as many as come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Of all connections of the block.
+    pub all: Option<NonZeroU64>,
+    /// Of each one.
+    pub each: Option<NonZeroU64>,
+}
+
+/// `permissive` of an inbound block
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Permissive {
+    /// Why.
+    pub reason: String,
+    /// When it is over.
+    pub until: Timestamp,
+    /// A client that says nothing for this long waits for the service to speak first, in plaintext; zero for never.
+    pub silent_after: Duration,
 }
 
 /// One `[[outbound]]`
@@ -91,12 +174,25 @@ pub struct Inbound {
 pub struct Outbound {
     /// Where the workload connects to, in plaintext.
     pub listen: SocketAddr,
-    /// The peer's agent.
-    pub to: HostPort,
+    /// The peer's agents; never empty.
+    pub to: Vec<HostPort>,
+    /// Which of them is next.
+    pub balance: Balance,
     /// Who must answer there.
     pub peer: Peer,
+    /// The host name to ask for, where the peer's agent has several services behind one listener.
+    pub server_name: Option<String>,
     /// Whether `listen` may be an address that others can reach.
     pub expose: bool,
+    /// How many bytes.
+    pub rates: Rates,
+}
+
+impl Outbound {
+    /// The route as people and events call it: `db1:8443,db2:8443`.
+    pub fn name(&self) -> String {
+        self.to.iter().map(HostPort::to_string).collect::<Vec<_>>().join(",")
+    }
 }
 
 /// Who must answer at the other end of a route.
@@ -366,16 +462,119 @@ fn identity(r: &mut Reader<'_>) -> Option<Files> {
 
 fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
     let (listen, to) = (r.required("listen"), r.required("to"));
+    let server_name = server_name(r);
     let (allow, allow_dns) = (r.value("allow", Vec::new()), r.value("allow_dns", Vec::<String>::new()));
-    let (hold_service_port, dial_from) = (r.value("hold_service_port", true), r.value("dial_from", DIAL_FROM));
+    let (hold, dial_from) = (r.optional("hold_service_port"), r.optional("dial_from"));
+    if matches!(to, Some(Service::Unix(_))) {
+        for key in [hold.map(|_| "hold_service_port"), dial_from.map(|_: IpAddr| "dial_from")].into_iter().flatten() {
+            r.fault(key, "is about a port, and `to` is a Unix socket: remove it");
+        }
+    }
     let allow_dns = allow_dns.into_iter().map(|name| name.to_ascii_lowercase()).collect();
-    Some(Inbound { listen: listen?, to: to?, allow, allow_dns, hold_service_port, dial_from })
+    let (hold_service_port, dial_from) = (hold.unwrap_or(true), dial_from.unwrap_or(DIAL_FROM));
+    let proxy_protocol = r.value("proxy_protocol", ProxyProtocol::Off);
+    let accept_proxy_protocol_from = r.value("accept_proxy_protocol_from", Vec::new());
+    let (rates, permissive) = (rates(r), r.optional_section("permissive", permissive).flatten());
+    Some(Inbound {
+        listen: listen?,
+        to: to?,
+        server_name,
+        allow,
+        allow_dns,
+        hold_service_port,
+        dial_from,
+        proxy_protocol,
+        accept_proxy_protocol_from,
+        rates,
+        permissive,
+    })
+}
+
+fn server_name(r: &mut Reader<'_>) -> Option<String> {
+    let name = r.optional::<String>("server_name")?.to_ascii_lowercase();
+    let host = name.strip_prefix("*.").unwrap_or(&name);
+    if DnsName::try_from(host).is_err() || host.ends_with('.') || (host.len() < name.len() && !host.contains('.')) {
+        r.fault(
+            "server_name",
+            format_args!("must be a host name, like orders.example or *.shop.example, not `{name}`"),
+        );
+    }
+    Some(name)
+}
+
+fn rates(r: &mut Reader<'_>) -> Rates {
+    let mut rate = |key| r.optional::<Bytes>(key).and_then(|bytes| NonZeroU64::new(bytes.0));
+    Rates { all: rate("max_bytes_per_second"), each: rate("max_bytes_per_second_each") }
+}
+
+fn permissive(r: &mut Reader<'_>) -> Option<Permissive> {
+    let (reason, until) = (r.required::<String>("reason"), r.required::<Until>("until"));
+    let silent_after = r.value("silent_after", Duration::ZERO);
+    if reason.as_ref().is_some_and(|reason| reason.trim().is_empty()) {
+        r.fault("reason", "is empty: say why plaintext has to be let in");
+    }
+    Some(Permissive { reason: reason?, until: until?.0, silent_after })
+}
+
+/// The end of a day, or a moment.
+struct Until(Timestamp);
+
+impl FromValue for Until {
+    fn from_text(text: &str) -> Result<Until, String> {
+        let fault = |_| format!("must be a day, like 2027-01-31, or a time, like 2027-01-31T12:00:00Z, not `{text}`");
+        if text.contains('T') {
+            return text.parse().map(Until).map_err(fault);
+        }
+        let begin: Timestamp = format!("{text}T00:00:00Z").parse().map_err(fault)?;
+        Ok(Until(begin.plus(Duration::from_secs(24 * 3600))))
+    }
+}
+
+impl FromValue for Service {
+    fn from_text(text: &str) -> Result<Service, String> {
+        let Some(path) = text.strip_prefix("unix:") else {
+            let fault = |_| {
+                format!("must be an address with a port, like 127.0.0.1:8080, or unix:/path/to/socket, not `{text}`")
+            };
+            return text.parse().map(Service::Tcp).map_err(fault);
+        };
+        // The kernel's field has 108 bytes, the last one zero.
+        if !path.starts_with('/') || path.len() > 107 || path.contains('\0') {
+            return Err(format!("must be unix: and an absolute path of at most 107 bytes, not `{text}`"));
+        }
+        Ok(Service::Unix(path.into()))
+    }
+}
+
+impl FromValue for ProxyProtocol {
+    fn from_text(text: &str) -> Result<ProxyProtocol, String> {
+        match text {
+            "off" => Ok(ProxyProtocol::Off),
+            "v1" => Ok(ProxyProtocol::V1),
+            "v2" => Ok(ProxyProtocol::V2),
+            _ => Err(format!("must be off, v1 or v2, not `{text}`")),
+        }
+    }
+}
+
+impl FromValue for Balance {
+    fn from_text(text: &str) -> Result<Balance, String> {
+        match text {
+            "round_robin" => Ok(Balance::RoundRobin),
+            "least_connections" => Ok(Balance::LeastConnections),
+            _ => Err(format!("must be round_robin or least_connections, not `{text}`")),
+        }
+    }
 }
 
 fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
-    let (listen, to) = (r.required("listen"), r.required("to"));
+    let (listen, to) = (r.required("listen"), r.required::<OneOrMore<HostPort>>("to"));
     let (id, dns) = (r.optional("peer"), r.optional::<String>("peer_dns"));
-    let expose = r.value("expose", false);
+    let (expose, balance) = (r.value("expose", false), r.value("balance", Balance::RoundRobin));
+    let (server_name, rates) = (server_name(r), rates(r));
+    if server_name.as_ref().is_some_and(|name| name.starts_with('*')) {
+        r.fault("server_name", "is what this route asks for: one name, without `*`");
+    }
     let peer = match (id, dns) {
         (Some(id), None) => Some(Peer::Workload(id)),
         (None, Some(name)) => Some(Peer::Dns(name)),
@@ -388,7 +587,24 @@ fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
             None
         }
     };
-    Some(Outbound { listen: listen?, to: to?, peer: peer?, expose })
+    Some(Outbound { listen: listen?, to: to?.0, balance, peer: peer?, server_name, expose, rates })
+}
+
+/// One value, or a list of at least one.
+struct OneOrMore<V>(Vec<V>);
+
+impl<V: FromValue> FromValue for OneOrMore<V> {
+    fn from_value(value: &Value) -> Result<OneOrMore<V>, String> {
+        let all = match value {
+            Value::Array(_) => Vec::from_value(value)?,
+            one => vec![V::from_value(one)?],
+        };
+        if all.is_empty() { Err("is an empty list: name at least one".into()) } else { Ok(OneOrMore(all)) }
+    }
+
+    fn from_text(text: &str) -> Result<OneOrMore<V>, String> {
+        Vec::from_text(text).map(OneOrMore)
+    }
 }
 
 fn egress(r: &mut Reader<'_>) -> Egress {
@@ -492,6 +708,11 @@ fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
             );
         }
     }
+    for outbound in &config.outbound {
+        if matches!(outbound.peer, Peer::Dns(_)) && outbound.server_name.is_some() {
+            say("outbound", "has `server_name` and `peer_dns`, which is the name that is asked for".into());
+        }
+    }
     egress_contradictions(&config.egress, &mut say);
     port_conflicts(config, &mut say);
     value_faults(config, &mut say);
@@ -499,8 +720,37 @@ fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
 }
 
 fn inbound_contradictions(config: &Config, i: usize, inbound: &Inbound, say: &mut dyn FnMut(&'static str, String)) {
-    let Inbound { listen, to, allow, allow_dns, dial_from, .. } = inbound;
-    if overlaps(*listen, *to) {
+    let Inbound { listen, to, allow, allow_dns, .. } = inbound;
+    if let Service::Tcp(address) = to {
+        port_contradictions(inbound, *address, say);
+    }
+    if allow.is_empty() && allow_dns.is_empty() {
+        say("inbound", format!("on {listen} allows nobody: list SPIFFE IDs in `allow`, or DNS names in `allow_dns`"));
+    }
+    if !allow_dns.is_empty() && config.trust.dns_roots.is_none() {
+        say("inbound", "has `allow_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
+    }
+    permissive_contradictions(config, inbound, say);
+    for other in &config.inbound[i + 1..] {
+        let same_port = to.address().is_some() && other.to == *to;
+        if same_port && inbound.hold_service_port && other.hold_service_port {
+            say("inbound", format!("{to} is led to twice: set `hold_service_port = false` on one"));
+        }
+        if other.shares_listener_with(inbound) && other.accept_proxy_protocol_from != inbound.accept_proxy_protocol_from
+        {
+            say(
+                "inbound",
+                format!(
+                    "on {listen} has different `accept_proxy_protocol_from` in two blocks: the header comes before the name"
+                ),
+            );
+        }
+    }
+}
+
+fn port_contradictions(inbound: &Inbound, to: SocketAddr, say: &mut dyn FnMut(&'static str, String)) {
+    let Inbound { listen, dial_from, .. } = inbound;
+    if overlaps(*listen, to) {
         say("inbound", format!("listens on {listen} and leads to {to}, which is itself"));
     }
     if to.port() == 0 {
@@ -515,16 +765,22 @@ fn inbound_contradictions(config: &Config, i: usize, inbound: &Inbound, say: &mu
             ),
         );
     }
-    if allow.is_empty() && allow_dns.is_empty() {
-        say("inbound", format!("on {listen} allows nobody: list SPIFFE IDs in `allow`, or DNS names in `allow_dns`"));
+}
+
+fn permissive_contradictions(config: &Config, inbound: &Inbound, say: &mut dyn FnMut(&'static str, String)) {
+    let Some(permissive) = &inbound.permissive else { return };
+    if inbound.server_name.is_some() {
+        let text =
+            "has `permissive` and `server_name`: plaintext asks for no name, put `permissive` into a block without";
+        say("inbound", text.into());
     }
-    if !allow_dns.is_empty() && config.trust.dns_roots.is_none() {
-        say("inbound", "has `allow_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
-    }
-    for other in config.inbound.iter().skip(i + 1).filter(|other| other.to == *to && other.hold_service_port) {
+    let within = config.timeouts.handshake;
+    if permissive.silent_after >= within {
         say(
             "inbound",
-            format!("{to} is led to from {listen} and {}: set `hold_service_port = false` on one", other.listen),
+            format!(
+                "has `permissive.silent_after` not below `timeouts.handshake`, {within:?}: it would never come to it"
+            ),
         );
     }
 }
@@ -565,7 +821,15 @@ fn egress_contradictions(egress: &Egress, say: &mut dyn FnMut(&'static str, Stri
 /// Two listeners on one port, or one that we hold ourselves.
 fn port_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
     let mut listeners: Vec<(&'static str, SocketAddr)> = vec![("admin.listen", config.admin.listen)];
-    listeners.extend(config.inbound.iter().map(|inbound| ("inbound", inbound.listen)));
+    for (i, inbound) in config.inbound.iter().enumerate() {
+        // Blocks of different names share their listener.
+        let mut sharing = config.inbound[..i].iter().filter(|other| other.shares_listener_with(inbound));
+        match sharing.find(|other| other.server_name == inbound.server_name) {
+            Some(same) => say("inbound", same_name(same)),
+            None if config.inbound[..i].iter().any(|other| other.shares_listener_with(inbound)) => {}
+            None => listeners.push(("inbound", inbound.listen)),
+        }
+    }
     listeners.extend(config.outbound.iter().map(|outbound| ("outbound", outbound.listen)));
     listeners.extend(config.egress.listeners());
     let mut by_port: BTreeMap<u16, Vec<(&'static str, SocketAddr)>> = BTreeMap::new();
@@ -577,16 +841,24 @@ fn port_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
         taken.push((key, address));
     }
     for inbound in config.inbound.iter().filter(|inbound| inbound.hold_service_port) {
-        let held = by_port.get(&inbound.to.port()).into_iter().flatten();
+        let Some(to) = inbound.to.address() else { continue };
+        let held = by_port.get(&to.port()).into_iter().flatten();
         for (key, address) in held.filter(|(_, address)| !address.ip().is_loopback()) {
             say(
                 key,
                 format!(
-                    "listens on {address}, a port that is held for the service {}: choose another, or set `hold_service_port = false`",
-                    inbound.to
+                    "listens on {address}, a port that is held for the service {to}: choose another, or set `hold_service_port = false`"
                 ),
             );
         }
+    }
+}
+
+fn same_name(inbound: &Inbound) -> String {
+    let Inbound { listen, server_name, .. } = inbound;
+    match server_name {
+        Some(name) => format!("has two blocks on {listen} for `{name}`: each name leads to one service"),
+        None => format!("has two blocks on {listen} without a `server_name`: tell them apart by one"),
     }
 }
 
@@ -708,6 +980,124 @@ mod tests {
         );
     }
 
+    /// The good file with more in its inbound block.
+    fn inbound_with(more: &str) -> String {
+        changed("allow = [", &format!("{more}\nallow = ["))
+    }
+
+    fn outbound_with(more: &str) -> String {
+        changed("peer = ", &format!("{more}\npeer = "))
+    }
+
+    /// The good file with a second inbound block.
+    fn second_inbound(first: &str, second: &str) -> String {
+        let block = "[[inbound]]\nto = \"127.0.0.1:8081\"\nallow = [\"spiffe://td/shop/web\"]\n";
+        format!("{}\n{block}{second}", inbound_with(first))
+    }
+
+    #[test]
+    fn what_an_inbound_block_may_say_is_read() {
+        let text = inbound_with(
+            r#"
+            server_name = "Orders.Example"
+            proxy_protocol = "v2"
+            accept_proxy_protocol_from = ["10.0.0.0/24", "fd00::1"]
+            max_bytes_per_second = "100MiB"
+            max_bytes_per_second_each = "10MiB"
+            "#,
+        );
+        let inbound = &Config::parse(&text, &no_env).unwrap().inbound[0];
+        assert_eq!(inbound.server_name.as_deref(), Some("orders.example"));
+        assert_eq!(inbound.proxy_protocol, ProxyProtocol::V2);
+        assert_eq!(inbound.accept_proxy_protocol_from.len(), 2);
+        assert_eq!(inbound.rates, Rates { all: NonZeroU64::new(100 << 20), each: NonZeroU64::new(10 << 20) });
+        let text = changed("127.0.0.1:8080", "unix:/run/app.sock");
+        assert_eq!(Config::parse(&text, &no_env).unwrap().inbound[0].to, Service::Unix("/run/app.sock".into()));
+    }
+
+    #[test]
+    fn what_an_outbound_block_may_say_is_read() {
+        let text = changed("\"db:8443\"", r#"["db1:8443", "db2:8443"]"#)
+            .replace("peer = ", "balance = \"least_connections\"\nserver_name = \"db.example\"\npeer = ");
+        let outbound = &Config::parse(&text, &no_env).unwrap().outbound[0];
+        assert_eq!((outbound.name().as_str(), outbound.balance), ("db1:8443,db2:8443", Balance::LeastConnections));
+        assert_eq!(outbound.server_name.as_deref(), Some("db.example"));
+        assert_eq!(Config::parse(GOOD, &no_env).unwrap().outbound[0].name(), "db:8443");
+    }
+
+    #[test]
+    fn permissive_has_a_reason_and_an_end() {
+        let permissive = |inside: &str| inbound_with(&format!("permissive = {{ {inside} }}"));
+        let read = |inside: &str| Config::parse(&permissive(inside), &no_env).unwrap().inbound[0].permissive.clone();
+        let whole_day = read(r#"reason = "moving", until = "2027-01-31""#).unwrap();
+        assert_eq!(whole_day.until.to_string(), "2027-02-01T00:00:00.000Z");
+        let moment = read(r#"reason = "moving", until = "2027-01-31T12:00:00Z", silent_after = "1s""#).unwrap();
+        assert_eq!(moment.until.to_string(), "2027-01-31T12:00:00.000Z");
+        check(&permissive(r#"reason = "moving""#), &["`inbound[0].permissive.until` is missing"]);
+        check(&permissive(r#"until = "2027-01-31""#), &["`inbound[0].permissive.reason` is missing"]);
+        check(&permissive(r#"reason = " ", until = "2027-01-31""#), &["say why plaintext has to be let in"]);
+        for until in ["soon", "2027-13-01", "2027-1-1", "31.1.2027", "2027-01-31T12:00", ""] {
+            check(&permissive(&format!(r#"reason = "x", until = "{until}""#)), &["must be a day, like 2027-01-31"]);
+        }
+        check(
+            &permissive(r#"reason = "x", until = "2027-01-31", silent_after = "5s""#),
+            &["not below `timeouts.handshake`"],
+        );
+        check(&inbound_with("permissive = true"), &["must be a table"]);
+        check(
+            &inbound_with("server_name = \"a.example\"\npermissive = { reason = \"x\", until = \"2027-01-31\" }"),
+            &["plaintext asks for no name"],
+        );
+    }
+
+    #[test]
+    fn blocks_that_share_a_listener_are_told_apart() {
+        let here = "listen = \"0.0.0.0:8443\"\n";
+        let named = |name: &str| format!("{here}server_name = \"{name}\"");
+        check(&second_inbound("", &named("a.example")), &[]);
+        check(&second_inbound("server_name = \"b.example\"", &named("a.example")), &[]);
+        check(&second_inbound("", here), &["without a `server_name`: tell them apart"]);
+        check(&second_inbound("server_name = \"a.example\"", &named("A.example")), &["for `a.example`: each name"]);
+        check(
+            &second_inbound("accept_proxy_protocol_from = [\"10.0.0.1\"]", &named("a.example")),
+            &["different `accept_proxy_protocol_from`"],
+        );
+        let elsewhere = "listen = \"127.0.0.1:8443\"\nserver_name = \"a.example\"";
+        check(&second_inbound("", elsewhere), &["`inbound` has already, as 0.0.0.0:8443"]);
+        for name in ["", "a..example", "10.0.0.1", "*.example", "a.*.example", "*", "a.example.", "a b"] {
+            check(&inbound_with(&format!("server_name = \"{name}\"")), &["must be a host name"]);
+        }
+        check(&inbound_with("server_name = \"*.shop.example\""), &[]);
+    }
+
+    #[test]
+    fn new_keys_are_told_what_is_wrong_with_them() {
+        check(&changed("127.0.0.1:8080", "unix:app.sock"), &["an absolute path of at most 107 bytes"]);
+        check(&changed("127.0.0.1:8080", &format!("unix:/{}", "x".repeat(107))), &["an absolute path"]);
+        check(&changed("127.0.0.1:8080", "/run/app.sock"), &["or unix:/path/to/socket"]);
+        let unix = changed("127.0.0.1:8080", "unix:/run/app.sock");
+        check(
+            &unix.replace("allow = [", "hold_service_port = false\ndial_from = \"127.0.0.6\"\nallow = ["),
+            &["`inbound[0].hold_service_port` is about a port", "`inbound[0].dial_from` is about a port"],
+        );
+        check(&inbound_with("proxy_protocol = \"v3\""), &["must be off, v1 or v2"]);
+        check(&inbound_with("accept_proxy_protocol_from = [\"10.0.0.1/24\"]"), &["bits set beyond"]);
+        check(&outbound_with("balance = \"random\""), &["must be round_robin or least_connections"]);
+        check(&changed("\"db:8443\"", "[]"), &["is an empty list"]);
+        check(&changed("\"db:8443\"", "[\"db\"]"), &["(item 1) must be host:port"]);
+        check(&outbound_with("server_name = \"*.db.example\""), &["one name, without `*`"]);
+        let foreign =
+            changed("peer = \"spiffe://td/shop/db\"", "peer_dns = \"db.example\"\nserver_name = \"x.example\"");
+        check(
+            &format!("{foreign}[trust]\ndns_roots = \"/x.pem\""),
+            &["`peer_dns`, which is the name that is asked for"],
+        );
+        check(
+            &second_inbound("", "listen = \"0.0.0.0:9443\"").replace("127.0.0.1:8081", "127.0.0.1:8080"),
+            &["127.0.0.1:8080 is led to twice"],
+        );
+    }
+
     #[test]
     fn egress_without_contradictions_is_read_and_with_them_refused() {
         let good = GOOD.to_owned()
@@ -774,6 +1164,13 @@ mod tests {
             "allow_dns",
             "hold_service_port",
             "dial_from",
+            "server_name",
+            "proxy_protocol",
+            "accept_proxy_protocol_from",
+            "max_bytes_per_second",
+            "max_bytes_per_second_each",
+            "permissive",
+            "balance",
             "peer",
             "peer_dns",
             "expose",

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 /// An address counts this long, whatever its record says: containers get new ones when they restart.
 const MAX_TTL: Duration = Duration::from_secs(5);
 /// How long one address of several may take.
-const ONE_ADDRESS: Duration = Duration::from_secs(2);
+pub const ONE_ADDRESS: Duration = Duration::from_secs(2);
 /// A peer that is gone without a word is noticed after about this long.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 

@@ -24,6 +24,8 @@ pub struct Metrics {
     refused: IntCounterVec,
     bytes: IntCounterVec,
     truncated: IntCounterVec,
+    plaintext: IntCounter,
+    permissive: IntGauge,
     events: IntCounterVec,
     lost: IntCounterVec,
     spool_bytes: IntGauge,
@@ -60,6 +62,14 @@ impl Metrics {
                 "Connections that ended without a proper close of TLS.",
                 &["direction"],
             ),
+            plaintext: register(
+                &registry,
+                IntCounter::new(
+                    name("connections_plaintext_total"),
+                    "Of the connections let through, those without TLS (`permissive`).",
+                ),
+            ),
+            permissive: gauge(&registry, "permissive_listeners", "Listeners that let plaintext in now (`permissive`)."),
             events: counters(&registry, "events_total", "Events taken in.", &["severity"]),
             lost: counters(&registry, "events_lost_total", "Events lost, by the spool or before it.", &["severity"]),
             spool_bytes: gauge(&registry, "spool_bytes", "Bytes of the spool on disk."),
@@ -135,6 +145,17 @@ impl Metrics {
     pub fn opened(&self, direction: Direction) {
         self.opened.with_label_values(&[direction.word()]).inc();
         self.live.with_label_values(&[direction.word()]).inc();
+    }
+
+    /// A connection without TLS was let through.
+    pub fn plaintext_opened(&self) {
+        self.opened(Direction::Inbound);
+        self.plaintext.inc();
+    }
+
+    /// So many listeners let plaintext in.
+    pub fn permissive(&self, listeners: usize) {
+        self.permissive.set(listeners as i64);
     }
 
     /// It ended.

@@ -99,27 +99,30 @@ impl Reader<'_> {
 
     /// The table `key`, read by `read`; an empty one if it is not there.
     pub fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Reader<'_>) -> T) -> T {
+        let table = self.table(key).unwrap_or_default();
+        self.descend(self.name(key), table, self.in_list, read)
+    }
+
+    /// The table `key` if there is one, read by `read`.
+    pub fn optional_section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Reader<'_>) -> T) -> Option<T> {
+        let table = self.table(key)?;
+        Some(self.descend(self.name(key), table, self.in_list, read))
+    }
+
+    fn table(&mut self, key: &'static str) -> Option<Table> {
         self.known.insert(key);
-        let table = match self.table.remove(key) {
-            None => Table::new(),
-            Some(Value::Table(table)) => table,
-            Some(other) => {
+        match self.table.remove(key)? {
+            Value::Table(table) => Some(table),
+            other => {
                 self.faults.push(format!(
                     "`{}` must be a table, [{}], and is {}",
                     self.name(key),
                     self.name(key),
                     other.type_str()
                 ));
-                Table::new()
+                None
             }
-        };
-        self.descend(self.name(key), table, self.in_list, read)
-    }
-
-    /// The table `key` if there is one, read by `read`.
-    pub fn optional_section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Reader<'_>) -> T) -> Option<T> {
-        self.known.insert(key);
-        self.table.contains_key(key).then(|| self.section(key, read))
+        }
     }
 
     /// The list of tables `key`, each read by `read`.

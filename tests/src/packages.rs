@@ -56,6 +56,8 @@ pub const TESTS: &[Needed] = &[
     needed("nats-server", &["nats-server"]),
     needed("h2load", &["nghttp2-client"]),
     needed("wrk", &["wrk"]),
+    // A load balancer in front of an agent.
+    needed("haproxy", &["haproxy"]),
     // What looks at a TLS port from outside.
     needed("testssl", &["testssl.sh"]),
     needed("sslscan", &["sslscan"]),

@@ -9,6 +9,9 @@ use sidewarden_collector::index::Query;
 use sidewarden_proto::event::{Body, RefusalReason};
 use sidewarden_proto::identity::Sha256;
 use sidewarden_proto::secret::Secret;
+use sidewarden_proto::time::Timestamp;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 
 use world::{World, all, echo, eventually, hook, http, inbound, outbound, says};
 
@@ -62,6 +65,35 @@ async fn a_refused_connection_becomes_an_alert_at_a_webhook() {
     let has_it = async || bodies.lock().unwrap().iter().find(|body| body.contains("PlaintextRefused")).cloned();
     let alert = eventually(|| format!("no alert among {:#?}", bodies.lock().unwrap()), has_it).await;
     assert!(alert.contains("shop/orders") && alert.contains("127.0.0.1"), "{alert}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plaintext_that_is_let_in_for_a_while_is_loud_until_it_is_over() {
+    let (hook, bodies) = hook().await;
+    let world = World::start_with(&format!("[[alerts.webhooks]]\nurl = 'http://{hook}/'")).await;
+    let until = Timestamp::now().plus(Duration::from_secs(10));
+    let permissive = format!("permissive = {{ reason = 'the batch host has no agent', until = '{until}' }}\n");
+    let rules = inbound(echo().await, "shop/web") + &permissive;
+    let orders = world.agent("orders-1", "shop/orders", &rules).await;
+    let mut old = TcpStream::connect(orders.inbound()).await.unwrap();
+    assert_eq!(says(&mut old, b"hello").await.unwrap(), b"hello", "also before it has an identity");
+    orders.enrolled().await;
+    let alert = async |name: &str, status: &str| {
+        let (name, status) = (format!("\"{name}\""), format!("\"{status}\""));
+        let is_it = |body: &&String| body.contains(&name) && body.contains(&status);
+        let has_it = async || bodies.lock().unwrap().iter().find(is_it).cloned();
+        eventually(|| format!("no {name} {status} among {:#?}", bodies.lock().unwrap()), has_it).await
+    };
+    let firing = alert("PlaintextAllowed", "firing").await;
+    assert!(firing.contains("the batch host has no agent"), "{firing}");
+    let let_in = alert("PlaintextLetIn", "firing").await;
+    assert!(let_in.contains("127.0.0.0/24") && let_in.contains("began with `hello`"), "{let_in}");
+    let metrics = orders.admin("/metrics").await;
+    assert!(metrics.contains("sidewarden_agent_permissive_listeners 1"), "{metrics}");
+    assert!(metrics.contains("sidewarden_agent_connections_plaintext_total 1"), "{metrics}");
+    let end = tokio::time::timeout(HOUR, old.read(&mut [0; 1])).await.expect("an end");
+    assert!(end.is_err(), "cut when it is over, not ended");
+    alert("PlaintextAllowed", "resolved").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -85,6 +85,16 @@ impl Circle {
         }
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// Where the next connection goes, `tried` excepted; `None` when all were tried. The caller tells its fate by
     /// [`Circle::answered`] or [`Circle::failed`].
     pub fn choose(&mut self, tried: &[SocketAddr], now: Instant) -> Option<SocketAddr> {

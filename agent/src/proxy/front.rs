@@ -5,39 +5,58 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use sidewarden_proto::event::RefusalReason;
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::time::timeout;
 
 use super::handshake::{Opening, read_on};
 use super::header::{Header, MAX_HEADER, Parsed, parse};
 
-/// A connection whose first bytes are known.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// Who connected, by the header if there was one.
-    pub source: SocketAddr,
-    /// What the first bytes are.
-    pub opening: Opening,
-    /// The bytes themselves, without the header.
-    pub bytes: Vec<u8>,
+/// Reads the header that is due: who really connected, `None` if that is the load balancer itself, or what is wrong.
+/// What was read behind it stays in `bytes`. Has no limit of time of its own.
+pub async fn real_source<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    bytes: &mut Vec<u8>,
+) -> io::Result<Result<Option<SocketAddr>, String>> {
+    let header = read_header(stream, bytes).await?;
+    Ok(header.map(|header| header.source()).map_err(|why| format!("PROXY header: {why}")))
 }
 
-/// Reads the header, if one is `due`, and the first bytes behind it. Has no limit of time of its own.
-pub async fn arrive<S: AsyncRead + Unpin>(stream: &mut S, source: SocketAddr, due: bool) -> io::Result<Arrival> {
-    let (mut bytes, mut real) = (Vec::with_capacity(2048), None);
-    if due {
-        match read_header(stream, &mut bytes).await? {
-            Ok(header) => real = header.source(),
-            Err(why) => {
-                let opening = Opening::Refuse(RefusalReason::ProxyHeaderBroken, format!("PROXY header: {why}"));
-                return Ok(Arrival { source, opening, bytes });
-            }
-        }
+/// Reads on from `bytes` until it is clear what the connection is. Who says nothing for `silent_after` waits for the
+/// service to speak first, in plaintext; zero for nobody. Has no limit of time of its own otherwise.
+pub async fn opening<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    bytes: &mut Vec<u8>,
+    silent_after: Duration,
+) -> io::Result<Opening> {
+    match is_silent(stream, bytes, silent_after).await? {
+        true => Ok(Opening::Refuse(RefusalReason::Plaintext, "waited for the service to speak first".into())),
+        false => read_on(stream, bytes).await,
     }
-    let opening = read_on(stream, &mut bytes).await?;
-    let opening = if due { opening } else { without_header(opening, &bytes) };
-    Ok(Arrival { source: real.unwrap_or(source), opening, bytes })
+}
+
+/// Plaintext that is the beginning of a header nobody asked for is told as what it is: somebody who wants to pass for
+/// somebody else.
+pub fn unmask(opening: Opening, bytes: &[u8]) -> Opening {
+    match opening {
+        Opening::Refuse(RefusalReason::Plaintext, detail) if looks_like_header(bytes) => {
+            Opening::Refuse(RefusalReason::ProxyHeaderUntrusted, detail)
+        }
+        other => other,
+    }
+}
+
+/// Whether nothing came within `patience`, which is none if zero.
+async fn is_silent<S: AsyncRead + Unpin>(stream: &mut S, bytes: &mut Vec<u8>, patience: Duration) -> io::Result<bool> {
+    if patience.is_zero() || !bytes.is_empty() {
+        return Ok(false);
+    }
+    match timeout(patience, stream.read_buf(bytes)).await {
+        Ok(read) => read.map(|_| false),
+        Err(_) => Ok(true),
+    }
 }
 
 /// Takes a header off the front; what came behind it in the same breath stays in `bytes`.
@@ -58,16 +77,6 @@ async fn read_header<S: AsyncRead + Unpin>(
         if stream.read_buf(bytes).await? == 0 {
             return Ok(Err(if bytes.is_empty() { "closed without a byte" } else { "closed in the middle of it" }));
         }
-    }
-}
-
-/// Plaintext that is the beginning of a header is told as what it is: somebody who wants to pass for somebody else.
-fn without_header(opening: Opening, bytes: &[u8]) -> Opening {
-    match opening {
-        Opening::Refuse(RefusalReason::Plaintext, detail) if looks_like_header(bytes) => {
-            Opening::Refuse(RefusalReason::ProxyHeaderUntrusted, detail)
-        }
-        other => other,
     }
 }
 
@@ -98,8 +107,31 @@ mod tests {
         Header::tcp("192.0.2.7:12345".parse().unwrap(), "192.0.2.9:443".parse().unwrap())
     }
 
+    #[derive(Debug)]
+    struct Arrival {
+        source: SocketAddr,
+        opening: Opening,
+        bytes: Vec<u8>,
+    }
+
+    async fn arrive(stream: &mut (impl AsyncRead + Unpin), header: bool, silent_after: Duration) -> Arrival {
+        let (mut bytes, mut source) = (Vec::new(), OUTER.parse().unwrap());
+        if header {
+            match real_source(stream, &mut bytes).await.unwrap() {
+                Ok(real) => source = real.unwrap_or(source),
+                Err(why) => {
+                    let opening = Opening::Refuse(RefusalReason::ProxyHeaderBroken, why);
+                    return Arrival { source, opening, bytes };
+                }
+            }
+        }
+        let opening = opening(stream, &mut bytes, silent_after).await.unwrap();
+        let opening = if header { opening } else { unmask(opening, &bytes) };
+        Arrival { source, opening, bytes }
+    }
+
     /// What is made of `sent`, written in pieces of `size` and then ended.
-    async fn arrived(sent: &[u8], size: usize, due: bool) -> Arrival {
+    async fn arrived(sent: &[u8], size: usize, header: bool) -> Arrival {
         let (mut client, mut server) = tokio::io::duplex(64 << 10);
         let sent = sent.to_vec();
         let writing = tokio::spawn(async move {
@@ -110,7 +142,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         });
-        let arrival = arrive(&mut server, OUTER.parse().unwrap(), due).await.unwrap();
+        let arrival = arrive(&mut server, header, Duration::ZERO).await;
         drop(server);
         writing.await.unwrap();
         arrival
@@ -155,6 +187,23 @@ mod tests {
             let (reason, got) = refusal(&arrival).unwrap();
             assert_eq!((reason, got.starts_with(detail)), (RefusalReason::ProxyHeaderBroken, true), "{got}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_is_waited_for_only_as_long_as_allowed() {
+        let patience = Duration::from_millis(200);
+        let (mut client, mut server) = tokio::io::duplex(999);
+        let silent = arrive(&mut server, false, patience).await;
+        assert_eq!(refusal(&silent), Some((RefusalReason::Plaintext, "waited for the service to speak first")));
+        client.write_all(&good_hello()).await.unwrap();
+        assert_eq!(arrive(&mut server, false, patience).await.opening, tls());
+        let (client, mut server) = tokio::io::duplex(999);
+        drop(client);
+        let gone = arrive(&mut server, false, patience).await;
+        assert_eq!(refusal(&gone), Some((RefusalReason::HandshakeFailed, "closed without a byte")));
+        let (_client, mut server) = tokio::io::duplex(999);
+        let patient = arrive(&mut server, false, Duration::ZERO);
+        assert!(timeout(Duration::from_secs(3600), patient).await.is_err(), "no limit of its own");
     }
 
     #[tokio::test]

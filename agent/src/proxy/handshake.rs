@@ -24,6 +24,9 @@ pub const MAX_PROTOCOLS: usize = 16;
 /// A fatal alert `protocol_version` (70), in a record of TLS 1.0, which every client reads.
 pub const ALERT_PROTOCOL_VERSION: [u8; 7] = [21, 3, 1, 0, 2, 2, 70];
 
+/// A fatal alert `unrecognized_name` (112) in the same form.
+pub const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 1, 0, 2, 2, 112];
+
 /// What the bytes are so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Opening {

@@ -15,12 +15,13 @@ use sidewarden_proto::event::{Direction, Event, ListenerExposed, RefusalReason, 
 use sidewarden_proto::time::Timestamp;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::accounting::Refusal;
 use super::handshake::{Opening, classify, shown};
+use super::inbound::Listener;
 use super::{Shared, log_panic};
 
 /// How often is looked for new addresses, and for ports that have become free.
@@ -30,8 +31,13 @@ const LISTEN_TO: Duration = Duration::from_secs(1);
 /// How many at a time; the others are only counted.
 const MAX_LISTENED: usize = 64;
 
-/// Holds the port of `service` until the agent stops.
-pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr) {
+/// A connection for the listener that lets plaintext in.
+type Led = mpsc::Sender<(TcpStream, SocketAddr)>;
+
+/// Holds the port of `service` until the agent stops. While `lenient` lets plaintext in, who comes here is served there:
+/// clients that have no agent yet still know the service by this port.
+pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr, lenient: Option<Arc<Listener>>) {
+    let (led, mut incoming) = mpsc::channel(MAX_LISTENED);
     let mut held: HashMap<IpAddr, tokio::task::AbortHandle> = HashMap::new();
     let mut exposed: BTreeSet<IpAddr> = BTreeSet::new();
     let mut tasks = JoinSet::new();
@@ -50,7 +56,8 @@ pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr) {
             match TcpListener::bind(SocketAddr::new(ip, service.port())).await {
                 Ok(listener) => {
                     exposed.remove(&ip);
-                    held.insert(ip, tasks.spawn(refuse_all(shared.clone(), listener)));
+                    let lenient = lenient.clone().map(|lenient| (lenient, led.clone()));
+                    held.insert(ip, tasks.spawn(refuse_all(shared.clone(), listener, lenient)));
                 }
                 Err(error) => tell(&shared, SocketAddr::new(ip, service.port()), &error, exposed.insert(ip)),
             }
@@ -58,11 +65,13 @@ pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr) {
         tokio::select! {
             () = shared.stop.cancelled() => break,
             () = sleep(LOOK_AGAIN) => {}
+            // Both are never ready to the end: they only ever stop being looked at.
+            () = serve_each(&mut incoming, &mut tasks, lenient.as_ref()) => {}
         }
     }
     held.values().for_each(tokio::task::AbortHandle::abort);
     while let Some(result) = tasks.join_next().await {
-        if !matches!(&result, Err(error) if error.is_cancelled()) {
+        if !was_aborted(&result) {
             log_panic(result);
         }
     }
@@ -111,7 +120,38 @@ fn wanted(addresses: &[IpAddr], service: SocketAddr, own: SocketAddr) -> BTreeSe
     wanted
 }
 
-async fn refuse_all(shared: Arc<Shared>, listener: TcpListener) {
+/// Holds one port that is bound already.
+#[cfg(test)]
+pub async fn hold_at(shared: Arc<Shared>, listener: TcpListener, lenient: Arc<Listener>) {
+    let ((led, mut incoming), mut tasks) = (mpsc::channel(MAX_LISTENED), JoinSet::new());
+    let refusing = refuse_all(shared, listener, Some((lenient.clone(), led)));
+    tokio::select! {
+        () = refusing => {}
+        () = serve_each(&mut incoming, &mut tasks, Some(&lenient)) => {}
+    }
+}
+
+/// Serves who was led here, each in a task that is waited for, as long as it is polled.
+async fn serve_each(
+    incoming: &mut mpsc::Receiver<(TcpStream, SocketAddr)>,
+    tasks: &mut JoinSet<()>,
+    lenient: Option<&Arc<Listener>>,
+) {
+    loop {
+        tokio::select! {
+            Some(result) = tasks.join_next(), if !tasks.is_empty() => if !was_aborted(&result) { log_panic(result) },
+            Some((tcp, source)) = incoming.recv() => if let Some(lenient) = lenient.cloned() {
+                tasks.spawn(async move { lenient.take(tcp, source).await });
+            },
+        }
+    }
+}
+
+fn was_aborted(result: &Result<(), tokio::task::JoinError>) -> bool {
+    matches!(result, Err(error) if error.is_cancelled())
+}
+
+async fn refuse_all(shared: Arc<Shared>, listener: TcpListener, lenient: Option<(Arc<Listener>, Led)>) {
     let Ok(address) = listener.local_addr() else { return };
     let room = Arc::new(Semaphore::new(MAX_LISTENED));
     let mut tasks = JoinSet::new();
@@ -119,6 +159,15 @@ async fn refuse_all(shared: Arc<Shared>, listener: TcpListener) {
         let accepted = tokio::select! {
             Some(result) = tasks.join_next(), if !tasks.is_empty() => { log_panic(result); continue }
             accepted = listener.accept() => accepted,
+        };
+        let lenient = lenient.as_ref().filter(|(lenient, _)| lenient.is_lenient_now());
+        let accepted = match (accepted, lenient) {
+            // Where the queue is full it is refused as it would be without leniency.
+            (Ok(accepted), Some((_, led))) => match led.try_send(accepted) {
+                Ok(()) => continue,
+                Err(full) => Ok(full.into_inner()),
+            },
+            (accepted, _) => accepted,
         };
         match (accepted, room.clone().try_acquire_owned()) {
             (Ok((tcp, source)), Ok(permit)) => {

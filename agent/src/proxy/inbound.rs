@@ -9,22 +9,25 @@ use sidewarden_proto::event::{Direction, RefusalReason};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::accounting::{Pair, Refusal, Secured};
+use super::accounting::{Pair, Plaintext, Refusal, Secured};
 use super::channel::Channel;
 use super::connections::Registered;
+use super::entrance::{Entrance, Passed, Speaks, Stopped};
 use super::flow::Flow;
 use super::frame::Frame;
-use super::handshake::{ALERT_PROTOCOL_VERSION, Opening, part_soon, read_opening};
+use super::handshake::{Hello, Replayed};
 use super::header::{self, Header, Parsed};
+use super::limits::{Pace, Pacing};
+use super::permissive::Leniency;
 use super::pool::MAX_WAIT;
 use super::pump::Early;
-use super::relay::{End, Mover, relay};
-use super::secure::Secure;
-use super::{Room, Shared, accept_each};
-use crate::config::Inbound;
-use crate::dial::connect_from;
+use super::relay::{End, Mover, copying, relay};
+use super::secure::{Fault, Secure};
+use super::service::{self, Guest, Proven};
+use super::{Room, Shared, accept_counted, over_limit, serve_in};
+use crate::config::{Inbound, ProxyProtocol};
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
@@ -33,11 +36,32 @@ const ACCESS_DENIED: u8 = 49;
 /// TLS internal_error: nobody to hand the connection to.
 const INTERNAL_ERROR: u8 = 80;
 
-struct Listener {
+/// One listener, and the services behind it.
+pub struct Listener {
     shared: Arc<Shared>,
+    name: String,
+    entrance: Entrance<Way>,
+}
+
+/// The way to one service.
+struct Way {
     config: Inbound,
+    /// The listener, and the host name that was asked for, where there are several.
     name: String,
     rules: Arc<Rules>,
+    pacing: Pacing,
+}
+
+impl Way {
+    fn new(listener: &str, config: Inbound) -> Way {
+        let rules = Rules::Inbound { allow: config.allow.clone(), allow_dns: config.allow_dns.clone() };
+        let name = match &config.server_name {
+            Some(host) => format!("{listener} ({host})"),
+            None => listener.to_owned(),
+        };
+        let pacing = Pacing::new(config.rates.all, config.rates.each);
+        Way { config, name, rules: Arc::new(rules), pacing }
+    }
 }
 
 /// Why a connection does not get through, and who it said it was.
@@ -53,17 +77,40 @@ impl Refused {
     }
 }
 
+/// A connection that has begun a handshake.
+struct Opened {
+    tcp: TcpStream,
+    source: SocketAddr,
+    bytes: Vec<u8>,
+    hello: Hello,
+    by: Instant,
+}
+
 /// A peer whose handshake is done.
-struct Entered {
+struct Entered<'a> {
+    way: &'a Way,
     identity: Arc<Identity>,
     live: Registered,
     how: Secured,
     source: SocketAddr,
+    destination: SocketAddr,
+    server_name: Option<String>,
 }
 
-impl Entered {
+impl Entered<'_> {
     fn refuse(&self, reason: RefusalReason, detail: String) -> Refused {
         Refused { reason, detail, peer: self.live.peer.name.to_string() }
+    }
+
+    /// What the workload may be told of a connection from `source`.
+    fn guest(&self, source: SocketAddr) -> Guest {
+        let proven = || Proven {
+            peer: self.live.peer.name.to_string(),
+            tls_version: self.how.tls_version.clone(),
+            server_name: self.server_name.clone(),
+        };
+        let is_told = self.way.config.proxy_protocol == ProxyProtocol::V2;
+        Guest { source, destination: self.destination, proven: is_told.then(proven) }
     }
 }
 
@@ -84,55 +131,128 @@ fn judge_frame(frame: io::Result<Option<Frame>>) -> Result<Option<Vec<u8>>, Stri
     }
 }
 
-/// Who connected to the other agent, as its OPEN says.
-fn source_of(open: &[u8]) -> Option<Header> {
+/// What an OPEN says of who connected to the other agent.
+fn header_of(open: &[u8]) -> Option<Header> {
     match header::parse(open) {
         Parsed::Header(header, consumed) if consumed == open.len() => Some(header),
         _ => None,
     }
 }
 
-/// Serves one listener.
-pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Inbound) {
-    let name = listener.local_addr().unwrap_or(config.listen).to_string();
-    let rules = Rules::Inbound { allow: config.allow.clone(), allow_dns: config.allow_dns.clone() };
-    let this = Arc::new(Listener { shared: shared.clone(), config, name: name.clone(), rules: Arc::new(rules) });
-    accept_each(shared, listener, Direction::Inbound, name, |tcp, source, room| {
-        let this = this.clone();
-        async move {
-            if let Err(refused) = this.serve_one(tcp, source, room).await {
-                this.book(refused, source);
-            }
-        }
-    })
-    .await;
+/// Who connected to the other agent, if that is more than its own workload; the peer answers for it.
+fn beyond(header: &Header) -> Option<SocketAddr> {
+    header.source().filter(|source| !source.ip().is_loopback() && !source.ip().is_unspecified())
 }
 
 impl Listener {
-    fn book(&self, refused: Refused, source: SocketAddr) {
+    /// Of the blocks that share the listener at `address`.
+    pub fn new(shared: Arc<Shared>, address: SocketAddr, blocks: Vec<Inbound>) -> Listener {
+        let name = address.to_string();
+        let blocks = blocks.into_iter().map(|block| (block.clone(), Way::new(&name, block))).collect();
+        Listener { entrance: Entrance::new(&name, blocks, &shared.cut), shared, name }
+    }
+
+    /// What is known of plaintext here, if it may ever come in.
+    pub fn leniency(&self) -> Option<&Arc<Leniency>> {
+        self.entrance.leniency()
+    }
+
+    /// Whether plaintext may come in now.
+    pub fn is_lenient_now(&self) -> bool {
+        self.entrance.lenient_now().is_some()
+    }
+
+    /// Serves until the agent stops.
+    pub async fn serve(self: Arc<Listener>, listener: TcpListener) {
+        let (shared, name, this) = (self.shared.clone(), self.name.clone(), self.clone());
+        let counted = move |source: SocketAddr| (!this.entrance.is_balancer(source)).then(|| source.ip());
+        accept_counted(shared, listener, Direction::Inbound, name, counted, |tcp, source, room| {
+            let this = self.clone();
+            async move { this.serve_one(tcp, source, room).await }
+        })
+        .await;
+    }
+
+    /// Serves one connection that came to another port.
+    pub async fn take(&self, tcp: TcpStream, source: SocketAddr) {
+        match self.shared.room(Some(source.ip())) {
+            Ok(room) => {
+                let (eviction, serving) = (room.handshake.eviction(), self.serve_one(tcp, source, room));
+                let (shared, name) = (self.shared.clone(), self.name.clone());
+                serve_in(shared, Direction::Inbound, name, source, eviction, serving).await;
+            }
+            Err(detail) => over_limit(&self.shared, Direction::Inbound, self.name.clone(), source, detail),
+        }
+    }
+
+    fn book(&self, refused: Refused, source: SocketAddr, listener: &str) {
         let Refused { reason, detail, peer } = refused;
-        let (direction, listener, source) = (Direction::Inbound, self.name.clone(), Some(source));
+        let (direction, listener, source) = (Direction::Inbound, listener.to_owned(), Some(source));
         self.shared.ledger.refused(Refusal { direction, reason, detail, listener, source, peer });
     }
 
-    async fn serve_one(&self, tcp: TcpStream, source: SocketAddr, room: Room) -> Result<(), Refused> {
+    async fn serve_one(&self, mut tcp: TcpStream, from: SocketAddr, mut room: Room) {
+        // In a box of its own: what is needed before and for a handshake is not held as long as the connection lives.
+        let passing = Box::pin(self.entrance.pass(&self.shared, &mut tcp, from, &mut room));
+        match passing.await {
+            Err(Stopped { reason, detail, source }) => {
+                self.book(Refused::new((reason, detail)), source, &self.name);
+            }
+            Ok(Passed { source, bytes, service, speaks: Speaks::Tls(hello, by) }) => {
+                if let Err(refused) = self.serve_tls(service, Opened { tcp, source, bytes, hello, by }, room).await {
+                    self.book(refused, source, &service.name);
+                }
+            }
+            Ok(Passed { source, bytes, service, speaks: Speaks::Plaintext(leniency, detail) }) => {
+                drop(room.handshake);
+                let (tcp, listener) = (Replayed::new(bytes, tcp), service.name.clone());
+                let plaintext = Plaintext { listener, source, detail };
+                let serving = Box::pin(self.serve_plaintext(service, leniency, tcp, plaintext));
+                if let Err(refused) = serving.await {
+                    self.book(refused, source, &service.name);
+                }
+            }
+        }
+    }
+
+    async fn serve_tls(&self, way: &Way, opened: Opened, room: Room) -> Result<(), Refused> {
         let identity = self.shared.usable_identity().map_err(Refused::new)?;
-        // In a box of its own: what a handshake needs is not held as long as the connection lives.
-        let secure = Box::pin(self.shake_hands(tcp, &identity)).await?;
+        let (source, destination) = (opened.source, opened.tcp.local_addr().unwrap_or(opened.source));
+        let server_name = opened.hello.server_name.clone();
+        let secure = Box::pin(self.shake_hands(opened, &identity)).await?;
         let Room { _connection, handshake } = room;
         drop(handshake);
-        let (peer, rules, cut) = (secure.peer.clone(), self.rules.clone(), &self.shared.cut);
+        let (peer, rules, cut) = (secure.peer.clone(), way.rules.clone(), &self.shared.cut);
         let live = self.shared.registry.register(Direction::Inbound, peer, rules, cut);
-        let entered = Entered { identity, live, how: secure.how.clone(), source };
+        let how = Secured { address: source.to_string(), ..secure.how.clone() };
+        let entered = Entered { way, identity, live, how, source, destination, server_name };
         match secure.into_streams() {
             Ok((channel, early)) => self.serve_streams(&entered, channel, early).await,
             Err(secure) => self.serve_whole(&entered, *secure).await,
         }
     }
 
+    /// Without TLS, as long as that is let in.
+    async fn serve_plaintext(
+        &self,
+        way: &Way,
+        leniency: &Leniency,
+        tcp: Replayed<TcpStream>,
+        plaintext: Plaintext,
+    ) -> Result<(), Refused> {
+        let destination = tcp.inner().local_addr().unwrap_or(plaintext.source);
+        let guest = Guest { source: plaintext.source, destination, proven: None };
+        let workload = self.dial(way, &guest).await?;
+        self.shared.ledger.plaintext(plaintext);
+        let bounds = self.shared.plaintext_bounds(leniency, way.pacing.begin());
+        let outcome = relay(&mut copying(workload, tcp), bounds, || {}).await;
+        self.shared.settle_plaintext(leniency, &outcome);
+        Ok(())
+    }
+
     /// A connection that is one stream.
-    async fn serve_whole(&self, entered: &Entered, secure: Secure) -> Result<(), Refused> {
-        let workload = match self.begin(entered).await {
+    async fn serve_whole(&self, entered: &Entered<'_>, secure: Secure) -> Result<(), Refused> {
+        let workload = match self.begin(entered, entered.source).await {
             Ok(workload) => workload,
             Err(refused) => {
                 secure.refuse(alert_for(refused.reason)).await;
@@ -145,7 +265,7 @@ impl Listener {
     }
 
     /// A connection that carries one stream after the other, each judged by itself.
-    async fn serve_streams(&self, entered: &Entered, mut channel: Channel, early: Early) -> Result<(), Refused> {
+    async fn serve_streams(&self, entered: &Entered<'_>, mut channel: Channel, early: Early) -> Result<(), Refused> {
         let mut opened = if early.data.is_empty() {
             self.next_stream(entered, &mut channel, self.shared.timeouts.handshake).await
         } else {
@@ -163,11 +283,11 @@ impl Listener {
     /// What the next stream's OPEN holds; nothing when no more are to come.
     async fn next_stream(
         &self,
-        entered: &Entered,
+        entered: &Entered<'_>,
         channel: &mut Channel,
         wait: Duration,
     ) -> Result<Option<Vec<u8>>, String> {
-        let bounds = self.shared.bounds(&entered.live, entered.identity.credential.peer());
+        let bounds = self.shared.bounds(&entered.live, entered.identity.credential.peer(), Pace::default());
         let patience = Instant::now() + wait;
         let end = bounds.deadline.map_or(patience, |deadline| deadline.min(patience));
         tokio::select! {
@@ -180,21 +300,22 @@ impl Listener {
     }
 
     /// One stream; the connection, if it is free for another.
-    async fn serve_stream(&self, entered: &Entered, mut channel: Channel, open: &[u8]) -> Option<Channel> {
-        let begun = match source_of(open) {
-            Some(_) => self.begin(entered).await,
+    async fn serve_stream(&self, entered: &Entered<'_>, mut channel: Channel, open: &[u8]) -> Option<Channel> {
+        let begun = match header_of(open) {
+            Some(header) => self.begin(entered, beyond(&header).unwrap_or(entered.source)).await,
             None => Err(entered.refuse(RefusalReason::HandshakeFailed, "its OPEN cannot be read".into())),
         };
         let workload = match begun {
             Ok(workload) => workload,
             Err(refused) => {
                 let answer = Frame::Refuse(refused.reason.word().to_owned());
-                self.book(refused, entered.source);
+                self.book(refused, entered.source, &entered.way.name);
                 return channel.send(&answer).is_ok().then_some(channel);
             }
         };
         if let Err(error) = channel.send(&Frame::Accept) {
-            self.book(entered.refuse(RefusalReason::HandshakeFailed, error.to_string()), entered.source);
+            let refused = entered.refuse(RefusalReason::HandshakeFailed, error.to_string());
+            self.book(refused, entered.source, &entered.way.name);
             return None;
         }
         let mut flow = Flow::stream(channel, workload);
@@ -206,63 +327,66 @@ impl Listener {
 
     /// Asks policy with the newest directive, and dials. The connection is registered by now: a change in between is
     /// seen here or by the review.
-    async fn begin(&self, entered: &Entered) -> Result<TcpStream, Refused> {
+    async fn begin(&self, entered: &Entered<'_>, source: SocketAddr) -> Result<TcpStream, Refused> {
         let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| entered.identity.clone());
         if let Decision::Refuse(reason, detail) =
-            decide(&self.rules, &entered.live.peer, newest.directive.as_deref(), Timestamp::now())
+            decide(&entered.way.rules, &entered.live.peer, newest.directive.as_deref(), Timestamp::now())
         {
             return Err(entered.refuse(reason, detail));
         }
-        self.dial().await.map_err(|detail| entered.refuse(RefusalReason::WorkloadUnreachable, detail))
+        let peer = entered.live.peer.name.to_string();
+        self.dial(entered.way, &entered.guest(source)).await.map_err(|refused| Refused { peer, ..refused })
     }
 
-    async fn carry(&self, entered: &Entered, mover: &mut (dyn Mover + Send)) -> End {
-        let Entered { identity, live, how, .. } = entered;
-        let pair =
-            Pair { direction: Direction::Inbound, peer: live.peer.name.to_string(), listener: self.name.clone() };
+    async fn carry(&self, entered: &Entered<'_>, mover: &mut (dyn Mover + Send)) -> End {
+        let Entered { way, identity, live, how, .. } = entered;
+        let pair = Pair { direction: Direction::Inbound, peer: live.peer.name.to_string(), listener: way.name.clone() };
         self.shared.ledger.opened(&pair, how.clone());
         let own = identity.credential.peer();
-        let outcome = relay(mover, self.shared.bounds(live, own), || {}).await;
+        let outcome = relay(mover, self.shared.bounds(live, own, way.pacing.begin()), || {}).await;
         self.shared.settle(live, own, &pair, &outcome);
         outcome.end
     }
 
-    async fn shake_hands(&self, tcp: TcpStream, identity: &Identity) -> Result<Secure, Refused> {
+    async fn shake_hands(&self, opened: Opened, identity: &Identity) -> Result<Secure, Refused> {
         let within = self.shared.timeouts.handshake;
-        let late = || {
-            Refused::new((RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}")))
-        };
-        timeout(within, accept_tls(tcp, identity)).await.unwrap_or_else(|_| Err(late()))
+        let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
+        let shaken = timeout_at(opened.by, accept_tls(opened, identity)).await;
+        shaken.unwrap_or_else(|_| Err(late())).map_err(Refused::new)
     }
 
-    async fn dial(&self) -> Result<TcpStream, String> {
-        let Inbound { to, dial_from, .. } = self.config;
-        let within = self.shared.timeouts.connect;
-        match timeout(within, connect_from(Some(dial_from), to)).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(format!("dialling {to} from {dial_from}: {error}")),
-            Err(_) => Err(format!("dialling {to} from {dial_from}: no answer within {within:?}")),
-        }
+    async fn dial(&self, way: &Way, guest: &Guest) -> Result<TcpStream, Refused> {
+        let dialled = service::dial(&way.config, guest, self.shared.timeouts.connect).await;
+        dialled.map_err(|detail| Refused::new((RefusalReason::WorkloadUnreachable, detail)))
     }
 }
 
-async fn accept_tls(mut tcp: TcpStream, identity: &Identity) -> Result<Secure, Refused> {
-    let broken = |error: std::io::Error| Refused::new((RefusalReason::HandshakeFailed, error.to_string()));
-    let (opening, hello) = read_opening(&mut tcp).await.map_err(broken)?;
-    let config = identity.server.clone();
-    let secure = match opening {
-        Opening::Tls(asked) if asked.offers_1_3 && asked.alpn.iter().any(|name| name == ALPN_STREAMS) => {
-            Secure::accept(tcp, hello, identity.streams.clone()).await
+async fn accept_tls(opened: Opened, identity: &Identity) -> Result<Secure, Fault> {
+    let Opened { tcp, bytes, hello, .. } = opened;
+    if !hello.offers_1_3 {
+        return Secure::accept_1_2(tcp, bytes, identity.server.clone()).await;
+    }
+    let is_agent = hello.alpn.iter().any(|name| name == ALPN_STREAMS);
+    Secure::accept(tcp, bytes, if is_agent { identity.streams.clone() } else { identity.server.clone() }).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_speaks_for_others_than_its_own_workload_only_with_an_address_of_theirs() {
+        for (source, expected) in [
+            ("127.0.0.1:4711", None),
+            ("[::ffff:127.0.0.1]:4711", None),
+            ("[::1]:4711", None),
+            ("0.0.0.0:0", None),
+            ("10.0.0.7:4711", Some("10.0.0.7:4711")),
+            ("[::ffff:10.0.0.7]:4711", Some("10.0.0.7:4711")),
+        ] {
+            let header = Header::tcp(source.parse().unwrap(), "10.0.0.9:1".parse().unwrap());
+            assert_eq!(beyond(&header).map(|source| source.to_string()).as_deref(), expected, "{source}");
         }
-        Opening::Tls(asked) if asked.offers_1_3 => Secure::accept(tcp, hello, config).await,
-        Opening::Tls(_) => Secure::accept_1_2(tcp, hello, config).await,
-        Opening::Refuse(reason, detail) => {
-            // Who speaks no TLS gets no answer: nothing of ours ever goes out in plaintext.
-            let farewell: &[u8] = if reason == RefusalReason::ProtocolVersion { &ALERT_PROTOCOL_VERSION } else { &[] };
-            part_soon(&mut tcp, farewell).await;
-            Err((reason, detail))
-        }
-        Opening::More => Err((RefusalReason::HandshakeFailed, "its hello has no end".to_owned())),
-    };
-    secure.map_err(Refused::new)
+        assert_eq!(beyond(&Header::default()), None);
+    }
 }

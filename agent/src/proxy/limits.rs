@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -68,6 +69,53 @@ impl Bucket {
 
     fn is_full(&self, now: Instant) -> bool {
         self.full_at.is_none_or(|at| at <= now)
+    }
+}
+
+/// The rate that the connections of one listener or route keep together, and each by itself.
+#[derive(Clone, Debug, Default)]
+pub struct Pacing {
+    all: Option<Arc<Mutex<Bucket>>>,
+    each: Option<NonZeroU64>,
+}
+
+impl Pacing {
+    /// Bytes a second of all and of each; `None` for as many as come.
+    pub fn new(all: Option<NonZeroU64>, each: Option<NonZeroU64>) -> Pacing {
+        Pacing { all: all.map(|rate| Arc::new(Mutex::new(Bucket::of_bytes(rate)))), each }
+    }
+
+    /// For one more connection.
+    pub fn begin(&self) -> Pace {
+        Pace { all: self.all.clone(), each: self.each.map(Bucket::of_bytes), counted: 0 }
+    }
+}
+
+/// The rates of one connection.
+#[derive(Debug, Default)]
+pub struct Pace {
+    all: Option<Arc<Mutex<Bucket>>>,
+    each: Option<Bucket>,
+    counted: u64,
+}
+
+impl Pace {
+    /// Whether there is any limit.
+    pub fn is_limited(&self) -> bool {
+        self.all.is_some() || self.each.is_some()
+    }
+
+    /// `moved` bytes have gone since the connection began: how long nothing more may.
+    pub fn wait_after(&mut self, moved: u64, now: Instant) -> Duration {
+        let new = moved.saturating_sub(std::mem::replace(&mut self.counted, moved));
+        let spend = |bucket: &mut Bucket| {
+            bucket.spend(new, now);
+            bucket.wait(now)
+        };
+        let each = self.each.as_mut().map_or(Duration::ZERO, spend);
+        let all = self.all.as_ref();
+        let all = all.map_or(Duration::ZERO, |all| spend(&mut all.lock().unwrap_or_else(PoisonError::into_inner)));
+        each.max(all)
     }
 }
 
@@ -259,6 +307,23 @@ mod tests {
         }
         assert!(total[0].abs_diff(total[1]) <= 32 << 10, "{total:?}");
         assert!(total[0] + total[1] <= (5 << 20) + (1 << 20) / 10 + (64 << 10), "{total:?}");
+    }
+
+    #[test]
+    fn a_connection_keeps_its_own_rate_and_the_one_it_shares() {
+        let (now, pacing) = (Instant::now(), Pacing::new(Some(per_second(1_000)), Some(per_second(500))));
+        let (mut first, mut second) = (pacing.begin(), pacing.begin());
+        assert_eq!(first.wait_after(50, now), Duration::ZERO);
+        assert_eq!(first.wait_after(50, now), Duration::ZERO, "nothing new");
+        assert_eq!(first.wait_after(550, now), Duration::from_secs(1), "500 more at 500 a second");
+        assert_eq!(
+            second.wait_after(50, now),
+            Duration::from_millis(500),
+            "600 together, a tenth of a second's at once"
+        );
+        let mut free = Pacing::default().begin();
+        assert_eq!((free.is_limited(), free.wait_after(u64::MAX, now)), (false, Duration::ZERO));
+        assert!(first.is_limited());
     }
 
     fn sources(rate: Option<u64>, handshakes: Option<usize>) -> Sources {

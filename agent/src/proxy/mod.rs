@@ -9,6 +9,7 @@ pub mod balance;
 pub mod channel;
 pub mod connections;
 pub mod egress;
+mod entrance;
 pub mod flow;
 pub mod frame;
 pub mod front;
@@ -20,11 +21,13 @@ pub mod limits;
 pub mod names;
 mod outbound;
 pub mod own;
+mod permissive;
 mod pool;
 pub mod pump;
 pub mod record;
 pub mod relay;
 mod secure;
+mod service;
 pub mod targets;
 #[cfg(test)]
 mod tests;
@@ -47,14 +50,16 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Random};
-use crate::config::{Config, Limits, Timeouts};
+use crate::config::{Config, Inbound, Limits, Outbound, Timeouts};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
 use crate::policy;
-use accounting::{Books, Pair, Refusal, Secured, Traffic};
+use accounting::{Books, Pair, Plaintext, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
-use limits::{Over, Source, SourceLimits, Sources};
+use limits::{Over, Pace, Source, SourceLimits, Sources};
+use own::Own;
+use permissive::Leniency;
 use relay::{Bounds, End, Outcome};
 use waiting::{STALLED, Waiting};
 
@@ -70,6 +75,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// The books.
     pub ledger: Ledger,
+    /// Where we take plaintext ourselves.
+    pub own: Own,
     /// Resolves the names of routes.
     pub resolver: Resolver,
     /// How long.
@@ -86,6 +93,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Randomness.
     pub random: Random,
+    /// The start of the agent was told: what its listeners have to tell comes after it.
+    pub begun: CancellationToken,
     /// Nothing is accepted any more.
     pub stop: CancellationToken,
     /// Everything live ends.
@@ -114,6 +123,7 @@ impl Shared {
             identity,
             registry: Arc::default(),
             ledger: Ledger::new(emit, metrics.clone()),
+            own: Own::default(),
             resolver,
             timeouts: config.timeouts.clone(),
             connections: Arc::new(Semaphore::new(config.limits.max_connections)),
@@ -122,6 +132,7 @@ impl Shared {
             waiting: Arc::default(),
             metrics,
             random,
+            begun: CancellationToken::new(),
             stop: CancellationToken::new(),
             cut: CancellationToken::new(),
         }
@@ -181,6 +192,13 @@ impl Ledger {
         self.with(pair.direction, |books| books.closed(pair, traffic, Timestamp::now()));
     }
 
+    fn plaintext(&self, plaintext: Plaintext) {
+        self.metrics.plaintext_opened();
+        if let Some(event) = self.with(Direction::Inbound, |books| books.plaintext(plaintext, Timestamp::now())) {
+            (self.emit)(event);
+        }
+    }
+
     fn ended(&self, live: &Live, reason: &'static str) {
         self.with(live.direction, |books| books.ended(live.direction, live.peer.name.to_string(), reason));
     }
@@ -220,8 +238,11 @@ pub async fn bind(address: SocketAddr, purpose: &'static str) -> Result<TcpListe
 
 /// The listeners of a configuration, bound and not yet served.
 pub struct Listeners {
-    inbound: Vec<(TcpListener, crate::config::Inbound)>,
-    outbound: Vec<(TcpListener, crate::config::Outbound)>,
+    /// Blocks that are told apart by host names share one.
+    inbound: Vec<(TcpListener, Vec<Inbound>)>,
+    /// For each inbound block, the number of its listener.
+    places: Vec<usize>,
+    outbound: Vec<(TcpListener, Outbound)>,
     egress: Vec<(TcpListener, egress::Kind)>,
     egress_config: crate::config::Egress,
 }
@@ -229,10 +250,10 @@ pub struct Listeners {
 impl Listeners {
     /// Binds them all, or none.
     pub async fn bind(config: &Config) -> Result<Listeners, BindError> {
-        let (inbound, outbound, egress) = (Vec::new(), Vec::new(), Vec::new());
-        let mut listeners = Listeners { inbound, outbound, egress, egress_config: config.egress.clone() };
+        let (inbound, places, outbound, egress) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut listeners = Listeners { inbound, places, outbound, egress, egress_config: config.egress.clone() };
         for inbound in &config.inbound {
-            listeners.inbound.push((bind(inbound.listen, "inbound connections").await?, inbound.clone()));
+            listeners.bind_inbound(inbound).await?;
         }
         for outbound in &config.outbound {
             listeners.outbound.push((bind(outbound.listen, "outbound connections").await?, outbound.clone()));
@@ -246,9 +267,22 @@ impl Listeners {
         Ok(listeners)
     }
 
-    /// Where they really listen, inbound first.
+    async fn bind_inbound(&mut self, inbound: &Inbound) -> Result<(), BindError> {
+        let is_shared =
+            |(_, blocks): &(TcpListener, Vec<Inbound>)| blocks.iter().any(|b| b.shares_listener_with(inbound));
+        if let Some(place) = self.inbound.iter().position(is_shared) {
+            self.inbound[place].1.push(inbound.clone());
+            self.places.push(place);
+            return Ok(());
+        }
+        self.places.push(self.inbound.len());
+        self.inbound.push((bind(inbound.listen, "inbound connections").await?, vec![inbound.clone()]));
+        Ok(())
+    }
+
+    /// Where they really listen, inbound first, in the order of the configuration.
     pub fn addresses(&self) -> (Vec<SocketAddr>, Vec<SocketAddr>) {
-        let inbound = self.inbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
+        let inbound = self.places.iter().filter_map(|place| self.inbound[*place].0.local_addr().ok()).collect();
         let outbound = self.outbound.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect();
         (inbound, outbound)
     }
@@ -260,12 +294,19 @@ impl Listeners {
 
     /// Serves them until `shared.stop`, and the connections until they end or `shared.cut`.
     pub async fn serve(self, shared: Arc<Shared>) {
-        let mut tasks = JoinSet::new();
-        for (listener, config) in self.inbound {
-            if config.hold_service_port {
-                tasks.spawn(hold::hold(shared.clone(), config.to, config.listen));
+        let (mut tasks, mut leniencies) = (JoinSet::new(), Vec::new());
+        for (listener, blocks) in self.inbound {
+            let address = listener.local_addr().unwrap_or(blocks[0].listen);
+            let services: Vec<Inbound> = blocks.iter().filter(|block| block.hold_service_port).cloned().collect();
+            let serving = Arc::new(inbound::Listener::new(shared.clone(), address, blocks));
+            leniencies.extend(serving.leniency().cloned());
+            for block in services {
+                if let Some(service) = block.to.address() {
+                    let lenient = block.permissive.is_some().then(|| serving.clone());
+                    tasks.spawn(hold::hold(shared.clone(), service, block.listen, lenient));
+                }
             }
-            tasks.spawn(inbound::serve(shared.clone(), listener, config));
+            tasks.spawn(serving.serve(listener));
         }
         for (listener, config) in self.outbound {
             tasks.spawn(outbound::serve(shared.clone(), listener, config));
@@ -276,7 +317,7 @@ impl Listeners {
                 tasks.spawn(egress::serve(gate.clone(), listener, kind));
             }
         }
-        let keeping = tokio::spawn(keep_books(shared.clone()));
+        let keeping = tokio::spawn(keep_books(shared.clone(), leniencies));
         while let Some(result) = tasks.join_next().await {
             log_panic(result);
         }
@@ -286,7 +327,7 @@ impl Listeners {
 }
 
 /// Tells what is due, and judges live connections when an answer could have changed.
-async fn keep_books(shared: Arc<Shared>) {
+async fn keep_books(shared: Arc<Shared>, leniencies: Vec<Arc<Leniency>>) {
     let mut identity = shared.identity.clone();
     let (mut ticks, mut crowd) = (0u32, Crowd::default());
     loop {
@@ -301,6 +342,9 @@ async fn keep_books(shared: Arc<Shared>) {
         shared.ledger.tell(false);
         if crowd.has_gone(shared.registry.len()) {
             give_back();
+        }
+        if shared.begun.is_cancelled() {
+            shared.review_plaintext(&leniencies);
         }
         if ticks.is_multiple_of(REVIEW_EVERY) {
             // The clock may have been set, which no deadline sees.
@@ -365,13 +409,45 @@ impl Shared {
         self.registry.review(|rules, peer| policy::decide(rules, peer, directive.as_deref(), now));
     }
 
-    fn bounds(&self, live: &Live, own: &Peer) -> Bounds {
+    /// Ends plaintext where its time is over, and says where it is not.
+    fn review_plaintext(&self, leniencies: &[Arc<Leniency>]) {
+        let now = Timestamp::now();
+        leniencies.iter().filter_map(|leniency| leniency.review(now)).for_each(|event| self.ledger.emit(event));
+        self.metrics.permissive(leniencies.iter().filter(|leniency| leniency.is_on(now)).count());
+    }
+
+    fn bounds(&self, live: &Live, own: &Peer, pace: Pace) -> Bounds {
         let now = Timestamp::now();
         let certificates = live.peer.not_after.min(own.not_after).since(now);
         let age = self.timeouts.max_connection_age;
         let life = if age.is_zero() { certificates } else { certificates.min(age) };
         let Timeouts { idle, half_closed, .. } = self.timeouts;
-        Bounds { cancelled: live.cancel.clone(), deadline: Instant::now().checked_add(life), idle, half_closed }
+        Bounds { cancelled: live.cancel.clone(), deadline: Instant::now().checked_add(life), idle, half_closed, pace }
+    }
+
+    fn plaintext_bounds(&self, leniency: &Leniency, pace: Pace) -> Bounds {
+        let (lasts, age) = (leniency.until().since(Timestamp::now()), self.timeouts.max_connection_age);
+        let life = if age.is_zero() { lasts } else { lasts.min(age) };
+        let Timeouts { idle, half_closed, .. } = self.timeouts;
+        Bounds { cancelled: leniency.over(), deadline: Instant::now().checked_add(life), idle, half_closed, pace }
+    }
+
+    /// Books the end of a relay without TLS.
+    fn settle_plaintext(&self, leniency: &Leniency, outcome: &Outcome) {
+        let reason = match outcome.end {
+            End::Cancelled if self.cut.is_cancelled() => Some("agent_stopping"),
+            End::Cancelled => Some("permissive_over"),
+            End::Deadline if !leniency.is_on(Timestamp::now()) => Some("permissive_over"),
+            End::Deadline => Some("maximum_age"),
+            End::Idle => Some("idle"),
+            _ => None,
+        };
+        if let Some(reason) = reason {
+            self.ledger
+                .with(Direction::Inbound, |books| books.ended(Direction::Inbound, "plaintext".to_owned(), reason));
+        }
+        let Outcome { bytes_in, bytes_out, .. } = *outcome;
+        self.metrics.closed(Direction::Inbound, &Traffic { bytes_in, bytes_out, truncated: false });
     }
 
     /// Books the end of a relay.
@@ -445,6 +521,17 @@ impl HandshakeRoom {
             }
         }
     }
+
+    /// Counts it among the handshakes of the source that it turned out to be from.
+    fn count_for(&mut self, admitted: Admitted) {
+        let mut waiting = lock(&self.waiting);
+        // Without it, it has just been evicted, and nothing is counted any more.
+        if let Some(occupied) = waiting.leave(self.number) {
+            let source = Some(admitted.source);
+            let occupied = Occupied { _admitted: Some(admitted), ..occupied };
+            self.number = waiting.enter(source, occupied, Instant::now());
+        }
+    }
 }
 
 /// A source's share, given back on drop.
@@ -497,12 +584,27 @@ impl Shared {
     }
 }
 
-/// Accepts until `shared.stop`; each connection is served by `serve`, in a task of its own that is waited for.
+/// Accepts until `shared.stop`; each connection is served by `serve`, in a task of its own that is waited for. Sources are
+/// not counted: the workload is the only one of what it opens.
 async fn accept_each<F>(
     shared: Arc<Shared>,
     listener: TcpListener,
     direction: Direction,
     name: String,
+    serve: impl Fn(TcpStream, SocketAddr, Room) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    accept_counted(shared, listener, direction, name, |_| None, serve).await;
+}
+
+/// The same, with `counted` to say whom the limits of each source are kept for.
+async fn accept_counted<F>(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    direction: Direction,
+    name: String,
+    counted: impl Fn(SocketAddr) -> Option<IpAddr>,
     serve: impl Fn(TcpStream, SocketAddr, Room) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
@@ -521,21 +623,14 @@ async fn accept_each<F>(
                 tracing::warn!(%error, listener = name, "accepting failed");
                 sleep(backoff.after_failure()).await;
             }
-            Ok((tcp, source)) => match shared.room(counted(direction, source)) {
+            Ok((tcp, source)) => match shared.room(counted(source)) {
                 Ok(room) => {
                     backoff.reset();
                     if let Err(error) = dial::tune(&tcp, source.ip()) {
                         tracing::debug!(%error, "a connection was gone before it was served");
                     }
-                    let (evicted, serving) = (room.handshake.eviction(), serve(tcp, source, room));
-                    let (shared, name) = (shared.clone(), name.clone());
-                    tasks.spawn(async move {
-                        tokio::select! {
-                            biased;
-                            () = evicted => over_limit(&shared, direction, name, source, made_room()),
-                            () = serving => {}
-                        }
-                    });
+                    let (eviction, serving) = (room.handshake.eviction(), serve(tcp, source, room));
+                    tasks.spawn(serve_in(shared.clone(), direction, name.clone(), source, eviction, serving));
                 }
                 Err(detail) => over_limit(&shared, direction, name.clone(), source, detail),
             },
@@ -547,6 +642,22 @@ async fn accept_each<F>(
     }
 }
 
+/// Serves one connection in its room, which it loses if its handshake stalls while others wait for it.
+async fn serve_in(
+    shared: Arc<Shared>,
+    direction: Direction,
+    listener: String,
+    source: SocketAddr,
+    eviction: impl Future<Output = ()>,
+    serving: impl Future<Output = ()>,
+) {
+    tokio::select! {
+        biased;
+        () = eviction => over_limit(&shared, direction, listener, source, made_room()),
+        () = serving => {}
+    }
+}
+
 fn over_limit(shared: &Shared, direction: Direction, listener: String, source: SocketAddr, detail: String) {
     let (reason, peer) = (RefusalReason::LimitReached, String::new());
     shared.ledger.refused(Refusal { direction, reason, detail, listener, source: Some(source), peer });
@@ -554,11 +665,6 @@ fn over_limit(shared: &Shared, direction: Direction, listener: String, source: S
 
 fn made_room() -> String {
     format!("its handshake took more than {STALLED:?} while others waited for room (limits.max_handshakes)")
-}
-
-/// The workload is the one source of its own routes.
-fn counted(direction: Direction, source: SocketAddr) -> Option<IpAddr> {
-    (direction == Direction::Inbound).then(|| source.ip())
 }
 
 fn log_panic(result: Result<(), tokio::task::JoinError>) {

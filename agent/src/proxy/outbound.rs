@@ -13,19 +13,21 @@ use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::accounting::{Pair, Refusal, Secured};
 use super::connections::Registered;
 use super::flow::Flow;
 use super::frame::Frame;
 use super::header::Header;
+use super::limits::Pacing;
 use super::pool::{Pool, Warm};
 use super::relay::{End, Side, relay};
 use super::secure::{Fault, Secure};
+use super::targets::{InUse, Targets};
 use super::{Room, Shared, accept_each};
 use crate::config::{self, Outbound};
-use crate::dial::handshake_fault;
+use crate::dial::{ONE_ADDRESS, connect_from, handshake_fault};
 use crate::identity::Identity;
 use crate::policy::{Decision, Rules, decide};
 
@@ -39,6 +41,8 @@ struct Route {
     config: Outbound,
     name: String,
     rules: Arc<Rules>,
+    targets: Arc<Targets>,
+    pacing: Pacing,
     /// The TLS configuration of the newest identity: making one for each connection would cost more than it.
     tls: Mutex<Option<(Arc<Identity>, Arc<ClientConfig>)>>,
     /// Connections at rest.
@@ -51,11 +55,13 @@ struct Refused {
     peer: String,
     /// The peer's address, once there is one.
     address: Option<SocketAddr>,
+    /// Another address would say the same.
+    everywhere: bool,
 }
 
 impl Refused {
     fn new(reason: RefusalReason, detail: String) -> Refused {
-        Refused { reason, detail, peer: String::new(), address: None }
+        Refused { reason, detail, peer: String::new(), address: None, everywhere: false }
     }
 }
 
@@ -64,11 +70,13 @@ struct Made {
     identity: Arc<Identity>,
     live: Registered,
     how: Secured,
+    address: SocketAddr,
 }
 
 impl Made {
     fn refuse(&self, reason: RefusalReason, detail: String) -> Refused {
-        Refused { reason, detail, peer: self.live.peer.name.to_string(), address: self.how.address.parse().ok() }
+        let (peer, address) = (self.live.peer.name.to_string(), Some(self.address));
+        Refused { peer, address, ..Refused::new(reason, detail) }
     }
 }
 
@@ -88,6 +96,11 @@ enum Failed {
     Refused(Refused),
 }
 
+/// Whether the other agent refuses us rather than this stream: its word, which is of the closed list.
+fn is_about_us(word: &str) -> bool {
+    [RefusalReason::NotAllowed, RefusalReason::Revoked, RefusalReason::Expired].map(RefusalReason::word).contains(&word)
+}
+
 /// The OPEN of a stream for `workload`, which connected from `source`.
 fn open_for(workload: &TcpStream, source: SocketAddr) -> Frame {
     let destination = workload.local_addr().unwrap_or(source);
@@ -97,13 +110,16 @@ fn open_for(workload: &TcpStream, source: SocketAddr) -> Frame {
 
 /// Serves one route.
 pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound) {
-    let name = config.to.to_string();
+    let name = config.name();
+    let targets = Arc::new(Targets::new(config.to.clone(), config.balance, shared.random));
+    let pacing = Pacing::new(config.rates.all, config.rates.each);
     let rules = match &config.peer {
         config::Peer::Workload(id) => Rules::OutboundTo(id.clone()),
         config::Peer::Dns(host) => Rules::OutboundToDns(host.clone()),
     };
     let (tls, pool, rules) = (Mutex::new(None), Pool::default(), Arc::new(rules));
-    let this = Arc::new(Route { shared: shared.clone(), config, name: name.clone(), rules, tls, pool });
+    let route = Route { shared: shared.clone(), config, name: name.clone(), rules, targets, pacing, tls, pool };
+    let this = Arc::new(route);
     let sweeping = tokio::spawn(sweep(this.clone()));
     accept_each(shared, listener, Direction::Outbound, name, |tcp, source, room| {
         let this = this.clone();
@@ -117,25 +133,30 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
     sweeping.abort();
 }
 
-/// Lets go of connections at rest that are of no more use, also when nobody asks for one.
+/// Lets go of connections at rest that are of no more use, also when nobody asks for one, and looks up names in time, so
+/// that nobody who asks has to wait for it.
 async fn sweep(route: Arc<Route>) {
     loop {
         sleep(SWEEP).await;
         let identity = route.shared.identity.borrow().clone();
         route.pool.sweep(identity.as_ref());
+        let within = route.shared.timeouts.connect;
+        if timeout(within, route.targets.refresh(&route.shared.resolver)).await.is_err() {
+            tracing::debug!(route = route.name, ?within, "looking up the addresses of a route took too long");
+        }
     }
 }
 
 impl Route {
     fn book(&self, refused: Refused) {
-        let Refused { reason, detail, peer, address: source } = refused;
+        let Refused { reason, detail, peer, address: source, .. } = refused;
         let (direction, listener) = (Direction::Outbound, self.name.clone());
         self.shared.ledger.refused(Refusal { direction, reason, detail, listener, source, peer });
     }
 
     async fn serve_one(&self, workload: TcpStream, source: SocketAddr, room: Room) -> Result<(), Refused> {
         // In a box of its own: what a handshake needs is not held as long as the connection lives.
-        let reached = match Box::pin(self.reach(&workload, source)).await {
+        let (reached, in_use) = match Box::pin(self.reach(&workload, source)).await {
             Ok(reached) => reached,
             Err(refused) => {
                 // What the workload may not see is an end that looks whole.
@@ -148,30 +169,37 @@ impl Route {
         match reached {
             Reached::Stream(warm) => {
                 self.carry_stream(*warm, workload).await;
+                drop(in_use);
                 Ok(())
             }
-            Reached::Whole(made, secure) => self.carry_whole(&made, *secure, workload).await,
+            Reached::Whole(made, secure) => self.carry_whole(&made, *secure, workload, in_use).await,
         }
     }
 
     async fn carry_stream(&self, warm: Warm, workload: TcpStream) {
-        let Warm { channel, how, identity, live } = warm;
-        let made = Made { identity, live, how };
+        let Warm { channel, how, identity, live, address } = warm;
+        let made = Made { identity, live, how, address };
         let mut flow = Flow::stream(channel, workload);
         let pair = self.pair(&made);
         self.shared.ledger.opened(&pair, made.how.clone());
         let own = made.identity.credential.peer();
-        let outcome = relay(&mut flow, self.shared.bounds(&made.live, own), || {}).await;
+        let outcome = relay(&mut flow, self.shared.bounds(&made.live, own, self.pacing.begin()), || {}).await;
         self.shared.settle(&made.live, own, &pair, &outcome);
         let free = matches!(outcome.end, End::Whole) && !self.shared.stop.is_cancelled();
         if let Some(channel) = free.then(|| flow.into_channel()).flatten() {
-            let Made { identity, live, how } = made;
-            self.pool.put(Warm { channel, how, identity, live });
+            let Made { identity, live, how, address } = made;
+            self.pool.put(Warm { channel, how, identity, live, address });
         }
     }
 
     /// A connection that is one stream. Nobody says that it is established but the server's first byte.
-    async fn carry_whole(&self, made: &Made, secure: Secure, workload: TcpStream) -> Result<(), Refused> {
+    async fn carry_whole(
+        &self,
+        made: &Made,
+        secure: Secure,
+        workload: TcpStream,
+        in_use: InUse,
+    ) -> Result<(), Refused> {
         let mut mover = secure.into_mover(workload);
         let pair = self.pair(made);
         let own = made.identity.credential.peer();
@@ -180,9 +208,10 @@ impl Route {
             told.store(true, Relaxed);
             self.shared.ledger.opened(&pair, made.how.clone());
         };
-        let outcome = relay(&mut *mover, self.shared.bounds(&made.live, own), tell).await;
+        let outcome = relay(&mut *mover, self.shared.bounds(&made.live, own, self.pacing.begin()), tell).await;
         if let (false, End::PeerCut(error)) = (told.load(Relaxed), &outcome.end) {
             let (reason, detail) = refused_by_peer(error);
+            in_use.failed();
             return Err(made.refuse(reason, detail));
         }
         if !told.load(Relaxed) {
@@ -197,51 +226,81 @@ impl Route {
         Pair { direction: Direction::Outbound, peer, listener: self.name.clone() }
     }
 
-    /// A connection to the peer for one stream: one at rest if there is one, otherwise a new one.
-    async fn reach(&self, workload: &TcpStream, source: SocketAddr) -> Result<Reached, Refused> {
+    /// A connection to the peer for one stream, at one address after another until one takes it.
+    async fn reach(&self, workload: &TcpStream, source: SocketAddr) -> Result<(Reached, InUse), Refused> {
         let identity = self.shared.usable_identity().map_err(|(reason, detail)| Refused::new(reason, detail))?;
-        let open = open_for(workload, source);
+        let (open, within) = (open_for(workload, source), self.shared.timeouts.connect);
+        let by = Instant::now() + within;
+        let unreachable = |error: String| Refused::new(RefusalReason::Unreachable, error);
+        let late = || unreachable(format!("{} was not looked up within {within:?}", self.name));
+        let round = timeout_at(by, self.targets.round(&self.shared.resolver)).await.map_err(|_| late())?;
+        let mut round = round.map_err(|error| unreachable(error.to_string()))?;
+        let (mut last, mut tries) = (unreachable("it has no address".into()), 0);
+        while let Some(tried) = round.next_try() {
+            let left = by.saturating_duration_since(Instant::now());
+            let span = if round.is_last() { left } else { left.min(ONE_ADDRESS) };
+            match self.reach_at(tried.address, &identity, &open, span).await {
+                Ok(reached) => return Ok((reached, tried.answered())),
+                Err(refused) if refused.everywhere => return Err(refused),
+                Err(refused) => last = refused,
+            }
+            tried.failed();
+            tries += 1;
+            if Instant::now() >= by {
+                break;
+            }
+        }
+        self.targets.look_again();
+        if tries > 1 {
+            last.detail = format!("{} (the last of {tries} addresses)", last.detail);
+        }
+        Err(last)
+    }
+
+    /// A connection at rest if there is one to this address, otherwise a new one.
+    async fn reach_at(
+        &self,
+        address: SocketAddr,
+        identity: &Arc<Identity>,
+        open: &Frame,
+        span: Duration,
+    ) -> Result<Reached, Refused> {
         for _ in 0..STALE_TRIES {
-            let Some(warm) = self.pool.take(&identity) else { break };
-            self.judge(&warm.live, &identity, &warm.how)?;
-            match self.open(warm, &open).await {
+            let Some(warm) = self.pool.take(identity, address) else { break };
+            self.judge(&warm.live, identity, address)?;
+            match self.open(warm, open).await {
                 Err(Failed::Gone(error)) => tracing::debug!(%error, "a connection at rest had ended"),
                 Err(Failed::Refused(refused)) => return Err(refused),
                 Ok(warm) => return Ok(Reached::Stream(Box::new(warm))),
             }
         }
-        let secure = self.connect(&identity).await?;
+        let secure = self.connect(address, identity, span).await?;
         let (peer, rules, cut) = (secure.peer.clone(), self.rules.clone(), &self.shared.cut);
         let live = self.shared.registry.register(Direction::Outbound, peer, rules, cut);
-        let how = secure.how.clone();
-        self.judge(&live, &identity, &how)?;
+        let (identity, how) = (identity.clone(), secure.how.clone());
+        self.judge(&live, &identity, address)?;
         match secure.into_streams() {
-            Err(secure) => Ok(Reached::Whole(Made { identity, live, how }, secure)),
-            Ok((channel, _)) => {
-                let warm = Warm { channel, how, identity, live };
-                let refuse = |error: io::Error, how: &Secured| {
+            Err(secure) => Ok(Reached::Whole(Made { identity, live, how, address }, secure)),
+            Ok((channel, _)) => match self.open(Warm { channel, how, identity, live, address }, open).await {
+                Ok(warm) => Ok(Reached::Stream(Box::new(warm))),
+                Err(Failed::Refused(refused)) => Err(refused),
+                Err(Failed::Gone(error)) => {
                     let (reason, detail) = refused_by_peer(&error);
-                    Refused { address: how.address.parse().ok(), ..Refused::new(reason, detail) }
-                };
-                let how = warm.how.clone();
-                match self.open(warm, &open).await {
-                    Ok(warm) => Ok(Reached::Stream(Box::new(warm))),
-                    Err(Failed::Gone(error)) => Err(refuse(error, &how)),
-                    Err(Failed::Refused(refused)) => Err(refused),
+                    Err(Refused { address: Some(address), ..Refused::new(reason, detail) })
                 }
-            }
+            },
         }
     }
 
     /// Asks policy with the newest directive. The connection is registered by now: a change in between is seen here or
     /// by the review.
-    fn judge(&self, live: &Registered, identity: &Arc<Identity>, how: &Secured) -> Result<(), Refused> {
+    fn judge(&self, live: &Registered, identity: &Arc<Identity>, address: SocketAddr) -> Result<(), Refused> {
         let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| identity.clone());
         match decide(&self.rules, &live.peer, newest.directive.as_deref(), Timestamp::now()) {
             Decision::Allow => Ok(()),
             Decision::Refuse(reason, detail) => {
-                let (peer, address) = (live.peer.name.to_string(), how.address.parse().ok());
-                Err(Refused { reason, detail, peer, address })
+                let (peer, address) = (live.peer.name.to_string(), Some(address));
+                Err(Refused { peer, address, ..Refused::new(reason, detail) })
             }
         }
     }
@@ -252,19 +311,17 @@ impl Route {
         warm.channel.send(open).map_err(Failed::Gone)?;
         let within = self.shared.timeouts.connect + self.shared.timeouts.connect / 2;
         let answer = timeout(within, warm.channel.receive()).await;
-        let address = warm.how.address.parse().ok();
-        let refuse = |peer: &Warm, detail| Refused {
-            reason: RefusalReason::RefusedByPeer,
-            detail,
-            peer: peer.live.peer.name.to_string(),
-            address,
+        let refuse = |warm: &Warm, detail| Refused {
+            peer: warm.live.peer.name.to_string(),
+            address: Some(warm.address),
+            ..Refused::new(RefusalReason::RefusedByPeer, detail)
         };
         match answer {
             Ok(Ok(Some(Frame::Accept))) => Ok(warm),
             Ok(Ok(Some(Frame::Refuse(word)))) => {
                 let refused = refuse(&warm, format!("its agent says: {}", word.replace('_', " ")));
                 self.pool.put(warm);
-                Err(Failed::Refused(refused))
+                Err(Failed::Refused(Refused { everywhere: is_about_us(&word), ..refused }))
             }
             Ok(Ok(Some(_))) => Err(Failed::Refused(refuse(&warm, "its agent broke the rules between agents".into()))),
             Ok(Ok(None)) => Err(Failed::Gone(io::ErrorKind::UnexpectedEof.into())),
@@ -273,18 +330,17 @@ impl Route {
         }
     }
 
-    async fn connect(&self, identity: &Arc<Identity>) -> Result<Secure, Refused> {
-        let unreachable = |error: String| Refused::new(RefusalReason::Unreachable, error);
-        let tcp = self.shared.resolver.connect(&self.config.to, self.shared.timeouts.connect).await;
-        let tcp = tcp.map_err(|error| unreachable(error.to_string()))?;
-        let address = tcp.peer_addr().map_err(|error| unreachable(error.to_string()))?;
-        let config = self.tls_config(identity).map_err(|error| (RefusalReason::NoIdentity, error.to_string()));
-        let secure = match config {
-            Ok(config) => self.shake_hands(tcp, config).await,
-            Err(fault) => Err(fault),
-        };
+    async fn connect(&self, address: SocketAddr, identity: &Arc<Identity>, span: Duration) -> Result<Secure, Refused> {
         let at = |(reason, detail)| Refused { address: Some(address), ..Refused::new(reason, detail) };
-        secure.map_err(at)
+        if self.shared.own.is_at(address) {
+            return Err(at((RefusalReason::Loop, format!("{address} is a listener of this agent"))));
+        }
+        let unreachable = |why: String| at((RefusalReason::Unreachable, format!("dialling {address}: {why}")));
+        let dialled = timeout(span, connect_from(None, address)).await;
+        let dialled = dialled.map_err(|_| unreachable(format!("no answer within {span:?}")))?;
+        let tcp = dialled.map_err(|error| unreachable(error.to_string()))?;
+        let config = self.tls_config(identity).map_err(|error| at((RefusalReason::NoIdentity, error.to_string())))?;
+        self.shake_hands(tcp, config).await.map_err(at)
     }
 
     async fn shake_hands(&self, tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
@@ -292,7 +348,7 @@ impl Route {
         let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
         let shaking = async {
             match &self.config.peer {
-                config::Peer::Workload(_) => Secure::connect(tcp, config).await,
+                config::Peer::Workload(_) => Secure::connect(tcp, config, self.config.server_name.as_deref()).await,
                 config::Peer::Dns(host) => {
                     let bad = |_| (RefusalReason::WrongPeer, format!("`{host}` is no DNS name"));
                     Secure::connect_foreign(tcp, config, ServerName::try_from(host.clone()).map_err(bad)?).await

@@ -3,6 +3,7 @@
 //! A handshake costs several times what a connection without TLS does, so none is made for a stream while a connection
 //! rests. One stream at a time uses a connection: a long one never stands in the way of another.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +30,8 @@ pub struct Warm {
     pub how: Secured,
     /// Our side: a connection made with another identity is not used any more.
     pub identity: Arc<Identity>,
+    /// Where it leads.
+    pub address: SocketAddr,
     /// The peer, judged again by every review also while the connection rests.
     pub live: Registered,
 }
@@ -49,10 +52,11 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A connection that is still good, if there is one.
-    pub fn take(&self, identity: &Arc<Identity>) -> Option<Warm> {
+    /// A connection to `address` that is still good, if there is one.
+    pub fn take(&self, identity: &Arc<Identity>, address: SocketAddr) -> Option<Warm> {
         let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((since, warm)) = resting.pop() {
+        while let Some(newest) = resting.iter().rposition(|(_, warm)| warm.address == address) {
+            let (since, warm) = resting.remove(newest);
             if since.elapsed() < MAX_REST && warm.is_good(identity) {
                 return Some(warm);
             }

@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::handshake::Replayed;
+use super::limits::Pace;
 
 /// The thread's buffer.
 const SCRATCH: usize = 64 << 10;
@@ -60,7 +61,7 @@ impl<S: Side> Side for tokio_rustls::client::TlsStream<S> {
 }
 
 /// What ends a relay from outside.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Bounds {
     /// No longer allowed, or the agent ends.
     pub cancelled: CancellationToken,
@@ -70,6 +71,8 @@ pub struct Bounds {
     pub idle: Duration,
     /// The same once one side has ended its half.
     pub half_closed: Duration,
+    /// How many bytes.
+    pub pace: Pace,
 }
 
 /// How it ended.
@@ -128,7 +131,7 @@ pub fn copying<W: Side + Send, P: Side + Send>(workload: W, peer: P) -> impl Mov
     Copying { workload, peer, inward: Flow::default(), outward: Flow::default() }
 }
 
-async fn run(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl FnOnce()) -> End {
+async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: impl FnOnce()) -> End {
     let deadline = async {
         match bounds.deadline {
             Some(at) => tokio::time::sleep_until(at).await,
@@ -149,9 +152,11 @@ async fn run(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl
                 tell();
             }
             if polled.is_pending() && mover.is_half_closed() && !half_closed {
-                Poll::Ready(Step::HalfClosed)
-            } else {
-                polled
+                return Poll::Ready(Step::HalfClosed);
+            }
+            match wait(&mut bounds.pace, mover) {
+                Some(wait) if polled.is_pending() => Poll::Ready(Step::Paused(wait)),
+                _ => polled,
             }
         });
         tokio::select! {
@@ -161,6 +166,14 @@ async fn run(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl
             step = moving => match step {
                 Step::Ended(end) => return end,
                 Step::HalfClosed => {}
+                Step::Paused(wait) => {
+                    counted = None;
+                    tokio::select! {
+                        () = bounds.cancelled.cancelled() => return End::Cancelled,
+                        () = &mut deadline => return End::Deadline,
+                        () = sleep(wait) => {}
+                    }
+                }
             },
             () = timer => {
                 let bytes = mover.moved();
@@ -176,6 +189,17 @@ enum Step {
     Ended(End),
     /// The first of the two halves has ended: other patience from now on.
     HalfClosed,
+    /// It has moved so much that nothing more may go for this long.
+    Paused(Duration),
+}
+
+/// A gust is whatever one poll moved: the debt for it is waited off.
+fn wait(pace: &mut Pace, mover: &dyn Mover) -> Option<Duration> {
+    if !pace.is_limited() {
+        return None;
+    }
+    let (inward, outward) = mover.moved();
+    Some(pace.wait_after(inward + outward, Instant::now())).filter(|wait| !wait.is_zero())
 }
 
 struct Copying<W, P> {
@@ -321,7 +345,7 @@ mod tests {
 
     fn bounds() -> Bounds {
         let (cancelled, deadline) = (CancellationToken::new(), None);
-        Bounds { cancelled, deadline, idle: Duration::ZERO, half_closed: Duration::from_secs(5) }
+        Bounds { cancelled, deadline, idle: Duration::ZERO, half_closed: Duration::from_secs(5), pace: Pace::default() }
     }
 
     /// A TCP connection: our end and the other's.

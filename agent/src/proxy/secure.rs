@@ -78,9 +78,16 @@ impl Secure {
         }
     }
 
-    /// The client's half of a TLS 1.3 handshake with another agent, which needs no name: its identity says who it is.
-    pub async fn connect(mut socket: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
-        let name = socket.peer_addr().map(|address| ServerName::from(address.ip())).map_err(|error| cut(&error))?;
+    /// The client's half of a TLS 1.3 handshake with another agent. Its identity says who it is; a host name says which
+    /// of its services is meant.
+    pub async fn connect(
+        mut socket: TcpStream,
+        config: Arc<ClientConfig>,
+        host: Option<&str>,
+    ) -> Result<Secure, Fault> {
+        let address = socket.peer_addr().map_err(|error| cut(&error))?;
+        let host = host.and_then(|host| ServerName::try_from(host.to_owned()).ok());
+        let name = host.unwrap_or_else(|| ServerName::from(address.ip()));
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
         let early = drive(&mut connection, &mut socket, &mut rest).await?;

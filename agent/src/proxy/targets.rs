@@ -4,6 +4,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use sidewarden_proto::config::HostPort;
 use tokio::time::Instant;
@@ -12,22 +13,53 @@ use super::balance::{Balance, Change, Circle, MAX_ADDRESSES};
 use crate::backoff::Random;
 use crate::dial::{DialError, Resolver};
 
+/// Addresses are looked up again after this long, by [`Targets::refresh`], while the route is in use.
+const REFRESH: Duration = Duration::from_secs(5);
+/// Older ones are not used: a connection after a pause waits for new ones.
+const TOO_OLD: Duration = Duration::from_secs(15);
+
 /// The peers of one route.
 pub struct Targets {
     to: Vec<HostPort>,
     circle: Mutex<Circle>,
+    resolved: Mutex<Resolved>,
     random: Random,
+}
+
+/// When the names were looked up last, and whether a connection has asked since.
+#[derive(Clone, Copy, Debug, Default)]
+struct Resolved {
+    at: Option<Instant>,
+    asked: bool,
 }
 
 impl Targets {
     /// Of a route to any of `to`.
     pub fn new(to: Vec<HostPort>, balance: Balance, random: Random) -> Targets {
-        Targets { to, circle: Mutex::new(Circle::new(balance)), random }
+        Targets { to, circle: Mutex::new(Circle::new(balance)), resolved: Mutex::default(), random }
     }
 
-    /// Resolves the names, for one connection of the workload. Names without an address are an error only when no other
-    /// has one.
+    /// The tries of one connection of the workload. Names are looked up when that was too long ago.
     pub async fn round(self: &Arc<Targets>, resolver: &Resolver) -> Result<Round, DialError> {
+        if self.age(true).is_none_or(|age| age > TOO_OLD) {
+            self.resolve(resolver).await?;
+        }
+        Ok(Round { targets: self.clone(), left: self.circle().len(), tried: Vec::new() })
+    }
+
+    /// Looks the names up again if it is time to and the route is in use, so that no connection has to wait for it.
+    pub async fn refresh(&self, resolver: &Resolver) {
+        if !self.is_due() {
+            return;
+        }
+        if let Err(error) = self.resolve(resolver).await {
+            // The next connection will say so, if it is still true then.
+            tracing::debug!(%error, "the addresses of a route cannot be looked up");
+        }
+    }
+
+    /// Names without an address are an error only when no other has one.
+    async fn resolve(&self, resolver: &Resolver) -> Result<(), DialError> {
         let (mut addresses, mut fault) = (Vec::new(), None);
         for to in &self.to {
             match resolver.lookup(to).await {
@@ -39,7 +71,28 @@ impl Targets {
             return Err(fault);
         }
         self.circle().update(&addresses);
-        Ok(Round { targets: self.clone(), left: addresses.len(), tried: Vec::new() })
+        *self.resolved() = Resolved { at: Some(Instant::now()), asked: false };
+        Ok(())
+    }
+
+    /// No address answered: perhaps the names lead elsewhere by now.
+    pub fn look_again(&self) {
+        self.resolved().at = None;
+    }
+
+    fn age(&self, asked: bool) -> Option<Duration> {
+        let mut resolved = self.resolved();
+        resolved.asked |= asked;
+        resolved.at.map(|at| at.elapsed())
+    }
+
+    fn is_due(&self) -> bool {
+        let asked = self.resolved().asked;
+        asked && self.age(false).is_some_and(|age| age > REFRESH)
+    }
+
+    fn resolved(&self) -> MutexGuard<'_, Resolved> {
+        self.resolved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn circle(&self) -> MutexGuard<'_, Circle> {
@@ -181,6 +234,29 @@ mod tests {
         drop(tried.answered());
         assert_eq!(order(&targets).await[0], "10.0.0.2:1");
         assert_eq!(order(&targets).await[0], "10.0.0.2:1");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn names_are_looked_up_in_time_and_only_while_they_are_used() {
+        let (targets, resolver) = (targets(&["10.0.0.1:1"]), Resolver::from_system());
+        let wait = async |secs| tokio::time::advance(Duration::from_secs(secs)).await;
+        assert!(!targets.is_due(), "nobody has asked");
+        drop(targets.round(&resolver).await.unwrap());
+        drop(targets.round(&resolver).await.unwrap());
+        assert!(!targets.is_due(), "new enough");
+        wait(6).await;
+        assert!(targets.is_due());
+        targets.refresh(&resolver).await;
+        assert_eq!(targets.age(false), Some(Duration::ZERO));
+        wait(6).await;
+        targets.refresh(&resolver).await;
+        assert_eq!(targets.age(false), Some(Duration::from_secs(6)), "nobody has asked since");
+        wait(10).await;
+        drop(targets.round(&resolver).await.unwrap());
+        assert_eq!(targets.age(false), Some(Duration::ZERO), "too old to be used");
+        targets.look_again();
+        drop(targets.round(&resolver).await.unwrap());
+        assert_eq!(targets.age(false), Some(Duration::ZERO));
     }
 
     #[tokio::test]

@@ -81,8 +81,8 @@ async fn what_is_no_tls_gets_no_answer_and_is_named() {
         (b"SSH-2.0-OpenSSH_9.2\r\n", "plaintext", "SSH-2.0"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "plaintext", "PRI * HTTP/2.0"),
         // Somebody who would like to be taken for 10.0.0.1; nobody in front of us is trusted to say so.
-        (b"PROXY TCP4 10.0.0.1 10.0.0.2 4711 443\r\n", "plaintext", "PROXY TCP4"),
-        (proxy_v2, "plaintext", "bytes 0d 0a"),
+        (b"PROXY TCP4 10.0.0.1 10.0.0.2 4711 443\r\n", "proxy_header_untrusted", "PROXY TCP4"),
+        (proxy_v2, "proxy_header_untrusted", "bytes 0d 0a"),
         (b"\x16\x03\x01\x40\x01\x01\x00\x40\x00", "handshake_failed", ""),
         (b"\x16\x03\x01\x00\x04\x01\xff\xff\xff", "handshake_failed", "16 KiB"),
         (b"\x16\x03\x03\x00\x04\x02\x00\x00\x00", "handshake_failed", "no ClientHello"),
@@ -116,7 +116,7 @@ async fn a_spoofed_proxy_header_is_not_believed() {
     let shaken = timeout(LIMIT, TlsConnector::from(config).connect(name(), stream)).await.expect("an end in time");
     assert!(shaken.is_err());
     let (reason, detail) = gate.event_about(source).await;
-    assert_eq!(reason, "plaintext");
+    assert_eq!(reason, "proxy_header_untrusted");
     assert!(detail.contains("PROXY TCP4"), "{detail}");
     gate.is_open().await;
 }

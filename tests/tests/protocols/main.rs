@@ -16,4 +16,5 @@ mod databases;
 mod messaging;
 mod pair;
 mod storage;
+mod ways;
 mod web;

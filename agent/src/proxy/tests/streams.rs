@@ -39,7 +39,13 @@ async fn by_hand(ca: &Ca, orders: &Agent) -> Channel {
     let expect = Expect::Workload(ORDERS.parse().unwrap());
     let config = ca.identity("shop/web").client(expect, Floor::Tls13, &[ALPN_STREAMS]).unwrap();
     let tcp = TcpStream::connect(orders.inbound[0]).await.unwrap();
-    Secure::connect(tcp, config).await.unwrap_or_else(|(_, fault)| panic!("{fault}")).into_streams().ok().unwrap().0
+    Secure::connect(tcp, config, None)
+        .await
+        .unwrap_or_else(|(_, fault)| panic!("{fault}"))
+        .into_streams()
+        .ok()
+        .unwrap()
+        .0
 }
 
 fn open() -> Frame {
