@@ -188,6 +188,11 @@ fn check_config(config: &Config, path: Option<&Path>) -> ExitCode {
             let (inbound, outbound, rules) =
                 (config.inbound.len(), config.outbound.len(), config.egress.allow.rules.len());
             println!("{from}: good; {inbound} inbound, {outbound} outbound, egress to {rules} places");
+            for inbound in &config.inbound {
+                if let Some(Permissive { reason, until, .. }) = &inbound.permissive {
+                    println!("{} lets plaintext in until {until}: {reason}", inbound.listen);
+                }
+            }
             ExitCode::SUCCESS
         }
         Err(error) => fail(USAGE, &error.to_string()),

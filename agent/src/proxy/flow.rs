@@ -358,7 +358,6 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio_util::sync::CancellationToken;
 
-    use super::super::limits::Pace;
     use super::*;
     use crate::proxy::pump::{Handshaking, Progress, advance};
     use crate::proxy::record::tests::configs;
@@ -394,7 +393,7 @@ mod tests {
 
     fn spawn(flow: Flow) -> tokio::task::JoinHandle<Outcome> {
         let (cancelled, wait) = (CancellationToken::new(), Duration::from_secs(60));
-        let bounds = Bounds { cancelled, deadline: None, idle: wait, half_closed: wait, pace: Pace::default() };
+        let bounds = Bounds { cancelled, deadline: None, idle: wait, half_closed: wait, pace: None };
         let mut flow = flow;
         tokio::spawn(async move { relay(&mut flow, bounds, || {}).await })
     }

@@ -19,7 +19,7 @@ use super::flow::Flow;
 use super::frame::Frame;
 use super::handshake::{Hello, Replayed};
 use super::header::{self, Header, Parsed};
-use super::limits::{Pace, Pacing};
+use super::limits::Pacing;
 use super::permissive::Leniency;
 use super::pool::MAX_WAIT;
 use super::pump::Early;
@@ -287,7 +287,7 @@ impl Listener {
         channel: &mut Channel,
         wait: Duration,
     ) -> Result<Option<Vec<u8>>, String> {
-        let bounds = self.shared.bounds(&entered.live, entered.identity.credential.peer(), Pace::default());
+        let bounds = self.shared.bounds(&entered.live, entered.identity.credential.peer(), None);
         let patience = Instant::now() + wait;
         let end = bounds.deadline.map_or(patience, |deadline| deadline.min(patience));
         tokio::select! {

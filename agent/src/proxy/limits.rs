@@ -85,14 +85,15 @@ impl Pacing {
         Pacing { all: all.map(|rate| Arc::new(Mutex::new(Bucket::of_bytes(rate)))), each }
     }
 
-    /// For one more connection.
-    pub fn begin(&self) -> Pace {
-        Pace { all: self.all.clone(), each: self.each.map(Bucket::of_bytes), counted: 0 }
+    /// For one more connection; `None` where there is no limit, which costs it nothing.
+    pub fn begin(&self) -> Option<Box<Pace>> {
+        let pace = || Pace { all: self.all.clone(), each: self.each.map(Bucket::of_bytes), counted: 0 };
+        (self.all.is_some() || self.each.is_some()).then(|| Box::new(pace()))
     }
 }
 
 /// The rates of one connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pace {
     all: Option<Arc<Mutex<Bucket>>>,
     each: Option<Bucket>,
@@ -100,11 +101,6 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Whether there is any limit.
-    pub fn is_limited(&self) -> bool {
-        self.all.is_some() || self.each.is_some()
-    }
-
     /// `moved` bytes have gone since the connection began: how long nothing more may.
     pub fn wait_after(&mut self, moved: u64, now: Instant) -> Duration {
         let new = moved.saturating_sub(std::mem::replace(&mut self.counted, moved));
@@ -312,7 +308,7 @@ mod tests {
     #[test]
     fn a_connection_keeps_its_own_rate_and_the_one_it_shares() {
         let (now, pacing) = (Instant::now(), Pacing::new(Some(per_second(1_000)), Some(per_second(500))));
-        let (mut first, mut second) = (pacing.begin(), pacing.begin());
+        let (mut first, mut second) = (pacing.begin().unwrap(), pacing.begin().unwrap());
         assert_eq!(first.wait_after(50, now), Duration::ZERO);
         assert_eq!(first.wait_after(50, now), Duration::ZERO, "nothing new");
         assert_eq!(first.wait_after(550, now), Duration::from_secs(1), "500 more at 500 a second");
@@ -321,9 +317,7 @@ mod tests {
             Duration::from_millis(500),
             "600 together, a tenth of a second's at once"
         );
-        let mut free = Pacing::default().begin();
-        assert_eq!((free.is_limited(), free.wait_after(u64::MAX, now)), (false, Duration::ZERO));
-        assert!(first.is_limited());
+        assert!(Pacing::default().begin().is_none());
     }
 
     fn sources(rate: Option<u64>, handshakes: Option<usize>) -> Sources {

@@ -416,7 +416,7 @@ impl Shared {
         self.metrics.permissive(leniencies.iter().filter(|leniency| leniency.is_on(now)).count());
     }
 
-    fn bounds(&self, live: &Live, own: &Peer, pace: Pace) -> Bounds {
+    fn bounds(&self, live: &Live, own: &Peer, pace: Option<Box<Pace>>) -> Bounds {
         let now = Timestamp::now();
         let certificates = live.peer.not_after.min(own.not_after).since(now);
         let age = self.timeouts.max_connection_age;
@@ -425,7 +425,7 @@ impl Shared {
         Bounds { cancelled: live.cancel.clone(), deadline: Instant::now().checked_add(life), idle, half_closed, pace }
     }
 
-    fn plaintext_bounds(&self, leniency: &Leniency, pace: Pace) -> Bounds {
+    fn plaintext_bounds(&self, leniency: &Leniency, pace: Option<Box<Pace>>) -> Bounds {
         let (lasts, age) = (leniency.until().since(Timestamp::now()), self.timeouts.max_connection_age);
         let life = if age.is_zero() { lasts } else { lasts.min(age) };
         let Timeouts { idle, half_closed, .. } = self.timeouts;
@@ -630,6 +630,8 @@ async fn accept_counted<F>(
                         tracing::debug!(%error, "a connection was gone before it was served");
                     }
                     let (eviction, serving) = (room.handshake.eviction(), serve(tcp, source, room));
+                    // In a box of its own: what is chosen between would be held twice.
+                    let serving = Box::pin(serving);
                     tasks.spawn(serve_in(shared.clone(), direction, name.clone(), source, eviction, serving));
                 }
                 Err(detail) => over_limit(&shared, direction, name.clone(), source, detail),

@@ -71,8 +71,8 @@ pub struct Bounds {
     pub idle: Duration,
     /// The same once one side has ended its half.
     pub half_closed: Duration,
-    /// How many bytes.
-    pub pace: Pace,
+    /// How many bytes; `None` for as many as come.
+    pub pace: Option<Box<Pace>>,
 }
 
 /// How it ended.
@@ -139,11 +139,17 @@ async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: 
         }
     };
     tokio::pin!(deadline);
-    let (mut counted, mut on_first_byte) = (None, Some(on_first_byte));
+    let (mut counted, mut on_first_byte, mut paused) = (None, Some(on_first_byte), None);
     loop {
         let half_closed = mover.is_half_closed();
         let patience = if half_closed { bounds.half_closed } else { bounds.idle };
-        let timer = async { if patience.is_zero() { std::future::pending().await } else { sleep(patience).await } };
+        let timer = async {
+            match paused {
+                Some(wait) => sleep(wait).await,
+                None if patience.is_zero() => std::future::pending().await,
+                None => sleep(patience).await,
+            }
+        };
         let moving = poll_fn(|cx| {
             let polled = mover.poll(cx).map(Step::Ended);
             if mover.moved().0 > 0
@@ -154,7 +160,7 @@ async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: 
             if polled.is_pending() && mover.is_half_closed() && !half_closed {
                 return Poll::Ready(Step::HalfClosed);
             }
-            match wait(&mut bounds.pace, mover) {
+            match wait(bounds.pace.as_deref_mut(), mover) {
                 Some(wait) if polled.is_pending() => Poll::Ready(Step::Paused(wait)),
                 _ => polled,
             }
@@ -163,21 +169,15 @@ async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: 
             biased;
             () = bounds.cancelled.cancelled() => return End::Cancelled,
             () = &mut deadline => return End::Deadline,
-            step = moving => match step {
+            step = moving, if paused.is_none() => match step {
                 Step::Ended(end) => return end,
                 Step::HalfClosed => {}
-                Step::Paused(wait) => {
-                    counted = None;
-                    tokio::select! {
-                        () = bounds.cancelled.cancelled() => return End::Cancelled,
-                        () = &mut deadline => return End::Deadline,
-                        () = sleep(wait) => {}
-                    }
-                }
+                Step::Paused(wait) => paused = Some(wait),
             },
             () = timer => {
                 let bytes = mover.moved();
-                if counted.replace(bytes) == Some(bytes) {
+                // Who had to wait was not idle.
+                if paused.take().is_none() && counted.replace(bytes) == Some(bytes) {
                     return End::Idle;
                 }
             }
@@ -194,12 +194,9 @@ enum Step {
 }
 
 /// A gust is whatever one poll moved: the debt for it is waited off.
-fn wait(pace: &mut Pace, mover: &dyn Mover) -> Option<Duration> {
-    if !pace.is_limited() {
-        return None;
-    }
+fn wait(pace: Option<&mut Pace>, mover: &dyn Mover) -> Option<Duration> {
     let (inward, outward) = mover.moved();
-    Some(pace.wait_after(inward + outward, Instant::now())).filter(|wait| !wait.is_zero())
+    Some(pace?.wait_after(inward + outward, Instant::now())).filter(|wait| !wait.is_zero())
 }
 
 struct Copying<W, P> {
@@ -345,7 +342,7 @@ mod tests {
 
     fn bounds() -> Bounds {
         let (cancelled, deadline) = (CancellationToken::new(), None);
-        Bounds { cancelled, deadline, idle: Duration::ZERO, half_closed: Duration::from_secs(5), pace: Pace::default() }
+        Bounds { cancelled, deadline, idle: Duration::ZERO, half_closed: Duration::from_secs(5), pace: None }
     }
 
     /// A TCP connection: our end and the other's.

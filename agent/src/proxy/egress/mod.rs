@@ -23,7 +23,6 @@ use tokio::time::{Instant, timeout};
 
 use super::accounting::{Pair, Refusal, Secured, Traffic};
 use super::handshake::{Opening, Replayed, classify, part_soon, shown};
-use super::limits::Pace;
 use super::relay::{Bounds, End, Mover, Outcome, Side, copying, relay};
 use super::{Room, Shared, accept_each};
 use crate::config;
@@ -329,7 +328,7 @@ impl Gate {
     fn bounds(&self) -> Bounds {
         let config::Timeouts { idle, half_closed, max_connection_age: age, .. } = self.shared.timeouts;
         let deadline = if age.is_zero() { None } else { Instant::now().checked_add(age) };
-        Bounds { cancelled: self.shared.cut.child_token(), deadline, idle, half_closed, pace: Pace::default() }
+        Bounds { cancelled: self.shared.cut.child_token(), deadline, idle, half_closed, pace: None }
     }
 
     fn settle(&self, pair: &Pair, outcome: &Outcome) {
