@@ -732,21 +732,23 @@ mod tests {
             let mut event = Event::new(told.now, Severity::Info, "", &Body::from(started()));
             event.kind = format!("made.up.{i}").into();
             told.event(WEB, event);
-            let peer = PeerFirstSeen {
-                direction: Direction::Inbound,
+            let seen = |direction| PeerFirstSeen {
+                direction,
                 peer: format!("p{i}"),
                 address: String::new(),
                 tls_version: String::new(),
                 group: String::new(),
             };
-            told.by(WEB, peer)
+            told.by(WEB, seen(Direction::Egress))
+                .by(WEB, seen(Direction::Inbound))
                 .by(WEB, VerdictChanged { before: String::new(), finding: finding(&format!("c{i}"), Verdict::Pass) });
         }
         let web = told.web();
-        assert_eq!((web.peers.len(), web.peers_beyond, web.findings.len()), (MAX_PEERS, 744, MAX_FINDINGS));
+        assert_eq!((web.peers.len(), web.peers_beyond, web.findings.len()), (2 * MAX_PEERS, 2 * 744, MAX_FINDINGS));
+        assert_eq!(web.peers.keys().filter(|(direction, _)| *direction == Direction::Inbound).count(), MAX_PEERS);
         let kinds = &told.state.totals.events;
         assert!(kinds.len() <= MAX_WORDS + 1);
-        assert_eq!(kinds.values().map(|n| n.iter().sum::<u64>()).sum::<u64>(), 3_001);
+        assert_eq!(kinds.values().map(|n| n.iter().sum::<u64>()).sum::<u64>(), 4_001);
     }
 
     #[test]

@@ -9,6 +9,10 @@ use std::process::{Command, Stdio};
 
 use scene::{program, shop, start, token, until};
 use sidewarden_collector::app::App;
+use sidewarden_proto::event::{
+    Body, ConnectionRefused, Direction, Mode, PeerFirstSeen, PostureBaseline, RefusalReason, Severity,
+};
+use sidewarden_proto::finding::{Vantage, Verdict};
 
 struct Browser(PathBuf);
 
@@ -129,6 +133,45 @@ async fn events_appear_while_the_page_is_open() {
     };
     drop(look);
     assert_shows(&page, &["class=\"row fresh\"", ">live<", "refused plaintext from 172.18.0.1:1"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_workload_goes_is_shown_apart_from_whom_it_talks_to() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    let mut orders = scene::Agent::new("shop/orders#orders-1");
+    orders.connect(&scene.app, Mode::Sidecar, Vantage::Open).await;
+    let findings = vec![scene::finding("pids-limit", "5.28", "a limit", Severity::Warning, Verdict::Pass, "512")];
+    let seen = |direction, peer: &str| PeerFirstSeen {
+        direction,
+        peer: peer.into(),
+        address: String::new(),
+        tls_version: String::new(),
+        group: String::new(),
+    };
+    let reason = RefusalReason::EgressPrivateAddress;
+    let refused = ConnectionRefused {
+        direction: Direction::Egress,
+        reason,
+        detail: "it is a cloud's metadata address, and not on the list".into(),
+        hint: reason.hint().into(),
+        listener: "169.254.169.254:80".into(),
+        source: "127.0.0.1:4711".into(),
+        peer: String::new(),
+        count: 3,
+    };
+    let told: [Body; 4] = [
+        PostureBaseline { findings }.into(),
+        seen(Direction::Inbound, "spiffe://sidewarden.internal/shop/web").into(),
+        seen(Direction::Egress, "api.example.com:443").into(),
+        refused.into(),
+    ];
+    orders.send(&scene.app, told.into_iter().map(|body| scene::event(Severity::Info, "told", body)).collect()).await;
+    let place = "/workload/spiffe%3A%2F%2Fsidewarden.internal%2Fshop%2Forders";
+    let page = browser.look(&scene.app, "egress", &format!("#token={}&{place}", token(&scene.app))).await;
+    assert_shows(&page, &["<b>Talks to </b>shop/web<", "<b>Goes to </b>api.example.com:443<"]);
+    assert_shows(&page, &["<b>Refused </b>3 egress_private_address<", "EgressToPrivateAddress"]);
     scene.app.stop().await;
 }
 
