@@ -154,7 +154,9 @@ async fn behind(
     let source = real.unwrap_or(from);
     let admitted = shared.admit(source.ip());
     let admitted = admitted.map_err(|over| Stopped::new((RefusalReason::LimitReached, over), source))?;
-    room.handshake.count_for(admitted);
+    if let Some(room) = &mut room.handshake {
+        room.count_for(admitted);
+    }
     Ok(source)
 }
 

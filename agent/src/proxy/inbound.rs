@@ -175,9 +175,9 @@ impl Listener {
 
     /// Serves one connection that came to another port.
     pub async fn take(&self, tcp: TcpStream, source: SocketAddr) {
-        match self.shared.room(Some(source.ip())) {
+        match self.shared.room(Direction::Inbound, Some(source.ip())) {
             Ok(room) => {
-                let (eviction, serving) = (room.handshake.eviction(), self.serve_one(tcp, source, room));
+                let (eviction, serving) = (room.eviction(), self.serve_one(tcp, source, room));
                 let (shared, name) = (self.shared.clone(), self.name.clone());
                 serve_in(shared, Direction::Inbound, name, source, eviction, serving).await;
             }

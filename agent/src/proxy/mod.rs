@@ -482,7 +482,8 @@ impl Shared {
 /// Room for one connection: as a whole, and while it shakes hands.
 struct Room {
     _connection: OwnedSemaphorePermit,
-    handshake: HandshakeRoom,
+    /// Not for the workload's own connections to a peer, which wait for their turn instead.
+    handshake: Option<HandshakeRoom>,
 }
 
 /// Room for a handshake, given back on drop.
@@ -510,18 +511,23 @@ impl Drop for HandshakeRoom {
     }
 }
 
-impl HandshakeRoom {
+impl Room {
     /// Waits until it has to make room, for as long as the handshake is not over.
     fn eviction(&self) -> impl Future<Output = ()> + use<> {
-        let (evicted, over) = (self.evicted.clone(), self.over.clone());
+        let asked = self.handshake.as_ref().map(|room| (room.evicted.clone(), room.over.clone()));
         async move {
-            evicted.cancelled().await;
-            if over.load(Relaxed) {
-                std::future::pending().await
+            if let Some((evicted, over)) = asked {
+                evicted.cancelled().await;
+                if !over.load(Relaxed) {
+                    return;
+                }
             }
+            std::future::pending().await
         }
     }
+}
 
+impl HandshakeRoom {
     /// Counts it among the handshakes of the source that it turned out to be from.
     fn count_for(&mut self, admitted: Admitted) {
         let mut waiting = lock(&self.waiting);
@@ -552,19 +558,24 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     /// Room for a connection from `source`, where sources are counted.
-    fn room(&self, source: Option<IpAddr>) -> Result<Room, String> {
+    fn room(&self, direction: Direction, source: Option<IpAddr>) -> Result<Room, String> {
         let full = |what: &str| format!("the limit of {what} is reached");
         let admitted = source.map(|source| self.admit(source)).transpose()?;
         let connection = self.connections.clone().try_acquire_owned();
         let connection = connection.map_err(|_| full("connections (limits.max_connections)"))?;
+        let handshake = (direction != Direction::Outbound).then(|| self.handshake_room(admitted));
+        let handshake = handshake.transpose().map_err(|()| full("handshakes under way (limits.max_handshakes)"))?;
+        Ok(Room { _connection: connection, handshake })
+    }
+
+    fn handshake_room(&self, admitted: Option<Admitted>) -> Result<HandshakeRoom, ()> {
         let permit = || self.handshakes.clone().try_acquire_owned();
         let permit = permit().or_else(|fault| if self.make_room(None) { permit() } else { Err(fault) });
-        let permit = permit.map_err(|_| full("handshakes under way (limits.max_handshakes)"))?;
+        let permit = permit.map_err(|_| ())?;
         let (evicted, source) = (CancellationToken::new(), admitted.as_ref().map(|admitted| admitted.source));
         let occupied = Occupied { _permit: permit, _admitted: admitted, evicted: evicted.clone() };
         let number = lock(&self.waiting).enter(source, occupied, Instant::now());
-        let (waiting, over) = (self.waiting.clone(), Arc::default());
-        Ok(Room { _connection: connection, handshake: HandshakeRoom { waiting, number, evicted, over } })
+        Ok(HandshakeRoom { waiting: self.waiting.clone(), number, evicted, over: Arc::default() })
     }
 
     fn admit(&self, ip: IpAddr) -> Result<Admitted, String> {
@@ -623,13 +634,13 @@ async fn accept_counted<F>(
                 tracing::warn!(%error, listener = name, "accepting failed");
                 sleep(backoff.after_failure()).await;
             }
-            Ok((tcp, source)) => match shared.room(counted(source)) {
+            Ok((tcp, source)) => match shared.room(direction, counted(source)) {
                 Ok(room) => {
                     backoff.reset();
                     if let Err(error) = dial::tune(&tcp, source.ip()) {
                         tracing::debug!(%error, "a connection was gone before it was served");
                     }
-                    let (eviction, serving) = (room.handshake.eviction(), serve(tcp, source, room));
+                    let (eviction, serving) = (room.eviction(), serve(tcp, source, room));
                     // In a box of its own: what is chosen between would be held twice.
                     let serving = Box::pin(serving);
                     tasks.spawn(serve_in(shared.clone(), direction, name.clone(), source, eviction, serving));

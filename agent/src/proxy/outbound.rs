@@ -13,6 +13,7 @@ use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::accounting::{Pair, Refusal, Secured};
@@ -33,6 +34,8 @@ use crate::policy::{Decision, Rules, decide};
 
 /// How often connections at rest are looked through.
 const SWEEP: Duration = Duration::from_secs(1);
+/// Handshakes with one peer at a time; well below what an agent takes from one source (`max_handshakes_per_source`).
+const MAX_DIALS: usize = 64;
 /// Connections at rest that may turn out to be gone before a new one is made.
 const STALE_TRIES: usize = 3;
 
@@ -47,6 +50,8 @@ struct Route {
     tls: Mutex<Option<(Arc<Identity>, Arc<ClientConfig>)>>,
     /// Connections at rest.
     pool: Pool,
+    /// Turns to make new ones.
+    dials: Semaphore,
 }
 
 struct Refused {
@@ -96,6 +101,20 @@ enum Failed {
     Refused(Refused),
 }
 
+/// How long one try at an address may take, and the turn to make a connection that the tries share.
+struct Patience<'t, 'a> {
+    by: Instant,
+    is_last: bool,
+    turn: &'t mut Option<SemaphorePermit<'a>>,
+}
+
+impl Patience<'_, '_> {
+    fn span(&self) -> Duration {
+        let left = self.by.saturating_duration_since(Instant::now());
+        if self.is_last { left } else { left.min(ONE_ADDRESS) }
+    }
+}
+
 /// Whether the other agent refuses us rather than this stream: its word, which is of the closed list.
 fn is_about_us(word: &str) -> bool {
     [RefusalReason::NotAllowed, RefusalReason::Revoked, RefusalReason::Expired].map(RefusalReason::word).contains(&word)
@@ -118,7 +137,8 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
         config::Peer::Dns(host) => Rules::OutboundToDns(host.clone()),
     };
     let (tls, pool, rules) = (Mutex::new(None), Pool::default(), Arc::new(rules));
-    let route = Route { shared: shared.clone(), config, name: name.clone(), rules, targets, pacing, tls, pool };
+    let dials = Semaphore::new(MAX_DIALS);
+    let route = Route { shared: shared.clone(), config, name: name.clone(), rules, targets, pacing, tls, pool, dials };
     let this = Arc::new(route);
     let sweeping = tokio::spawn(sweep(this.clone()));
     accept_each(shared, listener, Direction::Outbound, name, |tcp, source, room| {
@@ -230,16 +250,15 @@ impl Route {
     async fn reach(&self, workload: &TcpStream, source: SocketAddr) -> Result<(Reached, InUse), Refused> {
         let identity = self.shared.usable_identity().map_err(|(reason, detail)| Refused::new(reason, detail))?;
         let (open, within) = (open_for(workload, source), self.shared.timeouts.connect);
-        let by = Instant::now() + within;
+        let (by, mut turn) = (Instant::now() + within, None);
         let unreachable = |error: String| Refused::new(RefusalReason::Unreachable, error);
         let late = || unreachable(format!("{} was not looked up within {within:?}", self.name));
         let round = timeout_at(by, self.targets.round(&self.shared.resolver)).await.map_err(|_| late())?;
         let mut round = round.map_err(|error| unreachable(error.to_string()))?;
         let (mut last, mut tries) = (unreachable("it has no address".into()), 0);
         while let Some(tried) = round.next_try() {
-            let left = by.saturating_duration_since(Instant::now());
-            let span = if round.is_last() { left } else { left.min(ONE_ADDRESS) };
-            match self.reach_at(tried.address, &identity, &open, span).await {
+            let (address, is_last) = (tried.address, round.is_last());
+            match self.reach_at(address, &identity, &open, Patience { by, is_last, turn: &mut turn }).await {
                 Ok(reached) => return Ok((reached, tried.answered())),
                 Err(refused) if refused.everywhere => return Err(refused),
                 Err(refused) => last = refused,
@@ -258,23 +277,25 @@ impl Route {
     }
 
     /// A connection at rest if there is one to this address, otherwise a new one.
-    async fn reach_at(
-        &self,
+    async fn reach_at<'a>(
+        &'a self,
         address: SocketAddr,
         identity: &Arc<Identity>,
         open: &Frame,
-        span: Duration,
+        patience: Patience<'_, 'a>,
     ) -> Result<Reached, Refused> {
-        for _ in 0..STALE_TRIES {
-            let Some(warm) = self.pool.take(identity, address) else { break };
-            self.judge(&warm.live, identity, address)?;
-            match self.open(warm, open).await {
-                Err(Failed::Gone(error)) => tracing::debug!(%error, "a connection at rest had ended"),
-                Err(Failed::Refused(refused)) => return Err(refused),
-                Ok(warm) => return Ok(Reached::Stream(Box::new(warm))),
+        if let Some(warm) = self.reuse(address, identity, open).await? {
+            return Ok(Reached::Stream(warm));
+        }
+        if patience.turn.is_none() {
+            *patience.turn = Some(self.turn(patience.by).await?);
+            // While we waited for our turn, a stream may have ended and left its connection.
+            if let Some(warm) = self.reuse(address, identity, open).await? {
+                return Ok(Reached::Stream(warm));
             }
         }
-        let secure = self.connect(address, identity, span).await?;
+        let secure = self.connect(address, identity, patience.span()).await?;
+        *patience.turn = None;
         let (peer, rules, cut) = (secure.peer.clone(), self.rules.clone(), &self.shared.cut);
         let live = self.shared.registry.register(Direction::Outbound, peer, rules, cut);
         let (identity, how) = (identity.clone(), secure.how.clone());
@@ -290,6 +311,35 @@ impl Route {
                 }
             },
         }
+    }
+
+    /// Begins a stream on a connection at rest at this address, if there is one.
+    async fn reuse(
+        &self,
+        address: SocketAddr,
+        identity: &Arc<Identity>,
+        open: &Frame,
+    ) -> Result<Option<Box<Warm>>, Refused> {
+        for _ in 0..STALE_TRIES {
+            let Some(warm) = self.pool.take(identity, address) else { break };
+            self.judge(&warm.live, identity, address)?;
+            match self.open(warm, open).await {
+                Err(Failed::Gone(error)) => tracing::debug!(%error, "a connection at rest had ended"),
+                Err(Failed::Refused(refused)) => return Err(refused),
+                Ok(warm) => return Ok(Some(Box::new(warm))),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Our turn to shake hands with the peer: a workload that opens a thousand connections at once must not be taken for
+    /// an attack there, so the others wait. No address is to blame for the wait.
+    async fn turn(&self, by: Instant) -> Result<SemaphorePermit<'_>, Refused> {
+        let turn = timeout_at(by, self.dials.acquire()).await.ok().and_then(Result::ok);
+        turn.ok_or_else(|| {
+            let late = format!("{MAX_DIALS} handshakes with it were under way for {:?}", self.shared.timeouts.connect);
+            Refused { everywhere: true, ..Refused::new(RefusalReason::LimitReached, late) }
+        })
     }
 
     /// Asks policy with the newest directive. The connection is registered by now: a change in between is seen here or

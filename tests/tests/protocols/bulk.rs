@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sidewarden_tests::command::run;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -53,6 +54,37 @@ async fn a_gibibyte_up_and_down_is_the_same_bytes() {
     for bytes in [counted.up, counted.down] {
         assert!((GIBIBYTE..GIBIBYTE + 4096).contains(&bytes), "{counted:?}");
     }
+}
+
+/// More than either agent takes handshakes at a time: those that are too many wait, and none is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_connections_at_once_all_get_through() {
+    const AT_ONCE: u64 = 1_000;
+    room_for_descriptors(AT_ONCE);
+    let pair = Pair::patient(echo().await).await;
+    let door = pair.door();
+    let visitors: Vec<_> = (0..AT_ONCE).map(|_| tokio::spawn(stay(door))).collect();
+    let mut open = Vec::new();
+    for visitor in visitors {
+        open.push(visitor.await.unwrap());
+    }
+    drop(open);
+    pair.settle(AT_ONCE..=AT_ONCE).await;
+}
+
+/// A word and its echo, and no end yet.
+async fn stay(door: SocketAddr) -> TcpStream {
+    let mut socket = TcpStream::connect(door).await.unwrap();
+    assert_eq!(says(&mut socket, CANARY.as_bytes()).await.unwrap(), CANARY.as_bytes());
+    socket
+}
+
+/// For both ends of each connection of client, agents, wire and server, which all are in this process.
+fn room_for_descriptors(connections: u64) {
+    let needed = 10 * connections + 1_000;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    assert!(hard >= needed, "this test needs {needed} descriptors and may have {hard}: raise the limit (ulimit -Hn)");
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 20), hard).unwrap();
 }
 
 const CONNECTIONS: u64 = 10_000;

@@ -42,10 +42,21 @@ pub struct Pair {
 impl Pair {
     /// In front of `server`. Besides the canary, none of `words` may be seen on the wire.
     pub async fn before(server: SocketAddr, words: &[&str]) -> Pair {
+        Pair::with("", server, words).await
+    }
+
+    /// The same, with time for more than this machine can do at once.
+    pub async fn patient(server: SocketAddr) -> Pair {
+        Pair::with("timeouts.connect = '30s'\ntimeouts.handshake = '30s'\n", server, &[]).await
+    }
+
+    async fn with(more: &str, server: SocketAddr, words: &[&str]) -> Pair {
         let world = World::start().await;
-        let orders = world.agent("orders-1", "shop/orders", &inbound(server, "shop/web")).await;
+        let rules = format!("{more}{}", inbound(server, "shop/web"));
+        let orders = world.agent("orders-1", "shop/orders", &rules).await;
         let tap = Tap::start(orders.inbound(), &[&[CANARY], words].concat()).unwrap();
-        let web = world.agent("web-1", "shop/web", &outbound(tap.address, "shop/orders")).await;
+        let rules = format!("{more}{}", outbound(tap.address, "shop/orders"));
+        let web = world.agent("web-1", "shop/web", &rules).await;
         orders.enrolled().await;
         web.enrolled().await;
         Pair { world, web, orders, tap }
