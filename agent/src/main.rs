@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
-use sidewarden_agent::config::Config;
+use sidewarden_agent::config::{Config, Permissive};
 use sidewarden_agent::{admin, backoff, cis, init};
 use sidewarden_proto::event::Mode;
 use tokio::signal::unix::{SignalKind, signal};
