@@ -134,7 +134,7 @@ impl Admin {
         }
     }
 
-    /// Ready is who can let traffic through. A collector that is away is told, but makes nobody unready.
+    /// Ready is who can let traffic through, and keeps off what should not come through. A collector that is away is told, but makes nobody unready.
     fn readiness(&self) -> Response<Full<Bytes>> {
         let usable = match self.identity.borrow().as_ref() {
             None => Err("this agent has not enrolled yet".to_owned()),
@@ -154,8 +154,11 @@ impl Admin {
             (None, None) => "not reached yet".into(),
         };
         let proxy = if stopping { "stopping" } else { "ok" };
-        let status = if usable.is_ok() && !stopping { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        text(status, format!("identity: {identity}\nproxy: {proxy}\ncollector: {collector}\n"))
+        let open = self.view.as_ref().and_then(|view| view.interception_trouble());
+        let ready = usable.is_ok() && !stopping && open.is_none();
+        let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let interception = open.map_or_else(String::new, |why| format!("interception: {why}\n"));
+        text(status, format!("identity: {identity}\nproxy: {proxy}\n{interception}collector: {collector}\n"))
     }
 
     fn posture(&self) -> Response<Full<Bytes>> {

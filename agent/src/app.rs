@@ -19,9 +19,10 @@ use crate::admin::{self, Admin};
 use crate::backoff::Random;
 use crate::config::Config;
 use crate::dial::Resolver;
-use crate::facts::{self, Subject};
+use crate::facts::{self, ListenerSight, Machine, Subject};
 use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source};
 use crate::identity::{Current, Store, StoreError, Terms};
+use crate::intercept::{self, InterceptError};
 use crate::metrics::Metrics;
 use crate::proxy::egress::{CredentialsError, read_credentials};
 use crate::proxy::own::Own;
@@ -75,6 +76,9 @@ pub enum StartError {
     /// The credentials for the upstream proxy.
     #[error("`egress.upstream_credentials_file`: {0}")]
     Credentials(#[from] CredentialsError),
+    /// With the rules of `intercept` it would not work.
+    #[error(transparent)]
+    Intercept(#[from] InterceptError),
     /// The watch's thread.
     #[error("the watch's thread cannot be started: {0}")]
     Watch(std::io::Error),
@@ -121,6 +125,7 @@ type Emit = Arc<dyn Fn(Event) + Send + Sync>;
 /// Starts the agent. On return it accepts connections, with the identity that was on disk.
 pub async fn start(setup: Setup) -> Result<App, StartError> {
     let Setup { mode, config, root, shares_user, random } = setup;
+    intercept::check_ourselves(&config, mode == Mode::Exec && config.exec.user.is_none())?;
     let instance = instance(&config)?;
     check_credentials(&config)?;
     let listeners = Listeners::bind(&config).await?;
@@ -324,7 +329,8 @@ fn start_watch(
     stop: &CancellationToken,
 ) -> Result<Option<Watch>, StartError> {
     let subject = Subject { mode, cgroup: config.watch.subject.clone() };
-    let vantage = facts::observe(root.as_deref().unwrap_or(Path::new("/")), &subject).vantage;
+    let seen_from = root.as_deref().unwrap_or(Path::new("/"));
+    let vantage = facts::observe(seen_from, &subject, &mut ListenerSight::new(Machine::new(seen_from))).vantage;
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let body = AgentStarted { version, mode, vantage, clean: opened.clean, heartbeat_secs: HEARTBEAT_SECS };
     let after = if opened.clean { "" } else { ", after a run that did not end in order" };
@@ -337,6 +343,7 @@ fn start_watch(
         tick: config.watch.tick,
         posture_interval: config.watch.posture_interval,
         declared: config.declared.clone(),
+        intercept: intercept::ruleset(config),
         normal: config.watch.normal.clone(),
         ..WatchConfig::new(subject)
     };

@@ -3,18 +3,20 @@
 //! `deploy/agent.toml` holds every key with its default and what it does.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustls::pki_types::DnsName;
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader, Value};
+use sidewarden_proto::event::Protocol;
 use sidewarden_proto::identity::{InstanceId, SpiffeId};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
-use crate::cis::Declared;
+use crate::cis::{Declared, Plaintext};
 use crate::identity::files::Files;
 use crate::policy::address::Network;
 use crate::policy::egress::{Lines, Policy, Rule};
@@ -46,6 +48,8 @@ pub struct Config {
     pub tls: Tls,
     /// How the wrapped command runs.
     pub exec: Exec,
+    /// Packet rules around the workload.
+    pub intercept: Intercept,
     /// What is watched.
     pub watch: Watch,
     /// What the operator intends, for the checks.
@@ -267,6 +271,86 @@ pub struct User {
     pub gid: u32,
 }
 
+/// `[intercept]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Intercept {
+    /// The group that the agent has and the workload has not.
+    pub gid: Option<u32>,
+    /// What may come in past the agent.
+    pub inbound: Inward,
+    /// Where connections to the workload's own ports are led, to be refused with an event.
+    pub refuse_port: u16,
+    /// What may go out past the agent.
+    pub outbound: Outward,
+    /// What may all the same.
+    pub bypass: Vec<Bypass>,
+}
+
+/// One `[[intercept.bypass]]`: where the workload goes without its agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bypass {
+    /// Where.
+    pub to: Network,
+    /// Over what.
+    pub protocol: Protocol,
+    /// At which port; at every one if not set.
+    pub port: Option<u16>,
+    /// Why that has to be.
+    pub reason: String,
+}
+
+/// `udp to 10.96.0.10, port 53: the cluster's DNS`
+impl fmt::Display for Bypass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Bypass { to, protocol, port, reason } = self;
+        let port = port.map_or_else(|| "every port".to_owned(), |port| format!("port {port}"));
+        write!(f, "{} to {to}, {port}: {reason}", protocol.word())
+    }
+}
+
+/// `intercept.outbound`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Outward {
+    /// Everything, as without any rules.
+    #[default]
+    Off,
+    /// Nothing: the workload has the agent's listeners on loopback.
+    Block,
+    /// TCP is led to the transparent listeners of `[egress]`, the rest is stopped.
+    Redirect,
+}
+
+/// `intercept.inbound`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Inward {
+    /// Everything, as without any rules.
+    #[default]
+    Off,
+    /// Nothing but what is declared.
+    Lock,
+}
+
+impl Intercept {
+    /// Whether there are rules to be installed.
+    pub fn is_on(&self) -> bool {
+        self.inbound != Inward::Off || self.outbound != Outward::Off
+    }
+}
+
+impl Egress {
+    /// The ports on this machine's loopback where redirected connections of IPv4 and of IPv6 are taken.
+    pub fn redirected_to(&self) -> [Option<u16>; 2] {
+        let takes = |wanted: IpAddr| {
+            let listens = |l: &&SocketAddr| {
+                let everywhere = l.ip().is_unspecified() && (l.is_ipv6() || wanted.is_ipv4());
+                l.ip().to_canonical() == wanted || everywhere
+            };
+            self.transparent_listen.iter().find(listens).map(SocketAddr::port)
+        };
+        [takes(Ipv4Addr::LOCALHOST.into()), takes(Ipv6Addr::LOCALHOST.into())]
+    }
+}
+
 /// `[watch]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Watch {
@@ -329,11 +413,18 @@ impl Default for Config {
             trust: TrustFiles::default(),
             tls: Tls::default(),
             exec: Exec::default(),
+            intercept: Intercept::default(),
             watch: Watch::default(),
             declared: Declared::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
         }
+    }
+}
+
+impl Default for Intercept {
+    fn default() -> Intercept {
+        Intercept { gid: None, inbound: Inward::Off, refuse_port: 15006, outbound: Outward::Off, bypass: Vec::new() }
     }
 }
 
@@ -426,6 +517,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
         tls: r.section("tls", |r| Tls { groups: r.value("groups", default.tls.groups) }),
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
+        intercept: r.section("intercept", intercept),
         watch: r.section("watch", watch),
         declared: r.section("declared", declared),
         limits: r.section("limits", limits),
@@ -636,6 +728,44 @@ impl FromValue for User {
     }
 }
 
+fn intercept(r: &mut Reader<'_>) -> Intercept {
+    let default = Intercept::default();
+    Intercept {
+        gid: r.optional("gid"),
+        inbound: r.value("inbound", default.inbound),
+        refuse_port: r.value("refuse_port", default.refuse_port),
+        outbound: r.value("outbound", default.outbound),
+        bypass: r.list("bypass", bypass).into_iter().flatten().collect(),
+    }
+}
+
+fn bypass(r: &mut Reader<'_>) -> Option<Bypass> {
+    let (to, reason) = (r.required("to"), r.required("reason"));
+    let (protocol, port) = (r.value("protocol", Protocol::Tcp), r.optional("port"));
+    Some(Bypass { to: to?, protocol, port, reason: reason? })
+}
+
+impl FromValue for Outward {
+    fn from_text(text: &str) -> Result<Outward, String> {
+        match text {
+            "off" => Ok(Outward::Off),
+            "block" => Ok(Outward::Block),
+            "redirect" => Ok(Outward::Redirect),
+            other => Err(format!("must be \"off\", \"block\" or \"redirect\", not `{other}`")),
+        }
+    }
+}
+
+impl FromValue for Inward {
+    fn from_text(text: &str) -> Result<Inward, String> {
+        match text {
+            "off" => Ok(Inward::Off),
+            "lock" => Ok(Inward::Lock),
+            other => Err(format!("must be \"off\" or \"lock\", not `{other}`")),
+        }
+    }
+}
+
 fn watch(r: &mut Reader<'_>) -> Watch {
     let default = Watch::default();
     Watch {
@@ -650,11 +780,17 @@ fn declared(r: &mut Reader<'_>) -> Declared {
     Declared {
         capabilities: r.value("capabilities", Vec::new()),
         ports: r.value("ports", Vec::new()),
+        plaintext: r.list("plaintext", plaintext).into_iter().flatten().collect(),
         ulimits: r.value("ulimits", Vec::new()),
         mounts: r.value("mounts", Vec::new()),
         devices: r.value("devices", Vec::new()),
         cgroup_parent: r.optional("cgroup_parent"),
     }
+}
+
+fn plaintext(r: &mut Reader<'_>) -> Option<Plaintext> {
+    let (port, protocol, reason) = (r.required("port"), r.value("protocol", Protocol::Tcp), r.required("reason"));
+    Some(Plaintext { port: port?, protocol, reason: reason? })
 }
 
 fn limits(r: &mut Reader<'_>) -> Limits {
@@ -715,6 +851,11 @@ fn contradictions(config: &Config) -> Vec<(&'static str, String)> {
     }
     egress_contradictions(&config.egress, &mut say);
     port_conflicts(config, &mut say);
+    plaintext_conflicts(config, &mut say);
+    if config.intercept.is_on() {
+        intercept_contradictions(config, &mut say);
+    }
+    bypass_contradictions(&config.intercept, &mut say);
     value_faults(config, &mut say);
     wrong
 }
@@ -772,6 +913,10 @@ fn permissive_contradictions(config: &Config, inbound: &Inbound, say: &mut dyn F
     if inbound.server_name.is_some() {
         let text =
             "has `permissive` and `server_name`: plaintext asks for no name, put `permissive` into a block without";
+        say("inbound", text.into());
+    }
+    if config.intercept.inbound == Inward::Lock && inbound.hold_service_port {
+        let text = "has `permissive`, while `intercept.inbound = \"lock\"` refuses whoever comes in plaintext to the service's port: lock once every client is moved";
         say("inbound", text.into());
     }
     let within = config.timeouts.handshake;
@@ -832,6 +977,9 @@ fn port_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
     }
     listeners.extend(config.outbound.iter().map(|outbound| ("outbound", outbound.listen)));
     listeners.extend(config.egress.listeners());
+    if config.intercept.inbound == Inward::Lock {
+        listeners.push(("intercept.refuse_port", SocketAddr::from(([0; 4], config.intercept.refuse_port))));
+    }
     let mut by_port: BTreeMap<u16, Vec<(&'static str, SocketAddr)>> = BTreeMap::new();
     for (key, address) in listeners.into_iter().filter(|(_, address)| address.port() != 0) {
         let taken = by_port.entry(address.port()).or_default();
@@ -859,6 +1007,103 @@ fn same_name(inbound: &Inbound) -> String {
     match server_name {
         Some(name) => format!("has two blocks on {listen} for `{name}`: each name leads to one service"),
         None => format!("has two blocks on {listen} without a `server_name`: tell them apart by one"),
+    }
+}
+
+/// A port cannot be the agent's, or be refused by it, and be open in plaintext as well.
+fn plaintext_conflicts(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
+    let tcp = config.declared.plaintext.iter().filter(|p| p.protocol == Protocol::Tcp);
+    for Plaintext { port, .. } in tcp {
+        for inbound in &config.inbound {
+            if inbound.listen.port() == *port && !inbound.listen.ip().is_loopback() {
+                say(
+                    "declared.plaintext",
+                    format!("names {port}, where `inbound` takes mutual TLS on {}", inbound.listen),
+                );
+            }
+            if inbound.to.address().is_some_and(|to| to.port() == *port) && inbound.hold_service_port {
+                say(
+                    "declared.plaintext",
+                    format!("names {port}, which is held for {}: set `hold_service_port = false` there", inbound.to),
+                );
+            }
+        }
+    }
+}
+
+/// What the packet rules of `[intercept]` cannot do, or what would get past them.
+fn intercept_contradictions(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
+    const NOBODY: u32 = u32::MAX;
+    match config.intercept.gid {
+        None => say(
+            "intercept.gid",
+            "is missing: choose a group for the agent alone, like 13100, and run the agent with it".into(),
+        ),
+        Some(0 | NOBODY) => {
+            say("intercept.gid", "must be a group that nobody else has: root has 0, and 4294967295 is none".into());
+        }
+        Some(gid) if config.exec.user.is_some_and(|user| user.gid == gid) => {
+            say("exec.user", format!("has the group {gid} of `intercept.gid`: the command would pass as the agent"));
+        }
+        Some(_) => {}
+    }
+    if config.intercept.inbound == Inward::Lock {
+        lock_contradictions(config, say);
+    }
+    if config.intercept.outbound == Outward::Redirect && config.egress.redirected_to() == [None, None] {
+        say(
+            "intercept.outbound",
+            "redirects to 127.0.0.1 and ::1, where nothing listens: set `egress.transparent_listen`, like [\"127.0.0.1:15001\", \"[::1]:15001\"]".into(),
+        );
+    }
+}
+
+fn bypass_contradictions(intercept: &Intercept, say: &mut dyn FnMut(&'static str, String)) {
+    if intercept.outbound == Outward::Off && !intercept.bypass.is_empty() {
+        say("intercept.bypass", "is set while `intercept.outbound` is off: there is nothing to go past".into());
+    }
+    for Bypass { to, port, reason, .. } in &intercept.bypass {
+        if *port == Some(0) {
+            say("intercept.bypass", format!("to {to} names port 0, which is none: leave `port` out for every port"));
+        }
+        if port.is_none() && to.is_everything() {
+            say(
+                "intercept.bypass",
+                format!("to {to} lets everything past: name ports, or set `intercept.outbound = \"off\"`"),
+            );
+        }
+        if reason.trim().is_empty() {
+            say("intercept.bypass", format!("to {to} needs a `reason`: why must it go past the agent?"));
+        }
+    }
+}
+
+fn lock_contradictions(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
+    if config.intercept.refuse_port == 0 {
+        say("intercept.refuse_port", "must be a port: the rules name it".into());
+    }
+    for inbound in config.inbound.iter().filter(|inbound| inbound.listen.port() == 0) {
+        say("inbound", format!("listens on {}, a port that no rule can name: choose one", inbound.listen));
+    }
+    let declared = |port: u16| config.declared.plaintext.iter().any(|p| p.port == port && p.protocol == Protocol::Tcp);
+    let mut plain: Vec<(&'static str, SocketAddr)> = vec![("admin.listen", config.admin.listen)];
+    plain.extend(config.outbound.iter().map(|outbound| ("outbound", outbound.listen)));
+    plain.extend(config.egress.listeners());
+    for (key, listen) in plain.into_iter().filter(|(_, l)| !l.ip().is_loopback() && !declared(l.port())) {
+        say(
+            key,
+            format!(
+                "listens on {listen}, which `intercept.inbound = \"lock\"` closes: use a loopback address, or list the port in [[declared.plaintext]]"
+            ),
+        );
+    }
+    for port in config.declared.ports.iter().filter(|port| !declared(**port)) {
+        say(
+            "declared.ports",
+            format!(
+                "names {port}, which `intercept.inbound = \"lock\"` closes: lead there by an [[inbound]], or list it in [[declared.plaintext]] with a reason"
+            ),
+        );
     }
 }
 
@@ -1048,6 +1293,9 @@ mod tests {
             &inbound_with("server_name = \"a.example\"\npermissive = { reason = \"x\", until = \"2027-01-31\" }"),
             &["plaintext asks for no name"],
         );
+        let locked = "[intercept]\ninbound = \"lock\"\ngid = 13100\n";
+        let both = permissive(r#"reason = "x", until = "2027-01-31""#) + locked;
+        check(&both, &["lock once every client is moved"]);
     }
 
     #[test]
@@ -1126,6 +1374,77 @@ mod tests {
     }
 
     #[test]
+    fn plaintext_ports_have_a_reason_and_are_nobody_elses() {
+        let plaintext = |more: &str| format!("{GOOD}[[declared.plaintext]]\nport = 5222\n{more}");
+        check(&plaintext("reason = \"old client\""), &[]);
+        check(&plaintext("protocol = \"udp\"\nreason = \"DNS\""), &[]);
+        check(&plaintext(""), &["`declared.plaintext[0].reason` is missing"]);
+        check(&plaintext("reason = \"  \""), &["needs a `reason`"]);
+        check(&plaintext("reason = \"x\"\nprotocol = \"sctp\""), &["\"tcp\" or \"udp\""]);
+        check(&plaintext("reason = \"x\"").replace("5222", "8443"), &["`inbound` takes mutual TLS"]);
+        check(&plaintext("reason = \"x\"").replace("5222", "8080"), &["held for 127.0.0.1:8080"]);
+    }
+
+    #[test]
+    fn rules_that_would_be_got_past_are_refused() {
+        let lock = |more: &str| format!("{GOOD}[intercept]\ninbound = \"lock\"\n{more}");
+        check(&lock("gid = 13100"), &[]);
+        check(&lock(""), &["`intercept.gid` is missing"]);
+        check(&lock("gid = 0"), &["root has 0"]);
+        check(&lock("gid = 4294967295"), &["nobody else has"]);
+        check(&lock("gid = 10002"), &["would pass as the agent"]);
+        check(&lock("gid = 13100\nrefuse_port = 0"), &["must be a port"]);
+        check(&lock("gid = 13100\nrefuse_port = 8443"), &["`inbound` has already"]);
+        check(&lock("gid = 13100\nrefuse_port = 8080"), &["held for the service"]);
+        check(&lock("gid = 13100").replace("0.0.0.0:8443", "0.0.0.0:0"), &["no rule can name"]);
+        check(&lock("gid = 13100\n[declared]\nports = [9443]"), &["`declared.ports` names 9443"]);
+        let admin = lock("gid = 13100\n[admin]\nlisten = \"0.0.0.0:9901\"");
+        check(&admin, &["`admin.listen` listens on 0.0.0.0:9901"]);
+        check(&format!("{admin}\n[[declared.plaintext]]\nport = 9901\nreason = \"scraped by Prometheus\""), &[]);
+        check(&format!("{GOOD}[intercept]\ninbound = \"shut\""), &["\"off\" or \"lock\""]);
+        check(&format!("{GOOD}[intercept]\ngid = 0"), &[]);
+        check(
+            &lock("gid = 13100\n[egress]\nlisten = \"0.0.0.0:3128\"\nexpose = true"),
+            &["`egress.listen` listens on"],
+        );
+    }
+
+    #[test]
+    fn ways_out_that_cannot_work_or_hide_nothing_are_refused() {
+        let out = |more: &str| format!("{GOOD}[intercept]\ngid = 13100\noutbound = {more}");
+        let bypass = |more: &str| out(&format!("\"block\"\n[[intercept.bypass]]\n{more}"));
+        check(&out("\"block\""), &[]);
+        check(&out("\"open\""), &["\"off\", \"block\" or \"redirect\""]);
+        check(&out("\"redirect\""), &["set `egress.transparent_listen`"]);
+        let listen =
+            |addresses: &str| out(&format!("\"redirect\"\n[egress]\nexpose = true\ntransparent_listen = {addresses}"));
+        check(&listen("[\"127.0.0.1:15001\"]"), &[]);
+        check(&listen("[\"[::]:15001\"]"), &[]);
+        check(&listen("[\"10.0.0.5:15001\"]"), &["set `egress.transparent_listen`"]);
+        let dns = "to = \"10.96.0.10\"\nprotocol = \"udp\"\nport = 53\nreason = \"DNS of the cluster\"";
+        check(&bypass(dns), &[]);
+        check(&bypass(dns).replace("\"block\"", "\"off\""), &["nothing to go past"]);
+        check(&bypass(&dns.replace("53", "0")), &["names port 0"]);
+        check(&bypass(&dns.replace("DNS of the cluster", "")), &["needs a `reason`"]);
+        check(&bypass(&dns.replace("10.96.0.10", "10.96.0.10/8")), &["`intercept.bypass[0].to`"]);
+        check(&bypass("to = \"0.0.0.0/0\"\nreason = \"x\""), &["lets everything past"]);
+        check(&bypass("to = \"::/0\"\nport = 53\nreason = \"x\""), &[]);
+        check(&bypass("to = \"::/0\"\nport = 53"), &["`intercept.bypass[0].reason` is missing"]);
+    }
+
+    #[test]
+    fn redirected_connections_are_taken_where_the_kernel_sends_them() {
+        let ports = |listen: &[&str]| {
+            let transparent_listen = listen.iter().map(|address| address.parse().unwrap()).collect();
+            Egress { transparent_listen, ..Egress::default() }.redirected_to()
+        };
+        assert_eq!(ports(&["127.0.0.1:1", "[::1]:2"]), [Some(1), Some(2)]);
+        assert_eq!(ports(&["0.0.0.0:1"]), [Some(1), None]);
+        assert_eq!(ports(&["[::]:1"]), [Some(1), Some(1)]);
+        assert_eq!(ports(&["127.0.0.2:1", "[::ffff:127.0.0.1]:2"]), [Some(2), None]);
+    }
+
+    #[test]
     fn all_faults_come_at_once() {
         let text = changed("addresses", "adresses") + "[admin]\nlisten = \"nowhere\"\n[limits]\nmax_handshakes = 0";
         check(
@@ -1191,6 +1510,13 @@ mod tests {
             "shells",
             "capabilities",
             "ports",
+            "port",
+            "protocol",
+            "reason",
+            "gid",
+            "inbound",
+            "refuse_port",
+            "outbound",
             "ulimits",
             "mounts",
             "devices",

@@ -11,6 +11,7 @@ pub mod dial;
 pub mod facts;
 pub mod identity;
 pub mod init;
+pub mod intercept;
 pub mod metrics;
 pub mod policy;
 pub mod proxy;

@@ -3,10 +3,12 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
 use sidewarden_agent::config::{Config, Permissive};
+use sidewarden_agent::intercept::{self, InterceptError};
 use sidewarden_agent::{admin, backoff, cis, init};
 use sidewarden_proto::event::Mode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,6 +19,9 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 /// In exec mode: the agent itself could not start. 126, 127 and everything else are the command's.
 const EXEC_FAILED: u8 = 125;
+
+/// In exec mode: for the one-shot to put the packet rules in force, before the command is started.
+const RULES_WITHIN: Duration = Duration::from_secs(30);
 
 /// Stands beside one container: mutual TLS for its traffic, runtime checks by the CIS Docker Benchmark, and an event for
 /// everything that matters, kept until a collector has it.
@@ -67,8 +72,25 @@ enum Command {
     Health,
     /// Tell everything that is wrong with the settings
     CheckConfig,
+    /// Packet rules around the workload; for a one-shot in its network namespace that has CAP_NET_ADMIN
+    Intercept {
+        #[command(subcommand)]
+        action: Intercept,
+    },
     /// List the checks, with their CIS numbers
     Checks,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum Intercept {
+    /// Show the rules that the settings ask for, as nft reads them; needs nothing
+    Print,
+    /// Put them in force, in place of those that were
+    Install,
+    /// Compare those in force with the settings, and look for processes that can get past them; code 1 if anything is wrong
+    Verify,
+    /// Take them away
+    Remove,
 }
 
 fn main() -> ExitCode {
@@ -113,6 +135,7 @@ fn run(command: Command, config: Config, path: Option<&Path>) -> ExitCode {
         Command::Exec { command } => on_runtime(EXEC_FAILED, exec(config, command)),
         Command::Health => health(&config),
         Command::CheckConfig => check_config(&config, path),
+        Command::Intercept { action } => intercept(action, &config),
         Command::Checks => ExitCode::SUCCESS,
     }
 }
@@ -146,7 +169,12 @@ async fn sidecar(config: Config) -> Result<ExitCode, (u8, String)> {
 async fn exec(config: Config, command: Vec<OsString>) -> Result<ExitCode, (u8, String)> {
     let user = config.exec.user.map(|user| init::User { uid: user.uid, gid: user.gid });
     let shares_user = init::would_share_uid(user);
+    let asked_for = config.clone();
     let app = app::start(setup(Mode::Exec, config, shares_user)).await.map_err(|e| (EXEC_FAILED, e.to_string()))?;
+    if let Err(error) = intercept::await_rules(&asked_for, RULES_WITHIN).await {
+        app.stop("the packet rules were not put in force").await;
+        return Err((EXEC_FAILED, error.to_string()));
+    }
     let mut reaper = match init::run(&command, user) {
         Ok(reaper) => reaper,
         Err(error) => return Err(not_started(app, &error).await),
@@ -178,6 +206,35 @@ fn health(config: &Config) -> ExitCode {
         }
         Ok((false, body)) => fail(FAILED, &format!("the agent is not ready:\n{}", body.trim_end())),
         Err(error) => fail(FAILED, &format!("asking the agent at {listen}: {error}: is it running?")),
+    }
+}
+
+fn intercept(action: Intercept, config: &Config) -> ExitCode {
+    let told = match action {
+        Intercept::Print => intercept::print(config),
+        Intercept::Install => intercept::install(config),
+        Intercept::Remove => intercept::remove(),
+        Intercept::Verify => return verify(config),
+    };
+    match told {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error @ InterceptError::Off) => fail(USAGE, &error.to_string()),
+        Err(error) => fail(FAILED, &error.to_string()),
+    }
+}
+
+fn verify(config: &Config) -> ExitCode {
+    match intercept::verify(config) {
+        Ok(findings) => {
+            findings.good.iter().for_each(|line| println!("good: {line}"));
+            findings.bad.iter().for_each(|line| println!("BAD:  {line}"));
+            if findings.bad.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+        }
+        Err(error @ InterceptError::Off) => fail(USAGE, &error.to_string()),
+        Err(error) => fail(FAILED, &error.to_string()),
     }
 }
 

@@ -40,6 +40,8 @@ pub struct Metrics {
     findings: IntGaugeVec,
     tasks_created: IntCounter,
     tasks_missed: IntCounter,
+    listeners: IntGaugeVec,
+    interception_broken: IntGauge,
 }
 
 impl Metrics {
@@ -111,6 +113,17 @@ impl Metrics {
             tasks_missed: register(
                 &registry,
                 IntCounter::new(name("workload_tasks_missed_total"), "Of these, gone before they could be seen."),
+            ),
+            listeners: gauges(
+                &registry,
+                "listeners_without_tls",
+                "Listeners of the workload that can be reached without TLS.",
+                &["declared"],
+            ),
+            interception_broken: gauge(
+                &registry,
+                "interception_broken",
+                "1 while the packet rules that should be in force are not, or can be got past.",
             ),
             registry,
         };
@@ -221,6 +234,10 @@ impl Metrics {
     fn look_at(&self, view: &View) {
         raise(&self.tasks_created, view.stats.tasks_created.load(Relaxed));
         raise(&self.tasks_missed, view.stats.tasks_missed.load(Relaxed));
+        for (declared, count) in [("false", &view.stats.exposed), ("true", &view.stats.declared)] {
+            self.listeners.with_label_values(&[declared]).set(count.load(Relaxed) as i64);
+        }
+        self.interception_broken.set(i64::from(view.interception_trouble().is_some()));
         let posture = view.posture();
         for word in Verdict::WORDS {
             let count = posture.findings.iter().filter(|finding| finding.verdict.word() == word).count();

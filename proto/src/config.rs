@@ -13,7 +13,7 @@ use std::time::Duration;
 use toml::Table;
 pub use toml::Value;
 
-use crate::event::Severity;
+use crate::event::{Protocol, Severity};
 use crate::identity::{InstanceId, SpiffeId, TrustDomain};
 use crate::secret::Secret;
 use crate::tls::Group;
@@ -257,6 +257,13 @@ parsed!(SpiffeId, TrustDomain, InstanceId, Severity, Group);
 
 fn parse<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, String> {
     text.parse().map_err(|e| format!("is wrong: {e}"))
+}
+
+impl FromValue for Protocol {
+    fn from_text(text: &str) -> Result<Protocol, String> {
+        let named = Protocol::ALL.into_iter().find(|protocol| protocol.word() == text);
+        named.ok_or_else(|| format!("must be \"tcp\" or \"udp\", not `{text}`"))
+    }
 }
 
 impl FromValue for std::net::SocketAddr {

@@ -212,6 +212,14 @@ kinds! {
     ListenerPermissive = "listener.permissive",
     /// Connections in plaintext were let in. Repeats within a window are counted in one event.
     ConnectionPlaintext = "connection.plaintext",
+    /// It no longer can.
+    ListenerClosed = "listener.closed",
+    /// All ports of the workload that can be reached without TLS: after a start, and after events were lost.
+    ListenersBaseline = "listeners.baseline",
+    /// The packet rules that the configuration asks for are not in force, or the workload can get past them.
+    InterceptionBroken = "interception.broken",
+    /// They are in force, and it cannot.
+    InterceptionHolds = "interception.holds",
     /// The agent has a new certificate.
     IdentityRenewed = "identity.renewed",
     /// Renewing failed; the old certificate is still in use.
@@ -326,6 +334,30 @@ impl Direction {
             Direction::Inbound => "inbound",
             Direction::Outbound => "outbound",
             Direction::Egress => "egress",
+        }
+    }
+}
+
+/// Over what a port is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// Both.
+    pub const ALL: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+
+    /// The word in files, labels and tables.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
         }
     }
 }
@@ -634,6 +666,15 @@ pub struct ListenerExposed {
     pub address: String,
     /// What is known about it.
     pub detail: String,
+    /// Over what.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Whose it is, where that can be told.
+    #[serde(default)]
+    pub owner: String,
+    /// Why that was declared to be so; empty if it was not.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// Body of `listener.permissive`.
@@ -662,6 +703,42 @@ pub struct ConnectionPlaintext {
     pub detail: String,
     /// How many connections like this one are counted here.
     pub count: u64,
+}
+
+/// Body of `listener.closed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListenerClosed {
+    /// Its address, as `host:port`.
+    pub address: String,
+    /// Over what.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// What became of it.
+    pub detail: String,
+}
+
+/// Body of `listeners.baseline`: each as `host:port/protocol`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListenersBaseline {
+    /// Those that nobody declared.
+    pub exposed: Vec<String>,
+    /// Those that were declared.
+    pub declared: Vec<String>,
+}
+
+/// Body of `interception.broken`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InterceptionBroken {
+    /// What is wrong with it.
+    pub why: Vec<String>,
+}
+
+/// Body of `interception.holds`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InterceptionHolds {
+    /// What the workload may send past the agent all the same, each with its reason.
+    #[serde(default)]
+    pub bypass: Vec<String>,
 }
 
 /// Body of `identity.renewed`.

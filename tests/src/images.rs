@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::run;
 use crate::docker::Docker;
-use crate::packages::Root;
+use crate::packages::{self, Root};
 use crate::programs::Programs;
 use crate::progress::Detail;
 use crate::workspace;
@@ -29,6 +29,9 @@ pub const AGENT: &str = "sidewarden/agent:local";
 
 /// The collector alone.
 pub const COLLECTOR: &str = "sidewarden/collector:local";
+
+/// The one-shot that installs packet rules: the agent's program, with `nft`.
+pub const INTERCEPT: &str = "sidewarden/intercept:local";
 
 /// Makes [`SERVICES`], unless the engine has it from the same recipe. What debootstrap made is kept.
 pub fn services(docker: &Docker, detail: &Detail<'_>) -> Result<()> {
@@ -83,7 +86,7 @@ fn suite(os_release: &str) -> String {
 /// Makes the images that hold our programs.
 pub fn programs(docker: &Docker, programs: &Programs, detail: &Detail<'_>) -> Result<()> {
     let context = context(programs)?;
-    for (target, image) in [("agent", AGENT), ("collector", COLLECTOR)] {
+    for (target, image) in [("agent", AGENT), ("collector", COLLECTOR), ("intercept", INTERCEPT)] {
         detail.now(image);
         build(docker, &workspace::root().join("deploy/Dockerfile"), &["--target", target], image, &context)?;
     }
@@ -113,7 +116,29 @@ fn context(programs: &Programs) -> Result<PathBuf> {
         std::fs::copy(program, &copy).with_context(|| format!("copying {}", program.display()))?;
         std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(mode))?;
     }
+    nft(&dir.join("nft"))?;
     Ok(dir)
+}
+
+/// This machine's `nft` with the libraries it loads, each where it looks for them.
+fn nft(dir: &Path) -> Result<()> {
+    let program = packages::find("nft")?;
+    let loaded = run("ldd", [&program]).output()?;
+    for file in libraries(&loaded).into_iter().chain(["/usr/sbin/nft".into()]) {
+        let from = if file.ends_with("sbin/nft") { program.clone() } else { file.clone() };
+        let copy = dir.join(file.strip_prefix("/").unwrap_or(&file));
+        std::fs::create_dir_all(copy.parent().unwrap_or(dir))?;
+        std::fs::copy(&from, &copy).with_context(|| format!("copying {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// The paths in what `ldd` prints.
+fn libraries(ldd: &str) -> Vec<PathBuf> {
+    ldd.lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .map(PathBuf::from)
+        .collect()
 }
 
 fn label_of(docker: &Docker, image: &str, label: &str) -> String {
@@ -163,6 +188,14 @@ mod tests {
         ] {
             assert_eq!(regular_file(line).as_deref(), expected, "{line}");
         }
+    }
+
+    #[test]
+    fn libraries_are_those_with_a_path() {
+        let ldd = "\tlinux-vdso.so.1 (0x00007fdf)\n\tlibmnl.so.0 => /lib/x86_64-linux-gnu/libmnl.so.0 (0x00007f)\n\
+                   \t/lib64/ld-linux-x86-64.so.2 (0x00007fdf)\n";
+        let expected = ["/lib/x86_64-linux-gnu/libmnl.so.0", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from);
+        assert_eq!(libraries(ldd), expected);
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub const DEMO: &[Needed] = &[
     needed("docker-compose", &["docker-compose"]),
     needed("debootstrap", &["debootstrap"]),
     needed("openssl", &["openssl"]),
+    needed("nft", &["nftables"]),
+    needed("ip", &["iproute2"]),
 ];
 
 /// For the tests, besides those of the demo.
@@ -39,8 +41,6 @@ pub const TESTS: &[Needed] = &[
     needed("chromium", &["chromium"]),
     needed("curl", &["curl"]),
     needed("squid", &["squid"]),
-    needed("nft", &["nftables"]),
-    needed("ip", &["iproute2"]),
     // Servers and clients whose connections are led through a pair of agents, unchanged.
     needed("mariadbd", &["mariadb-server-core"]),
     needed("mariadb", &["mariadb-client-core"]),

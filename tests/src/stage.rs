@@ -1,11 +1,13 @@
 //! All that has to be there before a scene can start: packages, an engine, the two programs, the images.
 
-use anyhow::{Result, anyhow};
+use std::sync::OnceLock;
+
+use anyhow::{Result, anyhow, bail};
 
 use crate::docker::Docker;
 use crate::packages::{self, Needed};
 use crate::progress::Progress;
-use crate::{images, programs};
+use crate::{images, programs, suite};
 
 /// Makes what is missing. The two long pieces, cargo and debootstrap, go on side by side.
 pub fn provide(needed: &[Needed], progress: &Progress) -> Result<Docker> {
@@ -21,4 +23,18 @@ pub fn provide(needed: &[Needed], progress: &Progress) -> Result<Docker> {
     })?;
     progress.step("their images, FROM scratch", |detail| images::programs(&docker, &programs, detail))?;
     Ok(docker)
+}
+
+/// The same for the test `name`, once in each program; `None` where the test may be left out, and has to be.
+pub fn for_test(name: &str) -> Result<Option<Docker>> {
+    static STAGE: OnceLock<Result<Docker, String>> = OnceLock::new();
+    let make = || provide(packages::DEMO, &Progress::start()).map_err(|error| format!("{error:#}"));
+    match STAGE.get_or_init(make) {
+        Ok(docker) => Ok(Some(docker.clone())),
+        Err(why) if std::env::var_os(suite::ALLOW_SKIP).is_some() => {
+            eprintln!("{} {name}: {why}", suite::SKIPPED);
+            Ok(None)
+        }
+        Err(why) => bail!("{why} (to leave this test out: {}=1)", suite::ALLOW_SKIP),
+    }
 }

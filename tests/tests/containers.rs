@@ -4,17 +4,16 @@
 //! that cannot run fails and says why, unless SIDEWARDEN_ALLOW_SKIP=1.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use sidewarden_tests::docker::Docker;
 use sidewarden_tests::events::{Event, Events};
 use sidewarden_tests::interrupt::poll;
 use sidewarden_tests::progress::Progress;
 use sidewarden_tests::scene::{Ports, Scene};
-use sidewarden_tests::{attacks, images, packages, stage, story, suite, wire, workspace};
+use sidewarden_tests::{attacks, images, packages, stage, story, wire, workspace};
 
 /// One scene at a time: a database and eight more containers are enough for two cores.
 static TURN: Mutex<()> = Mutex::new(());
@@ -32,24 +31,10 @@ struct Open {
 /// Starts the scene for the test `name`; `None` where the test may be left out, and has to be.
 fn open(name: &str) -> Result<Option<Open>> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(docker) = docker(name)? else { return Ok(None) };
+    let Some(docker) = stage::for_test(name)? else { return Ok(None) };
     let scene = Scene::prepare(docker, &workspace::own_name(&format!("sidewarden-test-{name}")), Ports::any()?)?;
     let events = scene.start(&Progress::start())?;
     Ok(Some(Open { scene, events, _turn: turn }))
-}
-
-/// The engine, with everything built; made ready once.
-fn docker(name: &str) -> Result<Option<Docker>> {
-    static STAGE: OnceLock<Result<Docker, String>> = OnceLock::new();
-    let provide = || stage::provide(packages::DEMO, &Progress::start()).map_err(|error| format!("{error:#}"));
-    match STAGE.get_or_init(provide) {
-        Ok(docker) => Ok(Some(docker.clone())),
-        Err(why) if std::env::var_os(suite::ALLOW_SKIP).is_some() => {
-            eprintln!("{} {name}: {why}", suite::SKIPPED);
-            Ok(None)
-        }
-        Err(why) => anyhow::bail!("{why} (to leave this test out: {}=1)", suite::ALLOW_SKIP),
-    }
 }
 
 #[test]
@@ -174,7 +159,7 @@ impl Open {
 
 #[test]
 fn an_image_holds_one_file_that_is_static_and_the_agents_cannot_be_read() -> Result<()> {
-    let Some(docker) = docker("images")? else { return Ok(()) };
+    let Some(docker) = stage::for_test("images")? else { return Ok(()) };
     for (image, program, mode) in
         [(images::AGENT, "sidewarden-agent", "-rwx--x--x"), (images::COLLECTOR, "sidewarden-collector", "-rwxr-xr-x")]
     {

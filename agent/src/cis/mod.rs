@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use serde::Deserialize;
-use sidewarden_proto::event::Severity;
+use sidewarden_proto::event::{Protocol, Severity};
 use sidewarden_proto::finding::{CisIds, Evidence, Finding, Remedy, Vantage, Verdict};
 
 use crate::facts::{Container, Facts, Hidden, Seen};
@@ -45,6 +45,8 @@ mod selinux;
 mod sshd;
 mod ulimits;
 mod user;
+
+pub use open_ports::{Standing, standing};
 
 /// All checks, in the order of the benchmark.
 pub const CHECKS: &[Check] = &[
@@ -121,8 +123,10 @@ pub struct Case<'a> {
 pub struct Declared {
     /// Capabilities beyond Docker's own set without NET_RAW, by name.
     pub capabilities: Vec<String>,
-    /// TCP ports that the workload may be reached on.
+    /// TCP ports that the workload may be reached on, with TLS.
     pub ports: Vec<u16>,
+    /// Ports that it may be reached on without.
+    pub plaintext: Vec<Plaintext>,
     /// Limits that may differ from the daemon's, as named in `/proc/<pid>/limits`, for example `Max open files`.
     pub ulimits: Vec<String>,
     /// Mount points, and what is below them, that may show the host.
@@ -133,12 +137,37 @@ pub struct Declared {
     pub cgroup_parent: Option<String>,
 }
 
+/// A port that is meant to be reached without TLS.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plaintext {
+    /// The port.
+    pub port: u16,
+    /// TCP or UDP.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Why that has to be.
+    pub reason: String,
+}
+
 impl Declared {
     /// What is wrong with it, for the operator.
     pub fn faults(&self) -> Vec<String> {
         let bad = |name: &&String| crate::facts::parse::capability_bit(name).is_none();
         let known = |name: &String| format!("capabilities: `{name}` is no capability of Linux");
-        self.capabilities.iter().filter(bad).map(known).collect()
+        let mut faults: Vec<String> = self.capabilities.iter().filter(bad).map(known).collect();
+        for (i, Plaintext { port, protocol, reason }) in self.plaintext.iter().enumerate() {
+            if *port == 0 {
+                faults.push("plaintext: 0 is no port".into());
+            }
+            if reason.trim().is_empty() {
+                faults.push(format!("plaintext: port {port} needs a `reason`: why must it be reached without TLS?"));
+            }
+            if self.plaintext[..i].iter().any(|other| (other.port, other.protocol) == (*port, *protocol)) {
+                faults.push(format!("plaintext: {port}/{} stands there twice", protocol.word()));
+            }
+        }
+        faults
     }
 }
 
@@ -434,5 +463,19 @@ mod tests {
     fn a_misspelt_capability_is_a_fault() {
         let declared = Declared { capabilities: vec!["NET_ADMIN".into(), "NET_ADMN".into()], ..Declared::default() };
         assert_eq!(declared.faults(), ["capabilities: `NET_ADMN` is no capability of Linux"]);
+    }
+
+    #[test]
+    fn a_plaintext_port_has_a_number_and_a_reason_and_stands_there_once() {
+        let plain = |port, protocol, reason: &str| Plaintext { port, protocol, reason: reason.into() };
+        let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+        let check = |plaintext: &[Plaintext], expected: &[&str]| {
+            let faults = Declared { plaintext: plaintext.to_vec(), ..Declared::default() }.faults();
+            assert_eq!(faults.len(), expected.len(), "{faults:?}");
+            expected.iter().zip(&faults).for_each(|(part, fault)| assert!(fault.contains(part), "{fault}"));
+        };
+        check(&[plain(53, tcp, "x"), plain(53, udp, "x")], &[]);
+        check(&[plain(0, tcp, " ")], &["0 is no port", "needs a `reason`"]);
+        check(&[plain(53, tcp, "x"), plain(53, tcp, "y")], &["53/tcp stands there twice"]);
     }
 }

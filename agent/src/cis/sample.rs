@@ -6,7 +6,9 @@ use sidewarden_proto::event::Mode;
 
 use super::*;
 use crate::facts::parse::{self, Cgroup};
-use crate::facts::{Device, FilterProbe, Hidden, Limit, Namespace, Process, ProcessId, Role, Why};
+use crate::facts::{
+    Device, FilterProbe, Hidden, Limit, Listener, Lock, Namespace, Process, ProcessId, Role, Speech, Why,
+};
 
 /// Facts, declarations and history that a test may change before it asks.
 #[derive(Clone, Debug)]
@@ -89,6 +91,7 @@ impl Sample {
             vanished: 0,
             host_net: known(false),
             listeners: known(Vec::new()),
+            lock: Lock::Off,
             interfaces: known(vec!["lo".into(), "eth0".into()]),
             apparmor: known(true),
             selinux: known(false),
@@ -111,9 +114,12 @@ impl Sample {
         &mut self.container().processes[0]
     }
 
-    pub fn listen(&mut self, address: &str) {
-        let Seen::Known(listeners, _) = &mut self.facts.listeners else { return };
-        listeners.push(crate::facts::Listener { address: address.parse().unwrap(), uid: 10001, inode: 7 });
+    /// Adds a TCP listener that speaks TLS.
+    pub fn listen(&mut self, address: &str) -> &mut Listener {
+        let Seen::Known(listeners, _) = &mut self.facts.listeners else { panic!("the listeners are hidden") };
+        let (address, speech) = (address.parse().unwrap(), Some(Speech::Tls));
+        listeners.push(Listener { address, uid: 10001, inode: 7, speech, ..Listener::default() });
+        listeners.last_mut().unwrap()
     }
 
     /// Adds a mount to the container, as a line of mountinfo without its first two fields.

@@ -81,6 +81,17 @@ impl Machine {
         Ok(entries.flatten().filter_map(named).take(MAX_ENTRIES).collect())
     }
 
+    /// The names in the directory `path`, as they come.
+    pub fn names(&self, path: &str) -> Result<impl Iterator<Item = String> + use<>, Hidden> {
+        let entries = fs::read_dir(self.path(path)).map_err(|e| Hidden::from_io(path, &e))?;
+        Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()))
+    }
+
+    /// Whether this is the machine we run on, and no made-up tree.
+    pub fn is_this_one(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
     /// The PIDs of all processes that this PID namespace shows, ascending.
     pub fn pids(&self) -> Result<Vec<i32>, Hidden> {
         let entries = fs::read_dir(self.path("/proc")).map_err(|e| Hidden::from_io("/proc", &e))?;

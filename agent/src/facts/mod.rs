@@ -4,13 +4,14 @@
 //! [`Seen::Hidden`] with the reason, never a default. Nothing here judges.
 
 mod container;
+mod diag;
+mod listeners;
 mod machine;
 pub mod parse;
 mod process;
 mod seen;
 mod subject;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use sidewarden_proto::event::Mode;
@@ -18,8 +19,9 @@ use sidewarden_proto::finding::Vantage;
 
 pub(crate) use container::may_be_run;
 pub use container::{Container, Cpu, Device, Namespace};
+pub use listeners::{Listener, ListenerSight, Lock, Owner, Speech, reached_at};
 pub use machine::Machine;
-pub use parse::{Limit, Listener, Mount};
+pub use parse::{Limit, Mount};
 pub use process::{Process, ProcessId, Role};
 pub use seen::{Hidden, Seen, Why};
 pub use subject::{Ourselves, Subject, containers, has_strangers, select};
@@ -52,6 +54,8 @@ pub struct Facts {
     pub host_net: Seen<bool>,
     /// Listeners of the network namespace that are not our own.
     pub listeners: Seen<Vec<Listener>>,
+    /// Whether the rules of `intercept` keep others off them, as whoever asked for these facts found out.
+    pub lock: Lock,
     /// Names of the network interfaces.
     pub interfaces: Seen<Vec<String>>,
     /// AppArmor is on in this kernel.
@@ -80,8 +84,8 @@ pub struct FilterProbe {
     pub setns_refused: bool,
 }
 
-/// Reads everything about `subject` below `root`.
-pub fn observe(root: &Path, subject: &Subject) -> Facts {
+/// Reads everything about `subject` below `root`; `listening` is the sight of that machine's listeners.
+pub fn observe(root: &Path, subject: &Subject, listening: &mut ListenerSight) -> Facts {
     let machine = Machine::new(root);
     let (blind, vanished, members) = match look_around(&machine, subject) {
         Ok(scene) => (scene.blind(), scene.vanished, scene.members),
@@ -96,7 +100,8 @@ pub fn observe(root: &Path, subject: &Subject) -> Facts {
         blind,
         vanished,
         host_net: host_net(&machine),
-        listeners: listeners(&machine),
+        listeners: listening.look(&members),
+        lock: Lock::Off,
         interfaces: interfaces(&machine),
         apparmor: apparmor(&machine),
         selinux: selinux(&machine),
@@ -177,40 +182,13 @@ fn parsed<T>(machine: &Machine, path: &str, parse: impl Fn(&str) -> Result<T, St
 }
 
 /// A few settings exist in the initial network namespace only, on every kernel.
-fn host_net(machine: &Machine) -> Seen<bool> {
+pub fn host_net(machine: &Machine) -> Seen<bool> {
     const ONLY_THERE: &str = "/proc/sys/net/core/netdev_budget";
     const EVERYWHERE: &str = "/proc/sys/net/core/somaxconn";
     if !machine.exists(EVERYWHERE) {
         return Seen::Hidden(Hidden::missing(EVERYWHERE));
     }
     Seen::Known(machine.exists(ONLY_THERE), ONLY_THERE.into())
-}
-
-/// What listens in the network namespace, without ourselves, oldest kernel order kept out by sorting.
-fn listeners(machine: &Machine) -> Seen<Vec<Listener>> {
-    const TCP: &str = "/proc/self/net/tcp";
-    let own = own_sockets(machine);
-    let read = || {
-        let mut found = Vec::new();
-        for path in [TCP, "/proc/self/net/tcp6"] {
-            match machine.read(path) {
-                Ok(text) => found.extend(parse::listeners(&text).map_err(|e| Hidden::unclear(path, e))?),
-                // Without IPv6 there is no such file.
-                Err(e) if path != TCP && e.why == Why::Missing => {}
-                Err(e) => return Err(e),
-            }
-        }
-        found.retain(|l| !own.contains(&l.inode));
-        found.sort();
-        Ok(found)
-    };
-    Seen::at(TCP, read())
-}
-
-fn own_sockets(machine: &Machine) -> BTreeSet<u64> {
-    let names = machine.list("/proc/self/fd").unwrap_or_default();
-    let inode = |link: String| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
-    names.iter().filter_map(|(name, _)| machine.link(&format!("/proc/self/fd/{name}")).ok().and_then(inode)).collect()
 }
 
 fn interfaces(machine: &Machine) -> Seen<Vec<String>> {

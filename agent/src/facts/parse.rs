@@ -1,10 +1,12 @@
 //! Text of the kernel to values, where `procfs` does not do it or would refuse too much. Pure.
 
-use std::net::{IpAddr, SocketAddr};
-
 use procfs::FromBufRead as _;
+use procfs::net::{TcpNetEntries, TcpState, UdpNetEntries, UdpState};
 use procfs::process::{MountInfo, MountOptFields, Status};
-use procfs::{ExplicitSystemInfo, FromBufReadSI as _, net::TcpNetEntries, net::TcpState};
+use procfs::{ExplicitSystemInfo, FromBufReadSI as _};
+use sidewarden_proto::event::Protocol;
+
+use super::listeners::Listener;
 
 /// What is used of `/proc/<pid>/stat`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -180,39 +182,30 @@ pub fn uid_map(text: &str) -> Result<Vec<UidRange>, String> {
     text.lines().map(|l| line(l).ok_or_else(|| format!("`{l}` is no mapping"))).collect()
 }
 
-/// A TCP socket that waits for connections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Listener {
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// Whose it is.
-    pub uid: u32,
-    /// Its inode, by which the process that has it can be told.
-    pub inode: u64,
-}
-
-impl Listener {
-    /// Whether only the same network namespace can reach it.
-    pub fn is_loopback(&self) -> bool {
-        match self.address.ip() {
-            IpAddr::V4(ip) => ip.is_loopback(),
-            IpAddr::V6(ip) => ip.is_loopback() || ip.to_ipv4_mapped().is_some_and(|ip| ip.is_loopback()),
+/// The sockets in `/proc/net/tcp`, `tcp6`, `udp` or `udp6` that take what others send.
+pub fn sockets(text: &str, protocol: Protocol) -> Result<Vec<Listener>, String> {
+    let found = match protocol {
+        Protocol::Tcp => {
+            let entries = TcpNetEntries::from_buf_read(text.as_bytes(), &MACHINE).map_err(|e| e.to_string())?;
+            let listening = entries.0.into_iter().filter(|e| e.state == TcpState::Listen);
+            listening.map(|e| (e.local_address, e.uid, e.inode)).collect::<Vec<_>>()
         }
-    }
+        Protocol::Udp => {
+            let entries = UdpNetEntries::from_buf_read(text.as_bytes(), &MACHINE).map_err(|e| e.to_string())?;
+            let unconnected = entries.0.into_iter().filter(|e| e.state == UdpState::Close);
+            unconnected.map(|e| (e.local_address, e.uid, e.inode)).collect()
+        }
+    };
+    let listener = |(address, uid, inode)| Listener { protocol, address, uid, inode, ..Listener::default() };
+    Ok(found.into_iter().map(listener).collect())
 }
 
-/// The listeners in `/proc/net/tcp` or `tcp6`.
-pub fn listeners(text: &str) -> Result<Vec<Listener>, String> {
-    let machine = ExplicitSystemInfo {
-        boot_time_secs: 0,
-        ticks_per_second: 100,
-        page_size: 4096,
-        is_little_endian: cfg!(target_endian = "little"),
-    };
-    let entries = TcpNetEntries::from_buf_read(text.as_bytes(), &machine).map_err(|e| e.to_string())?;
-    let listening = entries.0.into_iter().filter(|e| e.state == TcpState::Listen);
-    Ok(listening.map(|e| Listener { address: e.local_address, uid: e.uid, inode: e.inode }).collect())
-}
+const MACHINE: ExplicitSystemInfo = ExplicitSystemInfo {
+    boot_time_secs: 0,
+    ticks_per_second: 100,
+    page_size: 4096,
+    is_little_endian: cfg!(target_endian = "little"),
+};
 
 /// A limit that may be absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -393,16 +386,22 @@ mod tests {
     }
 
     #[test]
-    fn listeners_are_the_sockets_in_state_0a() {
+    fn listeners_are_the_sockets_that_wait_for_somebody() {
         let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
    0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 10001        0 4711 1 0 100 0 0 10 0\n\
    1: 0100007F:1F90 0100007F:8000 01 00000000:00000000 00:00000000 00000000 10001        0 4712 1 0 100 0 0 10 0\n";
-        let got = listeners(text).unwrap();
-        assert_eq!(got, [Listener { address: "127.0.0.1:8080".parse().unwrap(), uid: 10001, inode: 4711 }]);
-        assert!(got[0].is_loopback());
-        assert!(listeners("header\nnonsense").is_err());
-        let mapped = Listener { address: "[::ffff:127.0.0.1]:1".parse().unwrap(), uid: 0, inode: 0 };
-        assert!(mapped.is_loopback());
+        let on = |protocol, address: &str, uid, inode| {
+            let address = address.parse().unwrap();
+            Listener { protocol, address, uid, inode, ..Listener::default() }
+        };
+        assert_eq!(sockets(text, Protocol::Tcp).unwrap(), [on(Protocol::Tcp, "127.0.0.1:8080", 10001, 4711)]);
+        let text = "   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n\
+  17: 00000000:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000   101        0 99 2 0000000000000000 0\n\
+  18: 0100007F:9C40 0100007F:0035 01 00000000:00000000 00:00000000 00000000   101        0 98 2 0000000000000000 0\n";
+        assert_eq!(sockets(text, Protocol::Udp).unwrap(), [on(Protocol::Udp, "0.0.0.0:53", 101, 99)]);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            assert!(sockets("header\nnonsense", protocol).is_err());
+        }
     }
 
     #[test]

@@ -44,8 +44,12 @@ pub struct Process {
     pub uids: [u32; 4],
     /// Real, effective, saved and file system group.
     pub gids: [u32; 4],
+    /// Its other groups.
+    pub groups: Vec<u32>,
     /// Effective capabilities.
     pub cap_effective: u64,
+    /// Capabilities it can make effective by itself.
+    pub cap_permitted: u64,
     /// Capabilities it can ever have.
     pub cap_bounding: u64,
     /// 0 off, 1 strict, 2 filter; `None` where the kernel does not say.
@@ -87,7 +91,9 @@ impl Process {
             arguments,
             uids: [status.ruid, status.euid, status.suid, status.fuid],
             gids: [status.rgid, status.egid, status.sgid, status.fgid],
+            groups: status.groups,
             cap_effective: status.capeff,
+            cap_permitted: status.capprm,
             cap_bounding: status.capbnd.unwrap_or(status.capprm),
             seccomp: status.seccomp,
             no_new_privs: status.nonewprivs.map(|n| n == 1),

@@ -60,8 +60,12 @@ impl Tree {
     }
 
     fn observe(&self) -> Facts {
-        observe(self.0.path(), &Subject { mode: Mode::Sidecar, cgroup: None })
+        observe_below(self.0.path(), Mode::Sidecar)
     }
+}
+
+fn observe_below(root: &Path, mode: Mode) -> Facts {
+    observe(root, &Subject { mode, cgroup: None }, &mut ListenerSight::new(Machine::new(root)))
 }
 
 #[test]
@@ -118,12 +122,30 @@ fn an_agent_that_sees_nobody_says_what_to_share() {
     fs::remove_file(tree.0.path().join("proc/1/net/dev")).unwrap();
     tree.put("proc/1/net/dev", "another network namespace");
     assert!(tree.observe().blind.contains("--network=container:"));
-    assert!(!observe(Path::new("/nowhere"), &Subject { mode: Mode::Exec, cgroup: None }).blind.is_empty());
+    assert!(!observe_below(Path::new("/nowhere"), Mode::Exec).blind.is_empty());
 }
 
 #[test]
 fn the_real_machine_can_be_read() {
-    let facts = observe(Path::new("/"), &Subject { mode: Mode::Exec, cgroup: None });
+    let facts = observe_below(Path::new("/"), Mode::Exec);
     assert!(facts.total_memory.known().is_some_and(|bytes| *bytes > 1 << 20));
     assert!(facts.own_limits.known().is_some() && facts.own_cgroup.known().is_some());
+}
+
+/// How long one look at everything takes; by hand: `cargo test -p sidewarden-agent --release observe_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "not a test: a measurement"]
+fn observe_costs() {
+    let (root, subject) = (Path::new("/"), Subject { mode: Mode::Exec, cgroup: None });
+    let mut listening = ListenerSight::new(Machine::new(root));
+    let mut times: Vec<_> = (0..101)
+        .map(|_| {
+            let begun = std::time::Instant::now();
+            let facts = observe(root, &subject, &mut listening);
+            assert!(facts.total_memory.known().is_some());
+            begun.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("median {:?}, best {:?}, worst {:?}", times[50], times[0], times[100]);
 }

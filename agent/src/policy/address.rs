@@ -51,6 +51,11 @@ impl Network {
         self.prefix >= other.prefix && other.contains(self.first)
     }
 
+    /// Whether every address of its version is in it.
+    pub const fn is_everything(&self) -> bool {
+        self.prefix == 0
+    }
+
     fn has_bits_beyond(&self) -> bool {
         match self.first {
             IpAddr::V4(ip) => ip.to_bits() & !mask_v4(self.prefix) != 0,

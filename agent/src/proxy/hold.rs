@@ -1,8 +1,8 @@
 //! Keeps others off the workload's own port: the agent occupies it on every address of the network namespace that is
 //! not loopback, and refuses whoever comes there, with an event.
 //!
-//! That only works while the workload itself listens on loopback alone. If the port is taken on an outside address, the
-//! workload can be reached without TLS: that is told as `listener.exposed`, and tried again.
+//! That only works while the workload itself listens on loopback alone. Where it does not, the watch tells that it can be
+//! reached, and the rules of `intercept` lead whoever comes for its port here all the same: [`refuse_led`].
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::ifaddrs::getifaddrs;
-use sidewarden_proto::event::{Direction, Event, ListenerExposed, RefusalReason, Severity};
-use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::event::{Direction, RefusalReason};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
@@ -20,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::accounting::Refusal;
+use super::egress::original_destination;
 use super::handshake::{Opening, classify, shown};
 use super::inbound::Listener;
 use super::{Shared, log_panic};
@@ -39,7 +39,7 @@ type Led = mpsc::Sender<(TcpStream, SocketAddr)>;
 pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr, lenient: Option<Arc<Listener>>) {
     let (led, mut incoming) = mpsc::channel(MAX_LISTENED);
     let mut held: HashMap<IpAddr, tokio::task::AbortHandle> = HashMap::new();
-    let mut exposed: BTreeSet<IpAddr> = BTreeSet::new();
+    let mut taken: BTreeSet<IpAddr> = BTreeSet::new();
     let mut tasks = JoinSet::new();
     loop {
         let wanted = wanted(&outside_addresses(), service, own);
@@ -55,11 +55,11 @@ pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr, len
             }
             match TcpListener::bind(SocketAddr::new(ip, service.port())).await {
                 Ok(listener) => {
-                    exposed.remove(&ip);
+                    taken.remove(&ip);
                     let lenient = lenient.clone().map(|lenient| (lenient, led.clone()));
                     held.insert(ip, tasks.spawn(refuse_all(shared.clone(), listener, lenient)));
                 }
-                Err(error) => tell(&shared, SocketAddr::new(ip, service.port()), &error, exposed.insert(ip)),
+                Err(error) => tell(SocketAddr::new(ip, service.port()), &error, taken.insert(ip)),
             }
         }
         tokio::select! {
@@ -77,18 +77,20 @@ pub async fn hold(shared: Arc<Shared>, service: SocketAddr, own: SocketAddr, len
     }
 }
 
-fn tell(shared: &Shared, address: SocketAddr, error: &io::Error, first: bool) {
-    if !first {
-        return;
+/// Why the port is not held, once.
+fn tell(address: SocketAddr, error: &io::Error, first: bool) {
+    if first {
+        tracing::warn!(%address, %error, "the workload's port cannot be held: it should listen on 127.0.0.1 alone");
     }
-    if error.kind() != io::ErrorKind::AddrInUse {
-        return tracing::warn!(%address, %error, "the workload's port cannot be held");
+}
+
+/// Refuses whoever the rules of `intercept` lead to `listener`, until the agent stops.
+pub async fn refuse_led(shared: Arc<Shared>, listener: TcpListener) {
+    let stop = shared.stop.clone();
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = refuse_all(shared, listener, None) => {}
     }
-    let detail =
-        "the workload listens there itself: bind it to 127.0.0.1, so that only its agent reaches it".to_owned();
-    let summary = format!("{address} can be reached without TLS: {detail}");
-    let body = ListenerExposed { address: address.to_string(), detail };
-    shared.ledger.emit(Event::new(Timestamp::now(), Severity::Warning, summary, &body.into()));
 }
 
 /// Addresses of this network namespace that others can reach.
@@ -152,7 +154,7 @@ fn was_aborted(result: &Result<(), tokio::task::JoinError>) -> bool {
 }
 
 async fn refuse_all(shared: Arc<Shared>, listener: TcpListener, lenient: Option<(Arc<Listener>, Led)>) {
-    let Ok(address) = listener.local_addr() else { return };
+    let Ok(own) = listener.local_addr() else { return };
     let room = Arc::new(Semaphore::new(MAX_LISTENED));
     let mut tasks = JoinSet::new();
     loop {
@@ -172,19 +174,26 @@ async fn refuse_all(shared: Arc<Shared>, listener: TcpListener, lenient: Option<
         match (accepted, room.clone().try_acquire_owned()) {
             (Ok((tcp, source)), Ok(permit)) => {
                 let shared = shared.clone();
+                let address = destination(&tcp, own);
                 tasks.spawn(async move {
                     let detail = listen_to(tcp).await;
                     drop(permit);
                     book(&shared, address, source, detail);
                 });
             }
-            (Ok((_, source)), Err(_)) => book(&shared, address, source, "many at a time".into()),
+            (Ok((tcp, source)), Err(_)) => book(&shared, destination(&tcp, own), source, "many at a time".into()),
             (Err(error), _) => {
-                tracing::warn!(%error, %address, "accepting on the held port failed");
+                tracing::warn!(%error, address = %own, "accepting on the held port failed");
                 sleep(Duration::from_millis(100)).await;
             }
         }
     }
+}
+
+/// Where somebody wanted to go before a rule led them here; where they came to, if none did.
+fn destination(tcp: &TcpStream, own: SocketAddr) -> SocketAddr {
+    let told = original_destination(tcp).or_else(|| tcp.local_addr().ok()).unwrap_or(own);
+    SocketAddr::new(told.ip().to_canonical(), told.port())
 }
 
 fn book(shared: &Shared, address: SocketAddr, source: SocketAddr, detail: String) {

@@ -34,7 +34,7 @@ mod tests;
 pub mod waiting;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,7 +50,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Random};
-use crate::config::{Config, Inbound, Limits, Outbound, Timeouts};
+use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
@@ -154,10 +154,6 @@ impl Ledger {
         Ledger { books: Mutex::default(), egress: Mutex::default(), emit, metrics }
     }
 
-    fn emit(&self, event: Event) {
-        (self.emit)(event);
-    }
-
     fn with<T>(&self, direction: Direction, act: impl FnOnce(&mut Books) -> T) -> T {
         let books = if direction == Direction::Egress { &self.egress } else { &self.books };
         act(&mut books.lock().unwrap_or_else(PoisonError::into_inner))
@@ -236,6 +232,17 @@ pub async fn bind(address: SocketAddr, purpose: &'static str) -> Result<TcpListe
     TcpListener::bind(address).await.map_err(|error| BindError { address, purpose, error })
 }
 
+/// Binds `port` for IPv4 and IPv6, or for IPv4 alone where there is nothing else.
+async fn bind_both(port: u16) -> Result<TcpListener, BindError> {
+    const PURPOSE: &str = "what the rules of `intercept` lead here";
+    match bind((Ipv6Addr::UNSPECIFIED, port).into(), PURPOSE).await {
+        Err(BindError { error, .. }) if error.kind() != io::ErrorKind::AddrInUse => {
+            bind((Ipv4Addr::UNSPECIFIED, port).into(), PURPOSE).await
+        }
+        bound => bound,
+    }
+}
+
 /// The listeners of a configuration, bound and not yet served.
 pub struct Listeners {
     /// Blocks that are told apart by host names share one.
@@ -245,13 +252,16 @@ pub struct Listeners {
     outbound: Vec<(TcpListener, Outbound)>,
     egress: Vec<(TcpListener, egress::Kind)>,
     egress_config: crate::config::Egress,
+    /// Where the rules of `intercept` lead who is to be refused.
+    refuse: Option<TcpListener>,
 }
 
 impl Listeners {
     /// Binds them all, or none.
     pub async fn bind(config: &Config) -> Result<Listeners, BindError> {
         let (inbound, places, outbound, egress) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut listeners = Listeners { inbound, places, outbound, egress, egress_config: config.egress.clone() };
+        let egress_config = config.egress.clone();
+        let mut listeners = Listeners { inbound, places, outbound, egress, egress_config, refuse: None };
         for inbound in &config.inbound {
             listeners.bind_inbound(inbound).await?;
         }
@@ -263,6 +273,9 @@ impl Listeners {
         }
         for address in &config.egress.transparent_listen {
             listeners.egress.push((bind(*address, "transparent egress").await?, egress::Kind::Transparent));
+        }
+        if config.intercept.inbound == Inward::Lock {
+            listeners.refuse = Some(bind_both(config.intercept.refuse_port).await?);
         }
         Ok(listeners)
     }
@@ -297,7 +310,9 @@ impl Listeners {
         let (mut tasks, mut leniencies) = (JoinSet::new(), Vec::new());
         for (listener, blocks) in self.inbound {
             let address = listener.local_addr().unwrap_or(blocks[0].listen);
-            let services: Vec<Inbound> = blocks.iter().filter(|block| block.hold_service_port).cloned().collect();
+            // Where rules lead whoever comes for that port, the workload may have it on every address.
+            let holds = |block: &&Inbound| block.hold_service_port && self.refuse.is_none();
+            let services: Vec<Inbound> = blocks.iter().filter(holds).cloned().collect();
             let serving = Arc::new(inbound::Listener::new(shared.clone(), address, blocks));
             leniencies.extend(serving.leniency().cloned());
             for block in services {
@@ -316,6 +331,9 @@ impl Listeners {
             for (listener, kind) in self.egress {
                 tasks.spawn(egress::serve(gate.clone(), listener, kind));
             }
+        }
+        if let Some(listener) = self.refuse {
+            tasks.spawn(hold::refuse_led(shared.clone(), listener));
         }
         let keeping = tokio::spawn(keep_books(shared.clone(), leniencies));
         while let Some(result) = tasks.join_next().await {
@@ -412,7 +430,7 @@ impl Shared {
     /// Ends plaintext where its time is over, and says where it is not.
     fn review_plaintext(&self, leniencies: &[Arc<Leniency>]) {
         let now = Timestamp::now();
-        leniencies.iter().filter_map(|leniency| leniency.review(now)).for_each(|event| self.ledger.emit(event));
+        leniencies.iter().filter_map(|leniency| leniency.review(now)).for_each(|event| (self.ledger.emit)(event));
         self.metrics.permissive(leniencies.iter().filter(|leniency| leniency.is_on(now)).count());
     }
 

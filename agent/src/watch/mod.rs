@@ -2,12 +2,15 @@
 //! a slow look here stalls no connection.
 //!
 //! The fork gate is read every tick. When it moved, the processes are looked at; once a second all of them again, since
-//! a process can become another program without a fork. Posture is judged at the start, when mounts or containers
-//! change, when somebody comes in, and every now and then.
+//! a process can become another program without a fork, and all listeners with them. Posture is judged at the start, when
+//! mounts, containers or listeners change, when somebody comes in, and every now and then.
 
 mod differ;
+mod exposure;
 mod gate;
+mod guard;
 mod mask;
+mod probe;
 mod sight;
 mod tracker;
 mod wake;
@@ -18,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use sidewarden_proto::event::Event;
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::time::Timestamp;
@@ -28,8 +31,13 @@ pub use differ::differ;
 pub use mask::{mask, plain};
 pub use tracker::Normal;
 
+use crate::backoff::{self, Random};
 use crate::cis::{self, Case, Declared};
-use crate::facts::{self, Machine, ProcessId, Role, Subject};
+use crate::facts::{self, Listener, ListenerSight, Lock, Machine, Process, ProcessId, Role, Seen, Subject};
+use crate::intercept::Ruleset;
+use exposure::Exposures;
+use guard::Guard;
+use probe::Prober;
 use sight::Sight;
 use tracker::Tracker;
 use wake::Wake;
@@ -58,6 +66,10 @@ pub struct WatchConfig {
     pub declared: Declared,
     /// Processes that are no news.
     pub normal: Normal,
+    /// The packet rules that should be in force.
+    pub intercept: Option<Ruleset>,
+    /// Randomness.
+    pub random: Random,
 }
 
 impl WatchConfig {
@@ -70,6 +82,8 @@ impl WatchConfig {
             posture_interval: Duration::from_secs(30),
             declared: Declared::default(),
             normal: Normal::default(),
+            intercept: None,
+            random: backoff::random,
         }
     }
 }
@@ -93,6 +107,10 @@ pub struct WatchStats {
     pub vanished: AtomicU64,
     /// Processes of the workload now.
     pub processes: AtomicU64,
+    /// Listeners that can be reached without TLS now, and are not declared.
+    pub exposed: AtomicU64,
+    /// Those that are.
+    pub declared: AtomicU64,
 }
 
 /// The posture as it was last judged.
@@ -112,10 +130,26 @@ pub struct View {
     /// Counters.
     pub stats: WatchStats,
     posture: ArcSwap<Posture>,
+    interception: ArcSwapOption<String>,
     baseline_wanted: AtomicBool,
 }
 
 impl View {
+    fn new() -> View {
+        let posture = Posture { at: Timestamp::default(), vantage: Vantage::Open, findings: Vec::new() };
+        View {
+            stats: WatchStats::default(),
+            posture: ArcSwap::from_pointee(posture),
+            interception: ArcSwapOption::empty(),
+            baseline_wanted: AtomicBool::new(false),
+        }
+    }
+
+    /// What is wrong with the packet rules that should be in force, if anything is.
+    pub fn interception_trouble(&self) -> Option<Arc<String>> {
+        self.interception.load_full()
+    }
+
     /// The posture as it was last judged.
     pub fn posture(&self) -> Arc<Posture> {
         self.posture.load_full()
@@ -143,13 +177,10 @@ impl Watch {
         emit: impl Fn(Event) + Send + 'static,
         shutdown: CancellationToken,
     ) -> std::io::Result<Watch> {
-        let posture = Posture { at: Timestamp::default(), vantage: Vantage::Open, findings: Vec::new() };
-        let view = Arc::new(View {
-            stats: WatchStats::default(),
-            posture: ArcSwap::from_pointee(posture),
-            baseline_wanted: AtomicBool::new(false),
-        });
+        let view = Arc::new(View::new());
+        let prober = Prober::start(config.random, shutdown.clone())?;
         let mut watcher = Watcher::new(config, Arc::clone(&view), Box::new(emit));
+        watcher.prober = Some(prober);
         let thread = Builder::new().name("watch".into()).spawn(move || watcher.run(&shutdown))?;
         Ok(Watch { view, thread })
     }
@@ -162,6 +193,13 @@ struct Watcher {
     emit: Box<dyn Fn(Event) + Send>,
     sight: Sight,
     tracker: Tracker,
+    listening: ListenerSight,
+    exposures: Exposures,
+    /// `None` where nobody is asked anything, in tests.
+    prober: Option<Prober>,
+    guard: Option<Guard>,
+    listeners: Vec<Listener>,
+    members: Vec<Process>,
     wake: Wake,
     containers: Vec<ProcessId>,
     lived: Vec<ProcessId>,
@@ -179,6 +217,12 @@ impl Watcher {
         Watcher {
             sight: Sight::new(machine.clone(), config.subject.clone()),
             tracker: Tracker::new(config.normal.clone()),
+            listening: ListenerSight::new(machine.clone()),
+            exposures: Exposures::new(config.random),
+            prober: None,
+            guard: config.intercept.clone().map(Guard::new),
+            listeners: Vec::new(),
+            members: Vec::new(),
             wake: Wake::default(),
             containers: Vec::new(),
             lived: Vec::new(),
@@ -211,6 +255,9 @@ impl Watcher {
         if created.is_some() || due || self.sight.has_young(now) {
             self.look(created, due, now, at);
         }
+        if self.take_answers(now) || due {
+            self.listen(due, now, at);
+        }
         for event in self.tracker.tick(at) {
             (self.emit)(event);
         }
@@ -242,6 +289,57 @@ impl Watcher {
             (self.emit)(event);
         }
         self.judge_soon |= before != *self.tracker.history();
+        self.members = seen.members;
+    }
+
+    /// Whether somebody who was asked has answered.
+    fn take_answers(&mut self, now: Instant) -> bool {
+        let answers: Vec<_> = self.prober.iter().flat_map(Prober::answers).collect();
+        let any = !answers.is_empty();
+        answers.into_iter().for_each(|(key, speech)| self.exposures.answered(key, speech, now));
+        self.judge_soon |= any;
+        any
+    }
+
+    /// Looks at what can be reached, has new listeners asked, and tells what changed. Between two looks, when an answer has
+    /// come, those of the last one are gone through again.
+    fn listen(&mut self, anew: bool, now: Instant, at: Timestamp) {
+        if anew {
+            self.guard_rules(now, at);
+            let Seen::Known(listeners, _) = self.listening.look(&self.members) else { return };
+            let places = |all: &[Listener]| all.iter().map(|l| (l.protocol, l.address)).collect::<Vec<_>>();
+            self.judge_soon |= places(&listeners) != places(&self.listeners);
+            self.listeners = listeners;
+        }
+        let (declared, lock) = (&self.config.declared, self.lock());
+        for event in self.exposures.look(&self.listeners, declared, lock, now, at) {
+            (self.emit)(event);
+        }
+        let (exposed, declared_so) = self.exposures.told();
+        self.view.stats.exposed.store(exposed, Relaxed);
+        self.view.stats.declared.store(declared_so, Relaxed);
+        let Some(prober) = &self.prober else { return };
+        for listener in self.exposures.due(now, declared, lock) {
+            let key = (listener.protocol, listener.address);
+            if !prober.ask(listener) {
+                self.exposures.not_asked(key, now);
+            }
+        }
+    }
+
+    /// Whether the rules that should be in force are, and nobody can get past them.
+    fn guard_rules(&mut self, now: Instant, at: Timestamp) {
+        let Some(guard) = &mut self.guard else { return };
+        let before = guard.lock();
+        if let Some(event) = guard.look(&self.members, now, at) {
+            (self.emit)(event);
+        }
+        self.judge_soon |= before != guard.lock();
+        self.view.interception.store(guard.trouble().map(|why| Arc::new(why.join("; "))));
+    }
+
+    fn lock(&self) -> Lock {
+        self.guard.as_ref().map_or(Lock::Off, Guard::lock)
     }
 
     /// Whether the workload is gone for a moment, as it is in a restart and before its first start.
@@ -274,7 +372,8 @@ impl Watcher {
     }
 
     fn judgement_is_due(&self, now: Instant) -> bool {
-        if self.is_between_lives(now) {
+        let early = || self.exposures.is_asking(now, &self.config.declared, self.lock());
+        if self.is_between_lives(now) || (self.judged.is_none() && early()) {
             return false;
         }
         let since = self.judged.map(|then| now.duration_since(then));
@@ -287,13 +386,21 @@ impl Watcher {
         self.judged = Some(now);
         self.judge_soon = false;
         self.view.stats.judgements.fetch_add(1, Relaxed);
-        let facts = facts::observe(&self.config.root, &self.config.subject);
+        let mut facts = facts::observe(&self.config.root, &self.config.subject, &mut self.listening);
+        facts.lock = self.lock();
+        if let Seen::Known(listeners, _) = &mut facts.listeners {
+            self.exposures.annotate(listeners);
+        }
         let case = Case { facts: &facts, declared: &self.config.declared, history: self.tracker.history() };
         let findings = cis::judge_all(&case);
-        let baseline = self.view.baseline_wanted.swap(false, Relaxed);
+        let wanted = self.view.baseline_wanted.swap(false, Relaxed);
+        if wanted {
+            self.exposures.want_baseline();
+            self.guard.iter_mut().for_each(Guard::tell_anew);
+        }
         // Somebody came or went: one event with everything, instead of one for each check.
         let somebody = !facts.containers.is_empty();
-        let baseline = baseline || somebody != self.told_of_somebody;
+        let baseline = wanted || somebody != self.told_of_somebody;
         self.told_of_somebody = somebody;
         let then = self.told.as_deref().filter(|_| !baseline);
         for event in differ(then, &findings, at) {
@@ -334,12 +441,7 @@ mod tests {
             process(root.path(), 9, 0, "agent", "/us");
             std::os::unix::fs::symlink("9", root.path().join("proc/self")).unwrap();
             let (sender, events) = mpsc::channel();
-            let posture = Posture { at: Timestamp::default(), vantage: Vantage::Open, findings: Vec::new() };
-            let view = Arc::new(View {
-                stats: WatchStats::default(),
-                posture: ArcSwap::from_pointee(posture),
-                baseline_wanted: AtomicBool::new(false),
-            });
+            let view = Arc::new(View::new());
             let config = WatchConfig {
                 root: root.path().into(),
                 ..WatchConfig::new(Subject { mode: Mode::Sidecar, cgroup: None })

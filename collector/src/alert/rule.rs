@@ -4,9 +4,12 @@
 //! stable (a check, a reason); what changes from one occurrence to the next (addresses, counts) is told in the summary
 //! and the evidence, because a changing label makes every occurrence a new alert.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use sidewarden_proto::event::{Body, ConnectionRefused, Direction, KINDS, ProcessInfo, RefusalReason, Severity};
+use sidewarden_proto::event::{
+    Body, ConnectionRefused, Direction, KINDS, ListenerExposed, ProcessInfo, Protocol, RefusalReason, Severity,
+};
 use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
 use sidewarden_proto::time::Timestamp;
@@ -339,12 +342,32 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "ListenerExposed",
         severity: Severity::Warning,
-        lasts: Lasts::Moment,
+        lasts: Lasts::UntilCleared,
         wait: NO_WAIT,
-        kinds: &["listener.exposed"],
-        meaning: "a port of the workload can be reached from outside without TLS",
-        what_to_do: "bind the service to 127.0.0.1, so that only its agent reaches it",
+        kinds: &["listener.exposed", "listener.closed", "listeners.baseline"],
+        meaning: "a port of the workload can be reached from outside without TLS, and nobody declared that",
+        what_to_do: "bind the service to 127.0.0.1, so that only its agent reaches it, or close it by `intercept.inbound`",
         read: exposed,
+    },
+    Rule {
+        name: "PlaintextPortOpen",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["listener.exposed", "listener.closed", "listeners.baseline"],
+        meaning: "a port that was declared to be plaintext is open; it fires for as long as that is so",
+        what_to_do: "see whether the declared reason still holds; if not close the port and take it from [[declared.plaintext]]",
+        read: exposed,
+    },
+    Rule {
+        name: "InterceptionBroken",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["interception.broken", "interception.holds", "agent.started"],
+        meaning: "the packet rules around a workload are not in force, or the workload can get past them",
+        what_to_do: "run the one-shot with `intercept install` again in this network namespace, then `intercept verify`",
+        read: interception,
     },
     Rule {
         name: "CheckFailed",
@@ -600,11 +623,59 @@ fn process_case(seen: &Seen<'_>, rule: &Rule, what: &str, process: &ProcessInfo)
     case
 }
 
+/// What is declared goes to a rule of its own.
 fn exposed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
-    let Some(Body::ListenerExposed(body)) = seen.body else { return Vec::new() };
-    let mut case = case(seen, rule, format!("{} can be reached from outside without TLS", body.address));
-    case.evidence = lines([("detail", &body.detail)]);
-    vec![Signal::Raise(case)]
+    const DECLARED: &str = "PlaintextPortOpen";
+    let subject = || Subject::from(seen.agent);
+    match seen.body {
+        Some(Body::ListenerExposed(body)) if body.reason.is_empty() == (rule.name != DECLARED) => {
+            vec![Signal::Raise(exposure(rule, seen, body))]
+        }
+        // It may have been the other rule's before.
+        Some(Body::ListenerExposed(body)) => {
+            vec![Signal::Clear(Some(subject()), Some(listener(&body.address, body.protocol)))]
+        }
+        Some(Body::ListenerClosed(body)) => {
+            vec![Signal::Clear(Some(subject()), Some(listener(&body.address, body.protocol)))]
+        }
+        Some(Body::ListenersBaseline(body)) => {
+            let open = if rule.name == DECLARED { &body.declared } else { &body.exposed };
+            let open = open.iter().map(|place| place.rsplit_once('/').unwrap_or((place, "")));
+            let protocol = |word: &str| if word == "udp" { Protocol::Udp } else { Protocol::Tcp };
+            vec![Signal::Only(subject(), open.map(|(address, word)| listener(address, protocol(word))).collect())]
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn exposure(rule: &Rule, seen: &Seen<'_>, body: &ListenerExposed) -> Case {
+    let place = listener(&body.address, body.protocol);
+    let mut case = case(seen, rule, format!("{place} can be reached from outside without TLS"));
+    case.apart = Some(("listener", place));
+    case.evidence = lines([("detail", &body.detail), ("owner", &body.owner), ("declared because", &body.reason)]);
+    case
+}
+
+/// `0.0.0.0:80/tcp`, or `other` when the address is none.
+fn listener(address: &str, protocol: Protocol) -> String {
+    match address.parse::<SocketAddr>() {
+        Ok(address) => format!("{address}/{}", protocol.word()),
+        Err(_) => "other".to_owned(),
+    }
+}
+
+fn interception(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::InterceptionBroken(body)) => {
+            let first = body.why.first().map_or("", String::as_str);
+            let mut case = case(seen, rule, format!("interception does not hold: {}", short(first, 200)));
+            case.evidence = body.why.iter().map(|why| short(why, 300)).collect();
+            vec![Signal::Raise(case)]
+        }
+        // One that starts tells anew, or was told not to ask for rules any more.
+        Some(Body::InterceptionHolds(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        _ => Vec::new(),
+    }
 }
 
 fn permissive(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
@@ -1042,7 +1113,6 @@ mod tests {
             (entered(true, true).into(), &["PrivilegedExec"]),
             (entered(false, true).into(), &["PrivilegedExec"]),
             (ProcessShell { process: process() }.into(), &["ShellInWorkload"]),
-            (ListenerExposed { address: "0.0.0.0:80".into(), detail: String::new() }.into(), &["ListenerExposed"]),
             (permissive(true, "0.0.0.0:8443").into(), &["PlaintextAllowed[0.0.0.0:8443]"]),
             (permissive(true, "<b>").into(), &["PlaintextAllowed[other]"]),
             (permissive(false, "0.0.0.0:8443").into(), &[]),
@@ -1057,6 +1127,11 @@ mod tests {
                 .into(),
                 &["PlaintextLetIn[0.0.0.0:8443]"],
             ),
+            (exposed_at("0.0.0.0:80", "").into(), &["ListenerExposed[0.0.0.0:80/tcp]"]),
+            (exposed_at("0.0.0.0:80", "old client").into(), &["PlaintextPortOpen[0.0.0.0:80/tcp]"]),
+            (exposed_at("<b>", "").into(), &["ListenerExposed[other]"]),
+            (InterceptionBroken { why: vec!["no rules".into()] }.into(), &["InterceptionBroken"]),
+            (InterceptionHolds { bypass: Vec::new() }.into(), &[]),
             (started(true).into(), &[]),
             (started(false).into(), &["AgentKilled"]),
             (
@@ -1102,6 +1177,34 @@ mod tests {
         for (body, expected) in rows {
             assert_eq!(raised(body.clone()), expected, "{body:?}");
         }
+    }
+
+    fn exposed_at(address: &str, reason: &str) -> ListenerExposed {
+        ListenerExposed {
+            address: address.into(),
+            detail: String::new(),
+            protocol: Protocol::Tcp,
+            owner: String::new(),
+            reason: reason.into(),
+        }
+    }
+
+    #[test]
+    fn an_exposed_listener_stands_until_it_is_closed_or_a_baseline_does_not_name_it() {
+        let subject = Subject::from(&agent());
+        let place = || Some("0.0.0.0:80/tcp".to_owned());
+        let closed = ListenerClosed { address: "0.0.0.0:80".into(), protocol: Protocol::Tcp, detail: String::new() };
+        let signals = read(1, 1, None, &closed.into());
+        let clear = Signal::Clear(Some(subject.clone()), place());
+        assert_eq!(signals, [("ListenerExposed", clear.clone()), ("PlaintextPortOpen", clear.clone())]);
+        let baseline =
+            ListenersBaseline { exposed: vec!["0.0.0.0:80/tcp".into()], declared: vec!["[::]:53/udp".into()] };
+        let signals = read(1, 1, None, &baseline.into());
+        let only = |listener: &str| Signal::Only(subject.clone(), vec![listener.into()]);
+        let expected = [("ListenerExposed", only("0.0.0.0:80/tcp")), ("PlaintextPortOpen", only("[::]:53/udp"))];
+        assert_eq!(signals, expected);
+        let signals = read(1, 1, None, &exposed_at("0.0.0.0:80", "now declared").into());
+        assert_eq!(signals[0], ("ListenerExposed", clear));
     }
 
     #[test]

@@ -31,6 +31,7 @@ use crate::policy::egress::{self as policy, Host, Policy, Target, Way};
 use forward::{Answering, Asking};
 use http::{Asked, HeadScan, MAX_HEAD, Request};
 use socks5::{Answer, Read};
+pub use transparent::original_destination;
 use transparent::{Known, Own};
 pub use upstream::{CredentialsError, read_credentials};
 use upstream::{Upstream, UpstreamError};
