@@ -1,7 +1,7 @@
 //! What takes connections and datagrams in the network namespace, and whose it is: by sock_diag, or from /proc/net where
 //! the kernel has no sock_diag.
 //!
-//! Who has a socket is told by the links in /proc/<pid>/fd where those can be read, and by its cgroup otherwise. Both cost
+//! Who has a socket is told by the links in `/proc/<pid>/fd` where those can be read, and by its cgroup otherwise. Both cost
 //! more than the list itself, so what was found out about a socket is remembered as long as it is there.
 
 use std::collections::{BTreeMap, BTreeSet};

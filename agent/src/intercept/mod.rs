@@ -1,7 +1,7 @@
 //! Packet rules around the workload: nothing gets in past the agent. Put in force by a one-shot that alone has
 //! CAP_NET_ADMIN; the agent itself never needs it, and sees by their [`Mark`] whether they are there.
 //!
-//! [`rules`] writes them and [`bypass`] says who could get past them; both are pure. This module has them put in force,
+//! `rules` writes them and `bypass` says who could get past them; both are pure. This module has them put in force,
 //! compared and removed by `nft`.
 
 mod bypass;
