@@ -483,13 +483,7 @@ pub enum ConfigError {
 impl Config {
     /// Reads the file, if one is named, and the environment.
     pub fn load(path: Option<&Path>, env: Env<'_>) -> Result<Config, ConfigError> {
-        let text = match path {
-            None => String::new(),
-            Some(path) => {
-                std::fs::read_to_string(path).map_err(|error| ConfigError::File { path: path.to_owned(), error })?
-            }
-        };
-        Ok(Config::parse(&text, env)?)
+        Ok(Config::parse(&text_of(path)?, env)?)
     }
 
     /// Reads a text and the environment.
@@ -503,6 +497,22 @@ impl Config {
     }
 }
 
+fn text_of(path: Option<&Path>) -> Result<String, ConfigError> {
+    let Some(path) = path else { return Ok(String::new()) };
+    std::fs::read_to_string(path).map_err(|error| ConfigError::File { path: path.to_owned(), error })
+}
+
+impl Admin {
+    /// Reads no more than this part, for whoever asks a running agent.
+    pub fn load(path: Option<&Path>, env: Env<'_>) -> Result<Admin, ConfigError> {
+        Ok(config::load_part(&text_of(path)?, env, |r| r.section("admin", admin))?)
+    }
+}
+
+fn admin(r: &mut Reader<'_>) -> Admin {
+    Admin { listen: r.value("listen", Config::default().admin.listen) }
+}
+
 fn read(r: &mut Reader<'_>) -> Config {
     let default = Config::default();
     let config = Config {
@@ -510,7 +520,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         instance: r.optional::<String>("instance").filter(|name| !name.is_empty()).and_then(|name| instance(r, &name)),
         collector: r.section("collector", collector),
         identity: r.section("identity", identity),
-        admin: r.section("admin", |r| Admin { listen: r.value("listen", default.admin.listen) }),
+        admin: r.section("admin", admin),
         inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
         outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
         egress: r.section("egress", egress),
@@ -1296,6 +1306,22 @@ mod tests {
         let locked = "[intercept]\ninbound = \"lock\"\ngid = 13100\n";
         let both = permissive(r#"reason = "x", until = "2027-01-31""#) + locked;
         check(&both, &["lock once every client is moved"]);
+    }
+
+    #[test]
+    fn who_asks_a_running_agent_needs_no_more_than_its_address() {
+        let (dir, env) = (tempfile::tempdir().unwrap(), |name: &str| {
+            (name == "SIDEWARDEN_ADMIN_LISTEN").then(|| "127.0.0.1:9".to_owned())
+        });
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "half = 1\n[admin]\nlisten = \"127.0.0.1:7\"\n[inbound]\n").unwrap();
+        let listen = |path, env| Admin::load(path, env).map(|admin| admin.listen.port());
+        assert_eq!(listen(Some(&path), &no_env).unwrap(), 7);
+        assert_eq!(listen(Some(&path), &env).unwrap(), 9);
+        assert_eq!(listen(None, &no_env).unwrap(), 9901);
+        std::fs::write(&path, "[admin]\nlisten = \"nowhere\"").unwrap();
+        assert!(listen(Some(&path), &no_env).unwrap_err().to_string().contains("`admin.listen` must be"));
+        assert!(listen(Some(&dir.path().join("other")), &no_env).is_err(), "a file that was named must be there");
     }
 
     #[test]

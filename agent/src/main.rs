@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
-use sidewarden_agent::config::{Config, Permissive};
+use sidewarden_agent::config::{Admin, Config, Permissive};
 use sidewarden_agent::intercept::{self, InterceptError};
 use sidewarden_agent::{admin, backoff, cis, init};
+use sidewarden_proto::config::Env;
 use sidewarden_proto::event::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -20,6 +21,7 @@ const USAGE: u8 = 2;
 /// In exec mode: the agent itself could not start. 126, 127 and everything else are the command's.
 const EXEC_FAILED: u8 = 125;
 
+const USUAL_CONFIG: &str = "/etc/sidewarden/agent.toml";
 /// In exec mode: for the one-shot to put the packet rules in force, before the command is started.
 const RULES_WITHIN: Duration = Duration::from_secs(30);
 
@@ -68,7 +70,8 @@ enum Command {
         #[arg(required = true, last = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Ask the running agent whether it is ready; for probes in images without a shell
+    /// Ask the running agent whether it is ready; for probes in images without a shell. Of the settings it needs admin.listen
+    /// alone, and looks for /etc/sidewarden/agent.toml if no file is named
     Health,
     /// Tell everything that is wrong with the settings
     CheckConfig,
@@ -107,7 +110,11 @@ fn main() -> ExitCode {
         print!("{}", cis::catalogue_table());
         return ExitCode::SUCCESS;
     }
-    match Config::load(arguments.config.as_deref(), &|name| std::env::var(name).ok()) {
+    let env = |name: &str| std::env::var(name).ok();
+    if matches!(arguments.command, Command::Health) {
+        return health(arguments.config.or_else(usual_config).as_deref(), &env);
+    }
+    match Config::load(arguments.config.as_deref(), &env) {
         Ok(config) => run(arguments.command, config, arguments.config.as_deref()),
         Err(error) => fail(USAGE, &error.to_string()),
     }
@@ -133,10 +140,9 @@ fn run(command: Command, config: Config, path: Option<&Path>) -> ExitCode {
     match command {
         Command::Sidecar => on_runtime(FAILED, sidecar(config)),
         Command::Exec { command } => on_runtime(EXEC_FAILED, exec(config, command)),
-        Command::Health => health(&config),
         Command::CheckConfig => check_config(&config, path),
         Command::Intercept { action } => intercept(action, &config),
-        Command::Checks => ExitCode::SUCCESS,
+        Command::Health | Command::Checks => ExitCode::SUCCESS,
     }
 }
 
@@ -197,8 +203,16 @@ fn exit_byte(code: i32) -> u8 {
     (code & 0xFF) as u8
 }
 
-fn health(config: &Config) -> ExitCode {
-    let listen = config.admin.listen;
+/// Where the image expects its settings, if they are there: its health check names no file.
+fn usual_config() -> Option<PathBuf> {
+    Some(PathBuf::from(USUAL_CONFIG)).filter(|path| path.exists())
+}
+
+fn health(config: Option<&Path>, env: Env<'_>) -> ExitCode {
+    let listen = match Admin::load(config, env) {
+        Ok(admin) => admin.listen,
+        Err(error) => return fail(USAGE, &error.to_string()),
+    };
     match admin::probe(listen) {
         Ok((true, body)) => {
             print!("{body}");

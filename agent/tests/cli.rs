@@ -109,6 +109,11 @@ fn health_says_no_when_nobody_answers() {
     let (code, _, err) = run(&["health", "--config", path(&config)]);
     assert_eq!(code, 1);
     assert!(err.contains("is it running?"), "{err}");
+    let admin = ("SIDEWARDEN_ADMIN_LISTEN", free.to_string());
+    let probe = agent(&["health"]).envs([admin]).output().unwrap();
+    let err = String::from_utf8(probe.stderr).unwrap();
+    assert_eq!(probe.status.code(), Some(1), "it needs no collector to ask the agent: {err}");
+    assert!(err.contains(&format!("asking the agent at {free}")), "{err}");
 }
 
 #[test]

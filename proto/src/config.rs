@@ -40,12 +40,17 @@ pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// Reads `text` as `read` says, each key overridden by the environment. An empty text means: defaults only.
 pub fn load<T>(text: &str, env: Env<'_>, read: impl FnOnce(&mut Reader<'_>) -> T) -> Result<T, Faults> {
-    let table: Table = text.parse().map_err(|e: toml::de::Error| Faults(vec![syntax_fault(&e)]))?;
-    let mut reader =
-        Reader { path: String::new(), table, env, known: BTreeSet::new(), faults: Vec::new(), in_list: false };
+    let mut reader = Reader::of(text, env)?;
     let config = read(&mut reader);
     let faults = reader.finish();
     if faults.is_empty() { Ok(config) } else { Err(Faults(faults)) }
+}
+
+/// Reads of `text` no more than `read` asks for; what else is in it may be as wrong as it likes.
+pub fn load_part<T>(text: &str, env: Env<'_>, read: impl FnOnce(&mut Reader<'_>) -> T) -> Result<T, Faults> {
+    let mut reader = Reader::of(text, env)?;
+    let part = read(&mut reader);
+    if reader.faults.is_empty() { Ok(part) } else { Err(Faults(reader.faults)) }
 }
 
 /// What is wrong with the syntax, without the excerpt that may hold a secret.
@@ -62,6 +67,14 @@ pub struct Reader<'a> {
     faults: Vec<String>,
     /// Within a list of tables there are no names for the environment.
     in_list: bool,
+}
+
+impl<'a> Reader<'a> {
+    fn of(text: &str, env: Env<'a>) -> Result<Reader<'a>, Faults> {
+        let table: Table = text.parse().map_err(|e: toml::de::Error| Faults(vec![syntax_fault(&e)]))?;
+        let (known, faults) = (BTreeSet::new(), Vec::new());
+        Ok(Reader { path: String::new(), table, env, known, faults, in_list: false })
+    }
 }
 
 impl Reader<'_> {

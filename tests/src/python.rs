@@ -57,5 +57,9 @@ pub fn provide(progress: &Progress) -> Result<()> {
 
 fn is_current(dir: &Path) -> Result<bool> {
     let wanted = std::fs::read(requirements()).with_context(|| format!("reading {}", requirements().display()))?;
-    Ok(std::fs::read(dir.join("requirements.txt")).is_ok_and(|made| made == wanted))
+    let made = std::fs::read(dir.join("requirements.txt"));
+    // It has its own path in it, and does not work from another.
+    let settings = std::fs::read_to_string(dir.join("pyvenv.cfg"));
+    let is_here = settings.is_ok_and(|settings| settings.contains(&*dir.to_string_lossy()));
+    Ok(is_here && made.is_ok_and(|made| made == wanted))
 }

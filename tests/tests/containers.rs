@@ -56,6 +56,13 @@ fn a_shop_that_is_left_alone_speaks_no_plain_word_and_breaks_no_rule() -> Result
         let broken = poll(LIMIT, Duration::from_millis(200), || open.broken(workload).ok().filter(Vec::is_empty))?;
         ensure!(broken.is_some(), "{workload} breaks {:?}", open.broken(workload));
     }
+    for service in ["web-agent", "orders-agent", "db-agent", "collector"] {
+        let container = open.scene.container(service)?;
+        let health = || open.scene.docker.run(["inspect", "--format", "{{.State.Health.Status}}", &container]).output();
+        let healthy =
+            poll(LIMIT, Duration::from_millis(500), || health().ok().filter(|told| told.trim() == "healthy"))?;
+        ensure!(healthy.is_some(), "{service} is {}", health()?);
+    }
     Ok(())
 }
 
