@@ -21,7 +21,7 @@ use crate::api;
 use crate::ca::{self, Authority, Issuer, Register};
 use crate::commit::{self, Committer, Parts};
 use crate::config::Config;
-use crate::fleet::{Directives, Fleet};
+use crate::fleet::{self, Directives, Fleet};
 use crate::index::{Index, Writer};
 use crate::ingest::{self, Refusals, Shared};
 use crate::log::{Log, SqliteLog};
@@ -274,6 +274,7 @@ fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -
         directives.sign_again(&own)?;
         tracing::info!(not_after = %own.peer().not_after, "our own certificate was renewed");
     }
+    fleet::refresh(issuer, directives, now)?;
     let created = issuer.register().take_unannounced()?;
     let told = created.into_iter().map(|token| {
         let summary =

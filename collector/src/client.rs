@@ -92,10 +92,21 @@ impl Client {
         Ok(Client { http, url: url.trim_end_matches('/').to_owned(), token, token_fault })
     }
 
-    async fn ask(&self, path: &str, query: &[(&'static str, String)]) -> anyhow::Result<Value> {
-        let token = self.token.as_ref().with_context(|| format!("API token {}", self.token_fault))?;
+    /// What the API answers at `path`.
+    pub async fn ask(&self, path: &str, query: &[(&'static str, String)]) -> anyhow::Result<Value> {
         let url = url_with(&format!("{}{path}", self.url), query)?;
-        let request = self.http.get(url).bearer_auth(token.reveal());
+        self.answer(self.http.get(url)).await
+    }
+
+    /// Has the API do something.
+    pub async fn tell(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let request = self.http.post(format!("{}{path}", self.url));
+        self.answer(request.header("content-type", "application/json").body(body.to_string())).await
+    }
+
+    async fn answer(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {
+        let token = self.token.as_ref().with_context(|| format!("API token {}", self.token_fault))?;
+        let request = request.bearer_auth(token.reveal());
         let answer = request.send().await.map_err(|error| self.unreachable(error))?;
         let status = answer.status();
         let text = answer.text().await.context("the answer was cut")?;
@@ -191,17 +202,19 @@ fn url_with(url: &str, query: &[(&'static str, String)]) -> anyhow::Result<reqwe
     Ok(url)
 }
 
-fn print_json(answer: &Value) -> anyhow::Result<()> {
+/// Prints an answer for programs.
+pub fn print_json(answer: &Value) -> anyhow::Result<()> {
     println!("{}", serde_json::to_string_pretty(answer)?);
     Ok(())
 }
 
 /// The list `name` of an answer, or the answer itself where it is one.
-fn list<'a>(answer: &'a Value, name: &str) -> &'a [Value] {
+pub fn list<'a>(answer: &'a Value, name: &str) -> &'a [Value] {
     answer.get(name).unwrap_or(answer).as_array().map_or(&[], Vec::as_slice)
 }
 
-fn text(value: &Value) -> String {
+/// A value as a person reads it.
+pub fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),

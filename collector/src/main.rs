@@ -1,5 +1,7 @@
 //! `sidewarden-collector`: reads arguments and settings, runs, and turns the result into an exit code.
 
+mod commands;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -54,6 +56,14 @@ enum Command {
     /// Make, list and take back enrolment tokens; works beside a running collector, on its data directory
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Revoke an identity: agents refuse it, and end its live connections, within a second
+    #[command(after_help = commands::revoke::HELP)]
+    Revoke {
+        #[command(flatten)]
+        what: commands::revoke::What,
+        #[command(flatten)]
+        at: At,
+    },
     /// Who is there: agents with status, posture and certificate
     Agents {
         #[command(flatten)]
@@ -174,6 +184,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             runtime(true)?.block_on(serve(config))
         }
         Command::Token(command) => token(&config, command),
+        Command::Revoke { what, at } => {
+            let client = client(&config, &at)?;
+            runtime(false)?.block_on(commands::revoke::run(&client, what, &config.trust_domain, at.json))
+        }
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {
             let query = events_query(&config, query)?;

@@ -306,7 +306,7 @@ impl Agent {
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 11] = [
+    const KINDS: [&str; 13] = [
         "collector.started",
         "clock.tick",
         "certificate.issued",
@@ -315,6 +315,8 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "agent.disconnected",
         "ingest.refused",
         "token.created",
+        "identity.revoked",
+        "identity.restored",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",

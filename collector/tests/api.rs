@@ -217,3 +217,53 @@ async fn an_agent_cannot_speak_for_the_collector() {
     assert!(!alerts.to_string().contains("AgentSilent"), "{alerts}");
     scene.app.stop().await;
 }
+
+async fn post(app: &sidewarden_collector::app::App, path: &str, body: &str) -> (u16, serde_json::Value) {
+    let request = client(app).post(url(app, path)).bearer_auth(token(app)).header("content-type", "application/json");
+    let answer = request.body(body.to_owned()).send().await.unwrap();
+    (answer.status().as_u16(), answer.json().await.unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoking_over_the_api_needs_the_token_a_reason_and_for_many_a_confirmation() {
+    let scene = start("").await;
+    let (revoke, undo) = ("/api/v1/revocations/revoke", "/api/v1/revocations/undo");
+    let own = scene.app.core.issuer.authority().own().borrow().peer().serial.clone();
+    let many = r#"{"what":{"by":"workload","id":"spiffe://sidewarden.internal/shop/web"},"why":"x"}"#;
+    let rows = [
+        ("", 400, "EOF"),
+        ("{}", 400, "what"),
+        (r#"{"what":{"by":"serial","serial":"zz"},"why":"x"}"#, 400, "hexadecimal"),
+        (r#"{"what":{"by":"serial","serial":"ab"},"why":" "}"#, 400, "a reason is needed"),
+        (r#"{"what":{"by":"serial","serial":"ab"},"why":"a\nb"}"#, 400, "one line"),
+        (r#"{"what":{"by":"serial","serial":"ab"},"why":"x","force":true}"#, 400, "force"),
+        (r#"{"what":{"by":"moon_phase"},"why":"x"}"#, 400, "unknown"),
+        (r#"{"what":{"by":"key","spki":"12"},"why":"x"}"#, 400, "64 hexadecimal"),
+        (r#"{"what":{"by":"instance","workload":"spiffe://other/a/b","instance":"c"},"why":"x"}"#, 400, "trust domain"),
+        (many, 409, "every instance"),
+        (&format!(r#"{{"what":{{"by":"serial","serial":"{own}"}},"why":"x"}}"#), 409, "collector's own"),
+    ];
+    for (body, status, expected) in rows {
+        let (got, answer) = post(&scene.app, revoke, body).await;
+        assert_eq!(got, status, "{body}: {answer}");
+        assert!(answer["error"].as_str().unwrap().contains(expected), "{body}: {answer}");
+    }
+    let bare = client(&scene.app).post(url(&scene.app, revoke)).header("content-type", "application/json");
+    assert_eq!(bare.body(many).send().await.unwrap().status().as_u16(), 401);
+    assert_eq!(client(&scene.app).get(url(&scene.app, revoke)).send().await.unwrap().status().as_u16(), 405);
+    assert_eq!(scene.app.core.directives.now().directive.version, 1, "nothing of this has changed anything");
+    let confirmed = many.replace("\"why\":\"x\"", "\"why\":\"x\",\"by\":\"alice\",\"confirmed\":true");
+    let (status, done) = post(&scene.app, revoke, &confirmed).await;
+    assert_eq!((status, done["version"].as_u64()), (200, Some(2)), "{done}");
+    assert_eq!(post(&scene.app, revoke, &confirmed).await.0, 409, "revoked already");
+    let listed = ask(&scene.app, "/api/v1/revocations").await;
+    assert_eq!(listed["revoked"][0]["id"], done["revocation"]["id"]);
+    let told = &ask(&scene.app, "/api/v1/events?kind=identity.revoked").await["events"][0];
+    assert_eq!((told["body"]["by"].as_str(), told["body"]["version"].as_u64()), (Some("alice"), Some(2)), "{told}");
+    assert!(told["body"]["source"].as_str().unwrap().starts_with("127.0.0.1:"), "{told}");
+    let id = done["revocation"]["id"].as_str().unwrap();
+    assert_eq!(post(&scene.app, undo, r#"{"id":"none","why":"x"}"#).await.0, 404);
+    assert_eq!(post(&scene.app, undo, &format!(r#"{{"id":"{id}","why":"false alarm"}}"#)).await.0, 200);
+    assert!(scene.app.core.directives.now().directive.deny.is_empty());
+    scene.app.stop().await;
+}

@@ -40,14 +40,25 @@ impl Server {
     }
 
     fn start_with(dir: &Path, api_port: u16) -> Server {
+        Server::ready(dir, api_port).0
+    }
+
+    /// The same on a free port, and the API's address.
+    fn with_api(dir: &Path) -> (Server, String) {
+        let (server, ready) = Server::ready(dir, 0);
+        let api = ready.split_whitespace().find_map(|word| word.strip_prefix("api=")).unwrap();
+        (server, format!("https://{api}"))
+    }
+
+    fn ready(dir: &Path, api_port: u16) -> (Server, String) {
         let mut command = serve(dir);
         command.env("SIDEWARDEN_API_LISTEN", format!("127.0.0.1:{api_port}"));
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("collector ready"));
-        assert!(ready, "it ended without being ready");
+        let ready = lines.by_ref().map_while(Result::ok).find(|line| line.contains("collector ready"));
+        let ready = ready.expect("it ended without being ready");
         std::thread::spawn(move || lines.for_each(drop));
-        Server(child)
+        (Server(child), ready)
     }
 }
 
@@ -203,4 +214,28 @@ fn logs_can_be_json() {
     let first = lines.next().unwrap().unwrap();
     let _server = Server(child);
     assert!(serde_json::from_str::<serde_json::Value>(&first).is_ok_and(|line| line["fields"].is_object()), "{first}");
+}
+
+#[test]
+fn an_identity_is_revoked_listed_and_restored_beside_a_running_collector() {
+    let dir = tempdir().unwrap();
+    let (_server, url) = Server::with_api(dir.path());
+    let data = dir.path().to_str().unwrap();
+    let revoke = |arguments: &[&str]| run(&[&["revoke", "--data-dir", data, "--url", &url][..], arguments].concat());
+    let refused = revoke(&["--workload", "shop/web", "--reason", "retired"]);
+    let told = text(&refused.stderr);
+    assert!(!refused.status.success() && told.contains("every instance of") && told.contains("--yes"), "{told}");
+    let done = revoke(&["--workload", "shop/web", "--reason", "retired", "--yes"]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(text(&done.stderr).contains("In force at 0 of 0 connected agents"), "{}", text(&done.stderr));
+    let typo = revoke(&["--serial", "4F:1A", "--reason", "copied"]);
+    assert!(text(&typo.stderr).contains("check it for a slip"), "{}", text(&typo.stderr));
+    let list = text(&revoke(&["--list"]).stdout);
+    assert!(list.contains("shop/web") && list.contains("certificate 4f1a") && list.contains("copied"), "{list}");
+    let id = list.lines().find(|line| line.contains("shop/web")).unwrap().split(' ').next().unwrap().to_owned();
+    assert!(revoke(&["--undo", &id, "--reason", "back"]).status.success());
+    assert!(!text(&revoke(&["--list"]).stdout).contains("shop/web"));
+    for wrong in [&["--reason", "x"][..], &["--serial", "1"], &["--serial", "1", "--list"]] {
+        assert_eq!(revoke(wrong).status.code(), Some(2), "{wrong:?}");
+    }
 }

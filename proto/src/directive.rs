@@ -3,10 +3,12 @@
 //! It is always complete, so that an agent needs only the newest. An agent keeps it on disk, loads it before its first
 //! accept and never takes an older version than the one it has. It is signed by a collector's own certificate.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::enrol::Der;
-use crate::identity::{Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage};
+use crate::identity::{AgentId, InstanceId, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage};
 use crate::time::Timestamp;
 use crate::tls::{self, Credential, Trust};
 
@@ -14,6 +16,11 @@ use crate::tls::{self, Credential, Trust};
 const CONTEXT: &[u8] = b"sidewarden directive 1\0";
 /// Most bytes of a document: it must fit a frame, in base64.
 const MAX_DOCUMENT: usize = 700 << 10;
+/// What this version understands of a directive; agents tell it in their hello.
+///
+/// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. A collector keeps `deny` such that an agent of 1 misses
+/// as little as possible, and shows which agents run a directive without understanding all of it.
+pub const UNDERSTANDS: u32 = 2;
 
 /// What is in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +33,140 @@ pub struct Directive {
     pub issued_us: Timestamp,
     /// The roots of the trust domain.
     pub bundle: Vec<Der>,
-    /// Who is not let in, whatever the certificate says.
+    /// Who is not let in, whatever the certificate says. Follows from `revoked`; all that the first agents look at.
     #[serde(default)]
     pub deny: Vec<Deny>,
+    /// What was revoked, in full.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revoked: Vec<Revocation>,
+}
+
+/// One act of revoking.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Names it, for undoing it.
+    pub id: String,
+    /// What was revoked.
+    pub what: Target,
+    /// The reason given.
+    pub why: String,
+    /// When.
+    pub at_us: Timestamp,
+    /// The public keys (SHA-256 of the SPKI) that it was found to stand for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<Sha256>,
+}
+
+/// What can be revoked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum Target {
+    /// One certificate.
+    Serial {
+        /// Its number, in hex.
+        serial: String,
+    },
+    /// Every instance of a workload.
+    Workload {
+        /// Which.
+        id: SpiffeId,
+    },
+    /// One instance of a workload. Its peers know it by its keys.
+    Instance {
+        /// Of which workload.
+        workload: SpiffeId,
+        /// Which.
+        instance: InstanceId,
+    },
+    /// One key.
+    Key {
+        /// SHA-256 of the public key (SPKI).
+        spki: Sha256,
+    },
+    /// Whatever a CA has signed, or one below it.
+    IssuingKey {
+        /// SHA-256 of the CA's public key (SPKI).
+        spki: Sha256,
+    },
+    /// Something that a newer collector can revoke; its `keys` are denied all the same.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Target {
+    /// What an agent must understand ([`UNDERSTANDS`]) to deny it in full.
+    pub fn needs(&self) -> u32 {
+        match self {
+            Target::Serial { .. } | Target::IssuingKey { .. } => 2,
+            Target::Workload { .. } | Target::Instance { .. } | Target::Key { .. } => 1,
+            Target::Unknown => u32::MAX,
+        }
+    }
+
+    fn is_met_by(&self, peer: &Peer) -> bool {
+        match self {
+            Target::Serial { serial } => *serial == peer.serial,
+            Target::Workload { id } => matches!(&peer.name, PeerName::Spiffe(name) if name == id),
+            Target::Key { spki } => *spki == peer.spki,
+            Target::IssuingKey { spki } => peer.issuers.contains(spki),
+            Target::Instance { .. } | Target::Unknown => false,
+        }
+    }
+
+    fn noun(&self) -> &'static str {
+        match self {
+            Target::Serial { .. } => "certificate",
+            Target::Workload { .. } => "workload",
+            Target::Instance { .. } => "instance",
+            Target::Key { .. } | Target::Unknown => "key",
+            Target::IssuingKey { .. } => "issuing key",
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Serial { serial } => write!(f, "certificate {serial}"),
+            Target::Workload { id } => write!(f, "workload {id}"),
+            Target::Instance { workload, instance } => write!(f, "instance {workload}#{instance}"),
+            Target::Key { spki } => write!(f, "key {spki}"),
+            Target::IssuingKey { spki } => write!(f, "issuing key {spki}"),
+            Target::Unknown => f.write_str("something that a newer collector can revoke"),
+        }
+    }
+}
+
+impl Revocation {
+    fn is_met_by(&self, peer: &Peer) -> bool {
+        self.what.is_met_by(peer) || self.keys.contains(&peer.spki)
+    }
+
+    /// The lines of the deny list that say the same, as far as they can.
+    fn denials(&self) -> Vec<Deny> {
+        let why = || self.why.clone();
+        let keys = self.keys.iter().map(|spki| Deny::Key { spki: *spki, why: why() });
+        match &self.what {
+            Target::Workload { id } => vec![Deny::Workload { id: id.clone(), why: why() }],
+            Target::Key { spki } => vec![Deny::Key { spki: *spki, why: why() }],
+            _ => keys.collect(),
+        }
+    }
+}
+
+/// Why somebody is not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Denied<'a> {
+    /// What of it was revoked.
+    pub noun: &'static str,
+    /// The reason given.
+    pub why: &'a str,
+}
+
+impl fmt::Display for Denied<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "its {} is on the deny list: {}", self.noun, self.why)
+    }
 }
 
 /// One line of the deny list.
@@ -52,12 +190,64 @@ pub enum Deny {
 }
 
 impl Directive {
-    /// The line that denies `peer`, if there is one.
-    pub fn denies(&self, peer: &Peer) -> Option<&Deny> {
-        self.deny.iter().find(|deny| match deny {
-            Deny::Key { spki, .. } => *spki == peer.spki,
-            Deny::Workload { id, .. } => matches!(&peer.name, PeerName::Spiffe(name) if name == id),
-        })
+    /// Why `peer` is denied, if it is.
+    pub fn denies(&self, peer: &Peer) -> Option<Denied<'_>> {
+        let revoked = self.revoked.iter().find(|revocation| revocation.is_met_by(peer));
+        let by_revocation = revoked.map(|found| Denied { noun: found.what.noun(), why: &found.why });
+        by_revocation.or_else(|| self.deny.iter().find_map(|deny| deny.meets(peer)))
+    }
+
+    /// Why `agent` is denied whatever its key, if it is. Only its collector knows instances by name.
+    pub fn denies_agent(&self, agent: &AgentId) -> Option<Denied<'_>> {
+        let is_it = |what: &Target| match what {
+            Target::Workload { id } => *id == agent.workload,
+            Target::Instance { workload, instance } => *workload == agent.workload && *instance == agent.instance,
+            _ => false,
+        };
+        let revoked = self.revoked.iter().find(|revocation| is_it(&revocation.what));
+        let by_list = || self.deny.iter().find_map(|deny| deny.meets_workload(&agent.workload));
+        revoked.map(|found| Denied { noun: found.what.noun(), why: &found.why }).or_else(by_list)
+    }
+
+    /// The same directive with these revocations, and the deny list that follows from them.
+    pub fn with_revoked(self, revoked: Vec<Revocation>) -> Directive {
+        let mut deny: Vec<Deny> = Vec::new();
+        for line in revoked.iter().flat_map(Revocation::denials) {
+            if !deny.iter().any(|known| known.is_about_the_same(&line)) {
+                deny.push(line);
+            }
+        }
+        Directive { deny, revoked, ..self }
+    }
+
+    /// What an agent must understand to do all that is said here.
+    pub fn needs(&self) -> u32 {
+        self.revoked.iter().map(|revocation| revocation.what.needs()).max().unwrap_or(1)
+    }
+}
+
+impl Deny {
+    fn meets(&self, peer: &Peer) -> Option<Denied<'_>> {
+        match (self, &peer.name) {
+            (Deny::Key { spki, why }, _) if *spki == peer.spki => Some(Denied { noun: "key", why }),
+            (_, PeerName::Spiffe(name)) => self.meets_workload(name),
+            _ => None,
+        }
+    }
+
+    fn meets_workload(&self, workload: &SpiffeId) -> Option<Denied<'_>> {
+        match self {
+            Deny::Workload { id, why } if id == workload => Some(Denied { noun: "workload", why }),
+            _ => None,
+        }
+    }
+
+    fn is_about_the_same(&self, other: &Deny) -> bool {
+        match (self, other) {
+            (Deny::Key { spki, .. }, Deny::Key { spki: other, .. }) => spki == other,
+            (Deny::Workload { id, .. }, Deny::Workload { id: other, .. }) => id == other,
+            _ => false,
+        }
     }
 }
 
@@ -120,7 +310,7 @@ impl Signed {
 
     /// The directive, once it is proven to come from a collector of a domain in `trust`.
     ///
-    /// Whether its version is newer than the one at hand is the caller's question.
+    /// Whether its version is newer than the one at hand, and whether its signer was revoked, is the caller's question.
     pub fn open(&self, trust: &Trust, now: Timestamp) -> Result<Directive, DirectiveFault> {
         let chain: Vec<_> = self.chain.iter().map(|der| der.0.clone().into()).collect();
         let signer =
@@ -133,6 +323,12 @@ impl Signed {
         let message = [CONTEXT, self.document.as_bytes()].concat();
         tls::verify_signature(&chain[0], &message, &self.signature.0).map_err(|_| DirectiveFault::Signature)?;
         Ok(directive)
+    }
+
+    /// Who says to have signed it; proven by [`Signed::open`] alone.
+    pub fn signer(&self, trust: &Trust) -> Result<Peer, DirectiveFault> {
+        let chain: Vec<_> = self.chain.iter().map(|der| der.0.clone().into()).collect();
+        tls::peer_with(&chain, trust, Usage::Server).map_err(|e| DirectiveFault::Chain(e.to_string()))
     }
 }
 
@@ -152,6 +348,7 @@ mod tests {
                 Deny::Key { spki, why: "lost".into() },
                 Deny::Workload { id: "spiffe://td/shop/old".parse().unwrap(), why: "retired".into() },
             ],
+            revoked: Vec::new(),
         }
     }
 
@@ -184,18 +381,93 @@ mod tests {
         assert!(matches!(Signed::from_bytes(b"{"), Err(DirectiveFault::Unreadable(_))));
     }
 
-    #[test]
-    fn the_deny_list_knows_keys_and_workloads() {
-        let peer = |name: &str, spki| Peer {
+    fn peer(name: &str, spki: u8) -> Peer {
+        Peer {
             name: PeerName::Spiffe(name.parse().unwrap()),
             spki: Sha256([spki; 32]),
-            serial: "1".into(),
+            serial: "5a".into(),
+            issuers: [Sha256([20; 32]), Sha256([21; 32])].into(),
             not_before: Timestamp(0),
             not_after: Timestamp(9),
-        };
+        }
+    }
+
+    #[test]
+    fn the_deny_list_knows_keys_and_workloads() {
         let directive = directive("td");
         assert!(directive.denies(&peer("spiffe://td/shop/orders", 4)).is_some());
         assert!(directive.denies(&peer("spiffe://td/shop/old", 1)).is_some());
         assert!(directive.denies(&peer("spiffe://td/shop/orders", 1)).is_none());
+        assert!(directive.denies_agent(&"spiffe://td/shop/old#a".parse().unwrap()).is_some());
+        assert!(directive.denies_agent(&"spiffe://td/shop/orders#a".parse().unwrap()).is_none());
+    }
+
+    fn revoked(what: Target, keys: &[u8]) -> Directive {
+        let keys = keys.iter().map(|key| Sha256([*key; 32])).collect();
+        let (id, why, at_us) = ("1".into(), "lost".into(), Timestamp(1));
+        directive("td").with_revoked(vec![Revocation { id, what, why, at_us, keys }])
+    }
+
+    #[test]
+    fn each_kind_of_revocation_denies_its_own_and_nobody_else() {
+        let (web, agent) = ("spiffe://td/shop/web", "spiffe://td/shop/web#1".parse::<AgentId>().unwrap());
+        let (id, instance) = (agent.workload.clone(), agent.instance.clone());
+        let spki = Sha256([3; 32]);
+        // What is revoked, the keys it stands for, whether the peer and the instance are denied, and what old agents see.
+        let rows = [
+            (Target::Serial { serial: "5a".into() }, vec![], (true, false), 0),
+            (Target::Serial { serial: "5b".into() }, vec![], (false, false), 0),
+            (Target::Serial { serial: "5b".into() }, vec![3], (true, false), 1),
+            (Target::Workload { id }, vec![], (true, true), 1),
+            (Target::Instance { workload: agent.workload.clone(), instance }, vec![9], (false, true), 1),
+            (
+                Target::Instance { workload: agent.workload.clone(), instance: "2".parse().unwrap() },
+                vec![3],
+                (true, false),
+                1,
+            ),
+            (Target::Key { spki }, vec![], (true, false), 1),
+            (Target::Key { spki: Sha256([20; 32]) }, vec![], (false, false), 1),
+            (Target::IssuingKey { spki: Sha256([21; 32]) }, vec![], (true, false), 0),
+            (Target::IssuingKey { spki }, vec![], (false, false), 0),
+            (Target::Unknown, vec![3], (true, false), 1),
+        ];
+        for (what, keys, denied, old) in rows {
+            let directive = revoked(what, &keys);
+            let found = (directive.denies(&peer(web, 3)).is_some(), directive.denies_agent(&agent).is_some());
+            assert_eq!((found, directive.deny.len()), (denied, old), "{directive:?}");
+        }
+    }
+
+    #[test]
+    fn a_revocation_of_a_kind_from_the_future_denies_its_keys_and_is_known_as_such() {
+        let json = r#"{"id":"1","what":{"by":"moon_phase","moon":7},"why":"x","at_us":1,"keys":[]}"#;
+        let read: Revocation = serde_json::from_str(json).unwrap();
+        assert_eq!((&read.what, read.what.needs() > UNDERSTANDS), (&Target::Unknown, true));
+    }
+
+    #[test]
+    fn an_agent_of_the_first_version_reads_what_it_can() {
+        #[derive(Deserialize)]
+        struct First {
+            version: u64,
+            deny: Vec<Deny>,
+        }
+        let json = serde_json::to_string(&revoked(Target::Serial { serial: "5b".into() }, &[3])).unwrap();
+        let first: First = serde_json::from_str(&json).unwrap();
+        assert_eq!(first.version, 3);
+        assert_eq!(first.deny, [Deny::Key { spki: Sha256([3; 32]), why: "lost".into() }]);
+        let old = r#"{"version":1,"trust_domain":"td","issued_us":1,"bundle":[]}"#;
+        assert_eq!(serde_json::from_str::<Directive>(old).unwrap().needs(), 1);
+    }
+
+    #[test]
+    fn the_same_key_revoked_twice_is_one_line_of_the_deny_list() {
+        let (spki, why) = (Sha256([3; 32]), String::from("x"));
+        let one = Revocation { id: "1".into(), what: Target::Key { spki }, why, at_us: Timestamp(1), keys: vec![] };
+        let other =
+            Revocation { id: "2".into(), what: Target::Serial { serial: "1".into() }, keys: vec![spki], ..one.clone() };
+        let directive = directive("td").with_revoked(vec![one, other]);
+        assert_eq!((directive.deny.len(), directive.revoked.len(), directive.needs()), (1, 2, 2));
     }
 }

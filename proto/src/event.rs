@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::directive::Revocation;
 use crate::finding::{Finding, Vantage};
 use crate::identity::SpiffeId;
 use crate::time::Timestamp;
@@ -246,6 +247,10 @@ kinds! {
     IngestRefused = "ingest.refused",
     /// An enrolment token was made.
     TokenCreated = "token.created",
+    /// A certificate, key, instance, workload or CA was revoked.
+    IdentityRevoked = "identity.revoked",
+    /// A revocation was undone.
+    IdentityRestored = "identity.restored",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -889,6 +894,31 @@ pub struct TokenCreated {
     pub uses: u32,
     /// When it ends.
     pub expires_us: Timestamp,
+}
+
+/// Body of `identity.revoked`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IdentityRevoked(pub RevocationChanged);
+
+/// Body of `identity.restored`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IdentityRestored(pub RevocationChanged);
+
+/// Body of `identity.revoked` and `identity.restored`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RevocationChanged {
+    /// The revocation.
+    pub revocation: Revocation,
+    /// The directive that says so.
+    pub version: u64,
+    /// The reason of this act: for revoking, or for undoing it.
+    pub why: String,
+    /// Who did it, by their own account.
+    #[serde(default)]
+    pub by: String,
+    /// The address it came from.
+    #[serde(default)]
+    pub source: String,
 }
 
 /// Body of `alert.firing` and `alert.resolved`.

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
@@ -295,6 +296,8 @@ pub struct Peer {
     pub spki: Sha256,
     /// Serial number, in hex.
     pub serial: String,
+    /// SHA-256 of the public keys (SPKI) of every CA that may stand between it and a root: a revoked one is found here.
+    pub issuers: Arc<[Sha256]>,
     /// Begin of validity.
     pub not_before: Timestamp,
     /// End of validity.
@@ -358,6 +361,7 @@ pub fn judge_leaf(der: &[u8], usage: Usage) -> Result<Peer, LeafFault> {
         name: read_name(&cert)?,
         spki: Sha256::of(&[cert.public_key().raw]),
         serial: cert.serial.to_str_radix(16),
+        issuers: Arc::default(),
         not_before: Timestamp::from_secs(cert.validity().not_before.timestamp()),
         not_after: Timestamp::from_secs(cert.validity().not_after.timestamp()),
     })

@@ -367,7 +367,14 @@ mod tests {
     }
 
     fn hello() -> Hello {
-        Hello { version: String::new(), instance: "c1".parse().unwrap(), epoch: EPOCH, directive: 0, heartbeat_secs: 5 }
+        Hello {
+            version: String::new(),
+            instance: "c1".parse().unwrap(),
+            epoch: EPOCH,
+            directive: 0,
+            heartbeat_secs: 5,
+            understands: 2,
+        }
     }
 
     /// Loses, repeats or delays what is under way.

@@ -418,10 +418,41 @@ fn domain_word(name: &PeerName) -> String {
     }
 }
 
-/// Whom a chain that was verified names.
+/// Whom a chain that was verified names, and by which of its CAs.
 pub fn peer_of(chain: &[CertificateDer<'_>], usage: Usage) -> Result<Peer, LeafFault> {
+    peer_under(chain, &[], usage)
+}
+
+/// The same, where a root of `trust` may have signed without being shown.
+pub fn peer_with(chain: &[CertificateDer<'_>], trust: &Trust, usage: Usage) -> Result<Peer, LeafFault> {
     let leaf = chain.first().ok_or_else(|| LeafFault::Unreadable("there is none".into()))?;
-    judge_leaf(leaf, usage)
+    let roots = match judge_leaf(leaf, usage)?.name {
+        PeerName::Spiffe(id) => trust.domains.get(&id.trust_domain()).map_or(&[][..], Vec::as_slice),
+        PeerName::Dns(_) => &trust.dns_roots,
+    };
+    peer_under(chain, roots, usage)
+}
+
+/// Which of several paths was taken is not told by the verifier: each CA that was shown counts, and each root whose name
+/// is that of an issuer. A path goes by names, so none that could have been taken is missing.
+fn peer_under(chain: &[CertificateDer<'_>], roots: &[CertificateDer<'_>], usage: Usage) -> Result<Peer, LeafFault> {
+    let (leaf, rest) = chain.split_first().ok_or_else(|| LeafFault::Unreadable("there is none".into()))?;
+    let peer = judge_leaf(leaf, usage)?;
+    let shown = chain.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    let is_issuer = |root: &X509Certificate<'_>| shown.iter().any(|c| c.issuer().as_raw() == root.subject().as_raw());
+    let mut issuers = rest.iter().map(spki_of).collect::<Result<Vec<_>, _>>()?;
+    for root in roots {
+        let root = parse(root)?;
+        let spki = Sha256::of(&[root.public_key().raw]);
+        if is_issuer(&root) && !issuers.contains(&spki) {
+            issuers.push(spki);
+        }
+    }
+    Ok(Peer { issuers: issuers.into(), ..peer })
+}
+
+fn parse<'a>(cert: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, LeafFault> {
+    X509Certificate::from_der(cert).map(|(_, cert)| cert).map_err(|e| LeafFault::Unreadable(e.to_string()))
 }
 
 /// Whether `signature` (ECDSA P-256, SHA-256, DER) is the leaf's over `message`.
@@ -435,8 +466,7 @@ pub fn verify_signature(leaf: &CertificateDer<'_>, message: &[u8], signature: &[
 
 /// SHA-256 of the public key (SPKI) of a certificate: what a pin is.
 pub fn spki_of(cert: &CertificateDer<'_>) -> Result<Sha256, LeafFault> {
-    let (_, cert) = X509Certificate::from_der(cert).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
-    Ok(Sha256::of(&[cert.public_key().raw]))
+    Ok(Sha256::of(&[parse(cert)?.public_key().raw]))
 }
 
 /// A server whose clients must show a certificate that `trust` verifies.

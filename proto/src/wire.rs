@@ -39,6 +39,9 @@ pub struct Hello {
     /// Seconds between its pings.
     #[serde(default)]
     pub heartbeat_secs: u32,
+    /// What it understands of directives ([`crate::directive::UNDERSTANDS`]); the first agents do not say.
+    #[serde(default)]
+    pub understands: u32,
 }
 
 /// The collector's answer.
@@ -247,6 +250,7 @@ mod tests {
                 epoch,
                 directive: 3,
                 heartbeat_secs: 5,
+                understands: 2,
             }),
             Frame::Welcome(Welcome { version: "0.1.0".into(), cursor }),
             Frame::Link(Link::Tombstone(tombstone)),

@@ -464,6 +464,9 @@ impl Keeper {
             Ok(directive) => directive,
             Err(error) => return tracing::warn!(%error, "a directive was not taken"),
         };
+        if let Some(why) = self.denied_signer(&signed, trust) {
+            return tracing::warn!(why, "a directive of a collector that was revoked was not taken");
+        }
         let have = self.directive.as_ref().map_or(0, |directive| directive.version);
         let ours = trust.domains.contains_key(&directive.trust_domain);
         if directive.version <= have || !ours {
@@ -482,6 +485,12 @@ impl Keeper {
                 self.directive = before;
             }
         }
+    }
+
+    /// Why the signer's word does not count any more, by the directive in force: a collector's key may have been stolen.
+    fn denied_signer(&self, signed: &Signed, trust: &tls::Trust) -> Option<String> {
+        let (in_force, signer) = (self.directive.as_ref()?, signed.signer(trust).ok()?);
+        in_force.denies(&signer).map(|denied| denied.to_string())
     }
 
     fn tell_failure(&mut self, error: &KeeperError, pause: Duration) {

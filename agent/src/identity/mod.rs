@@ -197,7 +197,8 @@ pub mod made_up {
         /// A directive signed by the collector.
         pub fn directive(&self, version: u64, deny: Vec<Deny>, issued_us: Timestamp) -> Signed {
             let bundle = vec![Der(self.root.to_vec())];
-            let directive = Directive { version, trust_domain: self.domain.parse().unwrap(), issued_us, bundle, deny };
+            let (trust_domain, revoked) = (self.domain.parse().unwrap(), Vec::new());
+            let directive = Directive { version, trust_domain, issued_us, bundle, deny, revoked };
             Signed::sign(&directive, &self.collector()).unwrap()
         }
     }

@@ -6,7 +6,7 @@
 pub mod address;
 pub mod egress;
 
-use sidewarden_proto::directive::{Deny, Directive};
+use sidewarden_proto::directive::Directive;
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, PeerName, SpiffeId};
 use sidewarden_proto::time::Timestamp;
@@ -42,8 +42,8 @@ pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Ti
     if peer.not_after <= now {
         return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
     }
-    if let Some(deny) = directive.and_then(|directive| directive.denies(peer)) {
-        return Decision::Refuse(RefusalReason::Revoked, denial(deny));
+    if let Some(denied) = directive.and_then(|directive| directive.denies(peer)) {
+        return Decision::Refuse(RefusalReason::Revoked, denied.to_string());
     }
     match rules {
         Rules::Inbound { allow, allow_dns } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
@@ -54,13 +54,6 @@ pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Ti
         Rules::OutboundToDns(host) if has_dns_name(&peer.name, host) => Decision::Allow,
         Rules::OutboundTo(id) => wrong_peer(peer, id.as_str()),
         Rules::OutboundToDns(host) => wrong_peer(peer, host),
-    }
-}
-
-fn denial(deny: &Deny) -> String {
-    match deny {
-        Deny::Key { why, .. } => format!("its key is on the deny list: {why}"),
-        Deny::Workload { why, .. } => format!("its workload is on the deny list: {why}"),
     }
 }
 
@@ -82,6 +75,7 @@ fn has_dns_name(name: &PeerName, host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use sidewarden_proto::directive::{Deny, Revocation, Target};
     use sidewarden_proto::identity::Sha256;
 
     use super::*;
@@ -90,7 +84,14 @@ mod tests {
 
     fn peer(name: PeerName) -> Peer {
         let (not_before, not_after) = (Timestamp::from_secs(0), Timestamp::from_secs(2_000));
-        Peer { name, spki: Sha256([5; 32]), serial: "1".into(), not_before, not_after }
+        Peer {
+            name,
+            spki: Sha256([5; 32]),
+            serial: "1".into(),
+            issuers: [Sha256([8; 32])].into(),
+            not_before,
+            not_after,
+        }
     }
 
     fn workload(path: &str) -> PeerName {
@@ -103,7 +104,7 @@ mod tests {
 
     fn directive(deny: Vec<Deny>) -> Directive {
         let trust_domain = "td".parse().unwrap();
-        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny }
+        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny, revoked: Vec::new() }
     }
 
     fn check(rules: &Rules, peer: &Peer, deny: Vec<Deny>, expected: Option<RefusalReason>) {
@@ -152,6 +153,19 @@ mod tests {
         check(&rules, &db, vec![key], Some(RefusalReason::Revoked));
         check(&rules, &db, vec![service], Some(RefusalReason::Revoked));
         check(&rules, &Peer { not_after: NOW, ..db }, vec![], Some(RefusalReason::Expired));
+    }
+
+    #[test]
+    fn whoever_a_revoked_ca_has_signed_stays_out_and_is_told_why() {
+        let rules = Rules::OutboundTo("spiffe://td/shop/db".parse().unwrap());
+        let what = Target::IssuingKey { spki: Sha256([8; 32]) };
+        let revocation = Revocation { id: "1".into(), what, why: "stolen".into(), at_us: NOW, keys: Vec::new() };
+        let directive = directive(vec![]).with_revoked(vec![revocation]);
+        let refused = decide(&rules, &peer(workload("shop/db")), Some(&directive), NOW);
+        let told = "its issuing key is on the deny list: stolen".into();
+        assert_eq!(refused, Decision::Refuse(RefusalReason::Revoked, told));
+        let other = Peer { issuers: [Sha256([9; 32])].into(), ..peer(workload("shop/db")) };
+        assert_eq!(decide(&rules, &other, Some(&directive), NOW), Decision::Allow);
     }
 
     #[test]

@@ -117,7 +117,7 @@ mod tests {
     fn peer(key: u8) -> Peer {
         let name = PeerName::Spiffe("spiffe://td/shop/web".parse().unwrap());
         let (not_before, not_after) = (Timestamp(0), Timestamp(9));
-        Peer { name, spki: Sha256([key; 32]), serial: String::new(), not_before, not_after }
+        Peer { name, spki: Sha256([key; 32]), serial: String::new(), issuers: Arc::default(), not_before, not_after }
     }
 
     #[test]

@@ -364,10 +364,11 @@ impl Listener {
 async fn accept_tls(opened: Opened, identity: &Identity) -> Result<Secure, Fault> {
     let Opened { tcp, bytes, hello, .. } = opened;
     if !hello.offers_1_3 {
-        return Secure::accept_1_2(tcp, bytes, identity.server.clone()).await;
+        return Secure::accept_1_2(tcp, bytes, identity.server.clone(), &identity.trust).await;
     }
     let is_agent = hello.alpn.iter().any(|name| name == ALPN_STREAMS);
-    Secure::accept(tcp, bytes, if is_agent { identity.streams.clone() } else { identity.server.clone() }).await
+    let config = if is_agent { identity.streams.clone() } else { identity.server.clone() };
+    Secure::accept(tcp, bytes, config, &identity.trust).await
 }
 
 #[cfg(test)]

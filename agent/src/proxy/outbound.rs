@@ -10,7 +10,7 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use sidewarden_proto::event::{Direction, RefusalReason};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{Expect, Floor, TlsError};
+use sidewarden_proto::tls::{Expect, Floor, TlsError, Trust};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -390,18 +390,21 @@ impl Route {
         let dialled = dialled.map_err(|_| unreachable(format!("no answer within {span:?}")))?;
         let tcp = dialled.map_err(|error| unreachable(error.to_string()))?;
         let config = self.tls_config(identity).map_err(|error| at((RefusalReason::NoIdentity, error.to_string())))?;
-        self.shake_hands(tcp, config).await.map_err(at)
+        self.shake_hands(tcp, config, &identity.trust).await.map_err(at)
     }
 
-    async fn shake_hands(&self, tcp: TcpStream, config: Arc<ClientConfig>) -> Result<Secure, Fault> {
+    async fn shake_hands(&self, tcp: TcpStream, config: Arc<ClientConfig>, trust: &Trust) -> Result<Secure, Fault> {
         let within = self.shared.timeouts.handshake;
         let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
         let shaking = async {
             match &self.config.peer {
-                config::Peer::Workload(_) => Secure::connect(tcp, config, self.config.server_name.as_deref()).await,
+                config::Peer::Workload(_) => {
+                    Secure::connect(tcp, config, trust, self.config.server_name.as_deref()).await
+                }
                 config::Peer::Dns(host) => {
                     let bad = |_| (RefusalReason::WrongPeer, format!("`{host}` is no DNS name"));
-                    Secure::connect_foreign(tcp, config, ServerName::try_from(host.clone()).map_err(bad)?).await
+                    let name = ServerName::try_from(host.clone()).map_err(bad)?;
+                    Secure::connect_foreign(tcp, config, trust, name).await
                 }
             }
         };

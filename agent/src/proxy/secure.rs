@@ -12,7 +12,7 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
-use sidewarden_proto::tls::peer_of;
+use sidewarden_proto::tls::{Trust, peer_with};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -52,10 +52,15 @@ enum Stream {
 
 impl Secure {
     /// The server's half of a TLS 1.3 handshake that begins with `hello`.
-    pub async fn accept(mut socket: TcpStream, mut hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
+    pub async fn accept(
+        mut socket: TcpStream,
+        mut hello: Vec<u8>,
+        config: Arc<ServerConfig>,
+        trust: &Trust,
+    ) -> Result<Secure, Fault> {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
         let early = drive(&mut connection, &mut socket, &mut hello).await?;
-        let (peer, how) = settled(&connection, Usage::Client, &socket)?;
+        let (peer, how) = settled(&connection, Usage::Client, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_server(connection).map_err(unusable)?;
         let channel = Channel { records, socket, partial: hello };
@@ -63,11 +68,16 @@ impl Secure {
     }
 
     /// The server's half of a TLS 1.2 handshake that begins with `hello`.
-    pub async fn accept_1_2(socket: TcpStream, hello: Vec<u8>, config: Arc<ServerConfig>) -> Result<Secure, Fault> {
+    pub async fn accept_1_2(
+        socket: TcpStream,
+        hello: Vec<u8>,
+        config: Arc<ServerConfig>,
+        trust: &Trust,
+    ) -> Result<Secure, Fault> {
         match TlsAcceptor::from(config).accept(Replayed::new(hello, socket)).into_fallible().await {
             Ok(stream) => {
                 let (socket, connection) = stream.get_ref();
-                let (peer, how) = settled(connection, Usage::Client, socket.inner())?;
+                let (peer, how) = settled(connection, Usage::Client, trust, socket.inner())?;
                 Ok(Secure { peer, how, stream: Stream::Accepted(Box::new(stream)), carries_streams: false })
             }
             Err((error, mut rest)) => {
@@ -83,6 +93,7 @@ impl Secure {
     pub async fn connect(
         mut socket: TcpStream,
         config: Arc<ClientConfig>,
+        trust: &Trust,
         host: Option<&str>,
     ) -> Result<Secure, Fault> {
         let address = socket.peer_addr().map_err(|error| cut(&error))?;
@@ -91,7 +102,7 @@ impl Secure {
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
         let early = drive(&mut connection, &mut socket, &mut rest).await?;
-        let (peer, how) = settled(&connection, Usage::Server, &socket)?;
+        let (peer, how) = settled(&connection, Usage::Server, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_client(connection).map_err(unusable)?;
         let channel = Channel { records, socket, partial: rest };
@@ -102,11 +113,12 @@ impl Secure {
     pub async fn connect_foreign(
         socket: TcpStream,
         config: Arc<ClientConfig>,
+        trust: &Trust,
         name: ServerName<'static>,
     ) -> Result<Secure, Fault> {
         let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
         let (socket, connection) = stream.get_ref();
-        let (peer, how) = settled(connection, Usage::Server, socket)?;
+        let (peer, how) = settled(connection, Usage::Server, trust, socket)?;
         Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)), carries_streams: false })
     }
 
@@ -147,10 +159,15 @@ impl Secure {
     }
 }
 
-fn settled(connection: &CommonState, usage: Usage, socket: &TcpStream) -> Result<(Peer, Secured), Fault> {
+fn settled(
+    connection: &CommonState,
+    usage: Usage,
+    trust: &Trust,
+    socket: &TcpStream,
+) -> Result<(Peer, Secured), Fault> {
     let address = socket.peer_addr().map_err(|error| cut(&error))?;
     let chain = connection.peer_certificates().unwrap_or_default();
-    let peer = peer_of(chain, usage).map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
+    let peer = peer_with(chain, trust, usage).map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
     Ok((peer, secured(connection, address)))
 }
 

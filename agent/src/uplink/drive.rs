@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_proto::batch::Cursor;
+use sidewarden_proto::directive::UNDERSTANDS;
 use sidewarden_proto::identity::InstanceId;
 use sidewarden_proto::session::{FromCollector, Sender, SessionError};
 use sidewarden_proto::wire::{Decoder, Frame, Hello, Welcome, WireError};
@@ -101,6 +102,7 @@ where
         epoch: session.spool.epoch(),
         directive,
         heartbeat_secs: HEARTBEAT_SECS,
+        understands: UNDERSTANDS,
     };
     let (sender, first) = Sender::new(hello, now());
     let mut driver = Driver { session, sender, writer, waiting: None, sent: VecDeque::new(), directive };

@@ -8,7 +8,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use sidewarden_proto::event::{
-    Body, ConnectionRefused, Direction, KINDS, ListenerExposed, ProcessInfo, Protocol, RefusalReason, Severity,
+    Body, ConnectionRefused, Direction, IdentityRestored, IdentityRevoked, KINDS, ListenerExposed, ProcessInfo,
+    Protocol, RefusalReason, Severity,
 };
 use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
@@ -433,6 +434,8 @@ pub const RULES: &[Rule] = &[
             "agent.disconnected",
             "ingest.refused",
             "token.created",
+            "identity.revoked",
+            "identity.restored",
             "alert.firing",
             "alert.resolved",
         ],
@@ -459,6 +462,16 @@ pub const RULES: &[Rule] = &[
         meaning: "an agent cannot renew its certificate; the old one is still in use",
         what_to_do: "the error says why; the certificate in use holds until the time given",
         read: renewal,
+    },
+    Rule {
+        name: "IdentityRevoked",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["identity.revoked", "identity.restored"],
+        meaning: "somebody with the admin token revoked an identity, or undid that",
+        what_to_do: "if nobody of yours did this, replace the collector's admin token; `revoke --undo` takes it back",
+        read: revoked,
     },
     Rule {
         name: "EnrolmentRefused",
@@ -855,6 +868,20 @@ pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
 }
 
 /// What was asked for is not verified, so it stays out of the labels.
+fn revoked(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (what, body) = match seen.body {
+        Some(Body::IdentityRevoked(IdentityRevoked(body))) => ("revoked", body),
+        Some(Body::IdentityRestored(IdentityRestored(body))) => ("restored", body),
+        _ => return Vec::new(),
+    };
+    let mut case = case(seen, rule, format!("{} was {what} by {}: {}", body.revocation.what, body.by, body.why));
+    case.subject = None;
+    case.apart = Some(("change", what.to_owned()));
+    case.source = host_of(&body.source).to_owned();
+    case.evidence = lines([("revocation", &body.revocation.id), ("reason", &body.why), ("by", &body.by)]);
+    vec![Signal::Raise(case)]
+}
+
 fn enrolment(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::EnrolmentRefused(body)) = seen.body else { return Vec::new() };
     let asked = if body.workload.is_empty() { "a workload" } else { &body.workload };

@@ -48,6 +48,11 @@ impl ApiError {
         ApiError::new(StatusCode::NOT_FOUND, error, hint)
     }
 
+    /// It must be confirmed, or stands against what is already so.
+    pub fn conflict(error: impl Into<String>, hint: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, error, hint)
+    }
+
     /// Not by this method.
     pub fn method() -> ApiError {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this path does not take that method", "see /api/v1/openapi.json")

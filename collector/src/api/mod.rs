@@ -1,23 +1,25 @@
-//! The collector's HTTPS API, for the page, the command line and other programs. It only reads.
+//! The collector's HTTPS API, for the page, the command line and other programs.
 //!
 //! One table (`routes`) says what there is; here is what each route does. Everything but `/healthz` and the page itself
-//! wants a bearer token. There is no CORS: a page of another origin can ask nothing.
+//! wants a bearer token. There is no CORS: a page of another origin can ask nothing, and since it has no token and we set no
+//! cookie, it can do nothing either. Every change is one event with who, from where and why.
 
 pub mod answers;
 pub mod auth;
 mod error;
 pub mod events;
+mod revocations;
 pub mod routes;
 pub mod serve;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use sidewarden_proto::secret::Secret;
@@ -35,6 +37,9 @@ use serve::{Door, Source};
 
 /// Streams at a time: each is a connection and a queue.
 const MAX_STREAMS: usize = 64;
+
+/// Most bytes of what a POST carries.
+const MAX_BODY: usize = 1 << 20;
 
 /// Sent with every answer. Trusted types make it an error for the page to turn text into markup.
 const SECURITY: [(HeaderName, &str); 7] = [
@@ -92,6 +97,7 @@ fn router(core: Core, alerts: Alerts, token: Secret) -> Router {
     }
     router
         .fallback(|| async { ApiError::not_found("there is nothing here", "see /api/v1/openapi.json") })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
         .method_not_allowed_fallback(|| async { ApiError::method() })
         .layer(middleware::map_response(secured))
         .with_state(api)
@@ -108,6 +114,9 @@ fn handler(operation: Operation) -> MethodRouter<Arc<Api>> {
         Operation::Stream => get(stream),
         Operation::Alerts => get(alerts),
         Operation::Rules => get(rules),
+        Operation::Revocations => get(revocations::list),
+        Operation::Revoke => post(revocations::revoke),
+        Operation::Unrevoke => post(revocations::undo),
         Operation::OpenApi => get(|| async { Json(routes::openapi()) }),
     }
 }

@@ -23,6 +23,12 @@ pub enum Operation {
     Alerts,
     /// What alerts mean.
     Rules,
+    /// What is revoked.
+    Revocations,
+    /// Revokes.
+    Revoke,
+    /// Undoes it.
+    Unrevoke,
     /// This table.
     OpenApi,
 }
@@ -39,7 +45,7 @@ pub enum Access {
 /// A query parameter: its name and what it is.
 pub type Parameter = (&'static str, &'static str);
 
-/// One route. All are GET.
+/// One route.
 #[derive(Clone, Copy, Debug)]
 pub struct Route {
     /// What it does.
@@ -52,6 +58,8 @@ pub struct Route {
     pub access: Access,
     /// Its query parameters.
     pub parameters: &'static [Parameter],
+    /// The JSON it takes; none for a GET, and a POST otherwise.
+    pub takes: Option<&'static str>,
 }
 
 const FILTERS: [Parameter; 4] = [
@@ -69,6 +77,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Whether the collector takes events; 503 when its store refuses them.",
         access: Access::Open,
         parameters: &[],
+        takes: None,
     },
     Route {
         operation: Operation::Status,
@@ -76,6 +85,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Version, trust domain, counts of agents and alerts, the log's size.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
     },
     Route {
         operation: Operation::Workloads,
@@ -83,6 +93,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Every workload with its instances, posture counts and firing alerts, the troubled first.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
     },
     Route {
         operation: Operation::Agents,
@@ -90,6 +101,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Every agent: version, presence, session, certificate, peers, refusals, losses.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
     },
     Route {
         operation: Operation::Posture,
@@ -97,6 +109,7 @@ pub const ROUTES: &[Route] = &[
         summary: "The CIS table of a workload's instances: every check with verdict, evidence and remedy.",
         access: Access::Token,
         parameters: &[("workload", "its SPIFFE ID; required"), ("instance", "only this instance")],
+        takes: None,
     },
     Route {
         operation: Operation::Events,
@@ -114,6 +127,7 @@ pub const ROUTES: &[Route] = &[
             ("after", "only what was taken after this cursor, oldest first"),
             ("limit", "at most this many, 1 to 1000; 100 if not given"),
         ],
+        takes: None,
     },
     Route {
         operation: Operation::Stream,
@@ -121,6 +135,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Events as they are committed (text/event-stream); `skipped` tells what a slow client lost.",
         access: Access::Token,
         parameters: &FILTERS,
+        takes: None,
     },
     Route {
         operation: Operation::Alerts,
@@ -128,6 +143,7 @@ pub const ROUTES: &[Route] = &[
         summary: "Alerts that fire, are pending, or ended a few minutes ago; worst first.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
     },
     Route {
         operation: Operation::Rules,
@@ -135,6 +151,33 @@ pub const ROUTES: &[Route] = &[
         summary: "Every alert rule: what it means and what to do.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::Revocations,
+        path: "/api/v1/revocations",
+        summary: "What is revoked, and which agents know of it.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::Revoke,
+        path: "/api/v1/revocations/revoke",
+        summary: "Revokes; 409 with the consequences when they must be confirmed.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some(
+            "{what, why, by, confirmed}; what: {by: serial, serial}, {by: workload, id}, {by: instance, workload, instance}, {by: key, spki} or {by: issuing_key, spki}",
+        ),
+    },
+    Route {
+        operation: Operation::Unrevoke,
+        path: "/api/v1/revocations/undo",
+        summary: "Undoes a revocation.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{id, why, by}"),
     },
     Route {
         operation: Operation::OpenApi,
@@ -142,6 +185,7 @@ pub const ROUTES: &[Route] = &[
         summary: "This document.",
         access: Access::Token,
         parameters: &[],
+        takes: None,
     },
 ];
 
@@ -178,7 +222,7 @@ fn path_item(route: &Route) -> Value {
         Access::Open => json!([]),
         Access::Token => json!([{"token": []}]),
     };
-    json!({"get": {
+    let mut item = json!({
         "summary": route.summary,
         "parameters": parameters,
         "security": security,
@@ -186,7 +230,18 @@ fn path_item(route: &Route) -> Value {
             "200": {"description": "the answer", "content": {form: {}}},
             "default": {"description": "what is wrong, and what to do", "content": error},
         },
-    }})
+    });
+    if let Some(takes) = route.takes {
+        item["requestBody"] = json!({"required": true, "description": takes, "content": {"application/json": {}}});
+    }
+    json!({route.method(): item})
+}
+
+impl Route {
+    /// The method, as OpenAPI writes it.
+    pub const fn method(&self) -> &'static str {
+        if self.takes.is_some() { "post" } else { "get" }
+    }
 }
 
 #[cfg(test)]
@@ -198,7 +253,7 @@ mod tests {
         let document = openapi();
         assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
         for route in ROUTES {
-            assert_eq!(document["paths"][route.path]["get"]["summary"], route.summary);
+            assert_eq!(document["paths"][route.path][route.method()]["summary"], route.summary);
         }
     }
 

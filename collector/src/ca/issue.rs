@@ -189,7 +189,7 @@ impl Issuer {
     ) -> Result<Grant, Refused> {
         let (key, spki) = read_request(csr)?;
         if let Some(deny) = directive.denies(peer) {
-            return Err(refuse("revoked", format!("{deny:?}"), false));
+            return Err(refuse("revoked", deny.to_string(), false));
         }
         check_denied(directive, agent, spki, now)?;
         self.issue(&self.register(), agent.clone(), &key, spki, &Reason { way: "renewal", token: None }, now)
@@ -205,6 +205,13 @@ impl Issuer {
             KeyState::Superseded => Err(refuse("revoked", "a newer key of this instance is in use", false)),
             _ => Err(refuse("bad_request", "the old certificate was not issued to this instance", false)),
         }
+    }
+
+    /// Whether what was just issued may be handed out: the instance may have been revoked after it was asked about and
+    /// before its new key was in the register, where who revokes it looks.
+    pub fn still_allowed(&self, grant: Grant, directive: &Directive, now: Timestamp) -> Result<Grant, Refused> {
+        let spki = grant.event.spki.parse().map_err(|_| refuse("internal", "the key's hash cannot be read", true))?;
+        check_denied(directive, &grant.agent, spki, now).map(|()| grant)
     }
 
     /// What is known of the key `spki`, shown by one who says to be `agent`.
@@ -303,10 +310,10 @@ fn judge_token(token: &TokenInfo, now: Timestamp) -> Result<(), Refused> {
 }
 
 fn check_denied(directive: &Directive, agent: &AgentId, spki: Sha256, now: Timestamp) -> Result<(), Refused> {
-    let name = PeerName::Spiffe(agent.workload.clone());
-    let peer = Peer { name, spki, serial: String::new(), not_before: now, not_after: now };
-    match directive.denies(&peer) {
-        Some(deny) => Err(refuse("revoked", format!("on the deny list: {deny:?}"), false)),
+    let (name, issuers) = (PeerName::Spiffe(agent.workload.clone()), Arc::default());
+    let peer = Peer { name, spki, serial: String::new(), issuers, not_before: now, not_after: now };
+    match directive.denies(&peer).or_else(|| directive.denies_agent(agent)) {
+        Some(denied) => Err(refuse("revoked", denied.to_string(), false)),
         None => Ok(()),
     }
 }

@@ -6,6 +6,7 @@
 mod authority;
 mod files;
 mod issue;
+mod look_up;
 mod tokens;
 
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 pub use authority::{Authority, LEEWAY};
 pub use files::{make_dir, write_secret};
 pub use issue::{Grant, Issuer, KeyState};
+pub use look_up::{Holder, MAX_KEYS};
 pub use tokens::{Pattern, Register, TokenInfo, TokenState};
 
 use sidewarden_proto::tls::TlsError;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sidewarden_proto::directive::{Deny, Directive, DirectiveFault, Signed};
+use sidewarden_proto::directive::{Directive, DirectiveFault, Signed, Target};
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::time::Timestamp;
@@ -61,7 +61,14 @@ impl Directives {
         let directive = match read(path)? {
             Some(kept) if kept.bundle == bundle => kept,
             Some(kept) => Directive { version: kept.version + 1, issued_us: now, bundle, ..kept },
-            None => Directive { version: 1, trust_domain: domain.clone(), issued_us: now, bundle, deny: Vec::new() },
+            None => Directive {
+                version: 1,
+                trust_domain: domain.clone(),
+                issued_us: now,
+                bundle,
+                deny: Vec::new(),
+                revoked: Vec::new(),
+            },
         };
         write(path, &directive)?;
         let signed = Signed::sign(&directive, own)?;
@@ -79,15 +86,25 @@ impl Directives {
         self.in_force.borrow().clone()
     }
 
-    /// Replaces the deny list. On disk and signed before anybody is told.
-    pub fn set_deny(&self, deny: Vec<Deny>, own: &Credential, now: Timestamp) -> Result<(), DirectivesError> {
+    /// Changes it. On disk and signed before anybody is told; the version that holds afterwards.
+    ///
+    /// `change` is given what is in force, with nobody else changing it meanwhile. What it makes of version and time does
+    /// not count: the version grows if anything else has changed.
+    pub fn change<E: From<DirectivesError>>(
+        &self,
+        own: &Credential,
+        now: Timestamp,
+        change: impl FnOnce(Directive) -> Result<Directive, E>,
+    ) -> Result<u64, E> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.now();
-        if old.directive.deny == deny {
-            return Ok(());
+        let (version, issued_us) = (old.directive.version, old.directive.issued_us);
+        let changed = Directive { version, issued_us, ..change(old.directive.clone())? };
+        if changed == old.directive {
+            return Ok(version);
         }
-        let version = old.directive.version + 1;
-        self.put(Directive { version, issued_us: now, deny, ..old.directive.clone() }, own)
+        self.put(Directive { version: version + 1, issued_us: now, ..changed }, own)?;
+        Ok(version + 1)
     }
 
     /// Signs it anew with our new certificate: agents verify it against the signer's dates.
@@ -107,7 +124,13 @@ impl Directives {
 fn read(path: &Path) -> Result<Option<Directive>, DirectivesError> {
     let unreadable = |error: String| DirectivesError::Unreadable { path: path.to_owned(), error };
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| unreadable(e.to_string())),
+        Ok(bytes) => {
+            let directive: Directive = serde_json::from_slice(&bytes).map_err(|e| unreadable(e.to_string()))?;
+            match directive.revoked.iter().find(|revocation| revocation.what == Target::Unknown) {
+                Some(newer) => Err(unreadable(format!("{} was revoked by a newer collector", newer.id))),
+                None => Ok(Some(directive)),
+            }
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(unreadable(error.to_string())),
     }
@@ -122,6 +145,7 @@ fn write(path: &Path, directive: &Directive) -> Result<(), DirectivesError> {
 mod tests {
     use super::*;
     use crate::ca::Authority;
+    use sidewarden_proto::directive::Revocation;
     use std::time::Duration;
 
     #[test]
@@ -135,11 +159,14 @@ mod tests {
         let open = || Directives::open(&path, &domain, authority.root(), &own, now).unwrap();
         let directives = open();
         assert_eq!(directives.now().directive.version, 1);
-        let deny = vec![Deny::Workload { id: domain.workload("shop/web").unwrap(), why: "test".into() }];
-        directives.set_deny(deny.clone(), &own, now).unwrap();
-        directives.set_deny(deny.clone(), &own, now).unwrap();
+        let what = Target::Workload { id: domain.workload("shop/web").unwrap() };
+        let revoked = vec![Revocation { id: "1".into(), what, why: "test".into(), at_us: now, keys: Vec::new() }];
+        let revoke = |directive: Directive| Ok::<_, DirectivesError>(directive.with_revoked(revoked.clone()));
+        assert_eq!(directives.change(&own, now, revoke).unwrap(), 2);
+        assert_eq!(directives.change(&own, now, revoke).unwrap(), 2);
         let again = open().now();
-        assert_eq!((again.directive.version, &again.directive.deny), (2, &deny));
+        assert_eq!((again.directive.version, &again.directive.revoked), (2, &revoked));
+        assert_eq!(again.directive.deny.len(), 1);
         again.signed.open(&authority.trust(), now).unwrap();
     }
 
@@ -147,7 +174,11 @@ mod tests {
     fn an_unreadable_deny_list_is_not_forgotten() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("directive.json");
-        std::fs::write(&path, "{").unwrap();
-        assert!(matches!(read(&path), Err(DirectivesError::Unreadable { .. })));
+        let newer = r#"{"id":"r1","what":{"by":"moon_phase"},"why":"x","at_us":1}"#;
+        let newer = format!(r#"{{"version":1,"trust_domain":"x","issued_us":1,"bundle":[],"revoked":[{newer}]}}"#);
+        for text in ["{", &newer] {
+            std::fs::write(&path, text).unwrap();
+            assert!(matches!(read(&path), Err(DirectivesError::Unreadable { .. })), "{text}");
+        }
     }
 }

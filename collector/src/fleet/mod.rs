@@ -4,16 +4,20 @@
 //! process: live sessions, one for each instance, and the way to end them.
 
 mod directive;
+mod reach;
+mod revocations;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sidewarden_proto::identity::{AgentId, Sha256};
 use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-pub use directive::{Directives, InForce};
+pub use directive::{Directives, DirectivesError, InForce};
+pub use reach::Reach;
+pub use revocations::{Asked, Done, RevokeError, reason, refresh, revoke, undo};
 
 /// A session that is live.
 #[derive(Clone, Debug)]
@@ -28,6 +32,8 @@ pub struct Live {
     pub transport: &'static str,
     /// The directive version the agent runs; 0 for none.
     pub directive: Arc<AtomicU64>,
+    /// What it understands of directives; 0 for an agent that does not say.
+    pub understands: Arc<AtomicU32>,
     /// Ends it in favour of another.
     replaced: CancellationToken,
     number: u64,
@@ -58,6 +64,8 @@ pub struct Place {
     pub replaced: CancellationToken,
     /// See [`Live::directive`].
     pub directive: Arc<AtomicU64>,
+    /// See [`Live::understands`].
+    pub understands: Arc<AtomicU32>,
 }
 
 impl Drop for Place {
@@ -94,20 +102,30 @@ impl Fleet {
         }
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let (replaced, directive) = (CancellationToken::new(), Arc::new(AtomicU64::new(0)));
+        let understands = Arc::new(AtomicU32::new(0));
         let place = Place {
             fleet: self.clone(),
             agent: agent.clone(),
             number,
             replaced: replaced.clone(),
             directive: directive.clone(),
+            understands: understands.clone(),
         };
-        live.insert((**agent).clone(), Live { spki, since: now, source, transport, directive, replaced, number });
+        let entry = Live { spki, since: now, source, transport, directive, understands, replaced, number };
+        live.insert((**agent).clone(), entry);
         Ok(place)
     }
 
     /// The session of `agent`, if it is live.
     pub fn live(&self, agent: &AgentId) -> Option<Live> {
         self.lock().get(agent).cloned()
+    }
+
+    /// Every live session, by agent.
+    pub fn all(&self) -> Vec<(AgentId, Live)> {
+        let mut all: Vec<_> = self.lock().iter().map(|(agent, live)| (agent.clone(), live.clone())).collect();
+        all.sort_by(|(one, _), (other, _)| one.cmp(other));
+        all
     }
 
     /// How many sessions are live, over QUIC and over TCP.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use sidewarden_proto::enrol::{Answer, EnrolError, Refused, Request, from_payload, message_length, to_message};
 use sidewarden_proto::event::{Body, Event, Severity};
+use sidewarden_proto::identity::AgentId;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -48,18 +49,19 @@ async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Request, NoRequest
 }
 
 async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> Answer {
-    let in_force = shared.directives.now();
     let (issuer, fleet, directives, now) =
-        (shared.issuer.clone(), shared.fleet.clone(), in_force.clone(), (shared.clock)());
+        (shared.issuer.clone(), shared.fleet.clone(), shared.directives.clone(), (shared.clock)());
     let workload = request.workload.as_ref().map(ToString::to_string).unwrap_or_default();
     let decided = tokio::task::spawn_blocking(move || {
-        issuer.enrol(&request, &directives.directive, &|agent| fleet.live(agent).map(|live| live.spki), now)
+        let live = |agent: &AgentId| fleet.live(agent).map(|live| live.spki);
+        let grant = issuer.enrol(&request, &directives.now().directive, &live, now)?;
+        issuer.still_allowed(grant, &directives.now().directive, now)
     })
     .await;
     match decided {
         Ok(Ok(mut grant)) => {
             tell_issued(shared, &grant).await;
-            grant.issued.directive = Some(in_force.signed.clone());
+            grant.issued.directive = Some(shared.directives.now().signed.clone());
             Answer::Issued(grant.issued)
         }
         Ok(Err(refusal)) => {

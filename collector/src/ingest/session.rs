@@ -58,7 +58,7 @@ enum End {
     Replaced,
     #[error("its certificate ran out")]
     Expired,
-    #[error("on the deny list: {0}")]
+    #[error("{0}")]
     Denied(String),
     #[error(transparent)]
     NotTaken(#[from] Fault),
@@ -226,8 +226,9 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
     if is_collector_path(&agent) {
         return Err(not_admitted("not_allowed", "a collector's certificate is not an agent's", false));
     }
-    if let Some(deny) = shared.directives.now().directive.denies(&peer) {
-        return Err(not_admitted("revoked", format!("{agent} is on the deny list: {deny:?}"), false));
+    let in_force = shared.directives.now();
+    if let Some(denied) = in_force.directive.denies(&peer).or_else(|| in_force.directive.denies_agent(&agent)) {
+        return Err(not_admitted("revoked", format!("{agent}: {denied}"), false));
     }
     let follows = check_key(shared, &agent, &peer).await?;
     let now = (shared.clock)();
@@ -354,6 +355,7 @@ impl<'a> Session<'a> {
         let (receiver, welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
         let life = peer.not_after.since((shared.clock)()).min(Duration::from_secs(365 * 24 * 3600));
         place.directive.store(hello.directive, Ordering::Relaxed);
+        place.understands.store(hello.understands, Ordering::Relaxed);
         Session {
             shared,
             agent,
@@ -464,8 +466,9 @@ impl<'a> Session<'a> {
     {
         let in_force = self.directive.borrow_and_update().clone();
         wire.send(&Frame::Directive(in_force.signed.to_bytes())).await?;
-        match in_force.directive.denies(&self.peer) {
-            Some(deny) => Err(End::Denied(format!("{deny:?}"))),
+        let directive = &in_force.directive;
+        match directive.denies(&self.peer).or_else(|| directive.denies_agent(&self.agent)) {
+            Some(denied) => Err(End::Denied(denied.to_string())),
             None => Ok(()),
         }
     }
@@ -480,9 +483,12 @@ impl<'a> Session<'a> {
             return refused("bad_request", "one certificate request every 5 s");
         }
         let (issuer, agent, peer) = (self.shared.issuer.clone(), self.agent.clone(), self.peer.clone());
-        let (in_force, at) = (self.shared.directives.now(), (self.shared.clock)());
-        let issued =
-            tokio::task::spawn_blocking(move || issuer.renew(&agent, &peer, &csr, &in_force.directive, at)).await;
+        let (directives, at) = (self.shared.directives.clone(), (self.shared.clock)());
+        let issued = tokio::task::spawn_blocking(move || {
+            let grant = issuer.renew(&agent, &peer, &csr, &directives.now().directive, at)?;
+            issuer.still_allowed(grant, &directives.now().directive, at)
+        })
+        .await;
         match issued {
             Ok(Ok(grant)) => {
                 super::enrol::tell_issued(self.shared, &grant).await;

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, HandshakeKind, SignatureScheme};
-use sidewarden_proto::directive::Deny;
+use sidewarden_collector::fleet::{self, Asked};
+use sidewarden_proto::directive::Target;
 use sidewarden_proto::identity::Sha256;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::spki_of;
@@ -24,9 +25,8 @@ impl Gate {
     /// Puts a key on the collector's deny list, and waits until the agent runs that directive.
     pub async fn deny(&self, spki: Sha256) {
         let core = &self.world.collector().core;
-        let own = core.issuer.authority().own().borrow().clone();
-        let deny = vec![Deny::Key { spki, why: "stolen".into() }];
-        core.directives.set_deny(deny, &own, Timestamp::now()).unwrap();
+        let asked = Asked { what: Target::Key { spki }, why: "stolen".into(), confirmed: false };
+        fleet::revoke(&core.issuer, &core.directives, &core.fleet, asked, Timestamp::now()).unwrap();
         let identity = self.orders.app.identity.clone();
         let has_it = async || {
             let identity = identity.borrow().clone();

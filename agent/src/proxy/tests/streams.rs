@@ -39,7 +39,7 @@ async fn by_hand(ca: &Ca, orders: &Agent) -> Channel {
     let expect = Expect::Workload(ORDERS.parse().unwrap());
     let config = ca.identity("shop/web").client(expect, Floor::Tls13, &[ALPN_STREAMS]).unwrap();
     let tcp = TcpStream::connect(orders.inbound[0]).await.unwrap();
-    Secure::connect(tcp, config, None)
+    Secure::connect(tcp, config, &ca.trust(), None)
         .await
         .unwrap_or_else(|(_, fault)| panic!("{fault}"))
         .into_streams()
