@@ -254,7 +254,7 @@ impl Keeper {
             };
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                Some(bytes) = directives.recv() => self.take_directive(&bytes),
+                Some(bytes) = directives.recv() => self.take_directive(&bytes).await,
                 result = async { sleep(wait).await; self.act(step).await } => match result {
                     Ok(()) => {
                         backoff.reset();
@@ -382,7 +382,7 @@ impl Keeper {
         if matches!(&answer, Err(error) if !error.may_pass()) {
             self.refused = Some(hash);
         }
-        self.adopt(&der, answer?)?;
+        self.adopt(&der, answer?).await?;
         self.key = None;
         match std::fs::remove_file(&path) {
             Ok(()) => {}
@@ -403,7 +403,7 @@ impl Keeper {
         let payload = timeout(RENEW_WITHIN, exchange).await.ok().flatten().ok_or(KeeperError::NoSession)?;
         let unusable = |e: wire::EnrolError| KeeperError::Unusable(e.to_string());
         match wire::from_payload(&payload).map_err(unusable)? {
-            Answer::Issued(issued) => self.adopt(&key.serialize_der(), issued),
+            Answer::Issued(issued) => self.adopt(&key.serialize_der(), issued).await,
             Answer::Refused(refused) => Err(EnrolError::Refused(refused).into()),
         }
     }
@@ -418,7 +418,7 @@ impl Keeper {
         let pins = self.root_pins();
         let source = &self.parts.source;
         let answer = enrol::ask(&self.parts.resolver, &source.collectors, &pins, &request).await?;
-        self.adopt(&der, answer)
+        self.adopt(&der, answer).await
     }
 
     fn root_pins(&self) -> Vec<Sha256> {
@@ -428,7 +428,7 @@ impl Keeper {
     }
 
     /// Takes what was issued: it must hold together and hold now. On disk first, then in use.
-    fn adopt(&mut self, key: &[u8], answer: wire::Issued) -> Result<(), KeeperError> {
+    async fn adopt(&mut self, key: &[u8], answer: wire::Issued) -> Result<(), KeeperError> {
         let issued = Issued::new(key, answer.chain, answer.bundle);
         let checked = issued.check()?;
         let (renewed, trust) = (self.issued.is_some(), checked.trust.clone());
@@ -444,21 +444,21 @@ impl Keeper {
             tracing::info!(workload = %identity.workload, %until, "this agent has its first certificate");
         }
         if let Some(signed) = answer.directive {
-            self.take_signed(signed, &trust);
+            self.take_signed(signed, &trust).await;
         }
         Ok(())
     }
 
-    fn take_directive(&mut self, bytes: &[u8]) {
+    async fn take_directive(&mut self, bytes: &[u8]) {
         let Some(trust) = self.publish.borrow().as_ref().map(|identity| identity.trust.clone()) else { return };
         match Signed::from_bytes(bytes) {
-            Ok(signed) => self.take_signed(signed, &trust),
+            Ok(signed) => self.take_signed(signed, &trust).await,
             Err(error) => tracing::warn!(%error, "a directive was not taken"),
         }
     }
 
     /// Takes a directive that is proven and newer than the one in force.
-    fn take_signed(&mut self, signed: Signed, trust: &tls::Trust) {
+    async fn take_signed(&mut self, signed: Signed, trust: &tls::Trust) {
         let now = Timestamp::now();
         let directive = match signed.open(trust, now) {
             Ok(directive) => directive,
@@ -472,18 +472,22 @@ impl Keeper {
         if directive.version <= have || !ours {
             return tracing::debug!(version = directive.version, have, "a directive that is not newer");
         }
-        // In force even if it cannot be kept: a full disk must not keep a revoked peer in.
-        if let Err(error) = self.store.save_directive(signed, now) {
-            tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
-        }
         let (version, denied) = (directive.version, directive.deny.len());
         let before = self.directive.replace(Arc::new(directive));
-        match self.publish_current() {
-            Ok(()) => tracing::info!(version, denied, "a new directive is in force"),
-            Err(error) => {
-                tracing::error!(%error, version, "the directive cannot be used; the old one stays in force");
-                self.directive = before;
+        if let Err(error) = self.publish_current() {
+            tracing::error!(%error, version, "the directive cannot be used; the old one stays in force");
+            self.directive = before;
+            return;
+        }
+        tracing::info!(version, denied, "a new directive is in force");
+        // In force before it is kept, and even if it cannot be: neither a slow disk nor a full one keeps a revoked peer in.
+        let store = self.store.clone();
+        match tokio::task::spawn_blocking(move || store.save_directive(signed, version, now)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
             }
+            Err(error) => tracing::error!(%error, "keeping the directive ended by a panic"),
         }
     }
 
@@ -790,7 +794,7 @@ mod tests {
         let mut keeper = world.keeper;
         let (ours, other) = (enrol::new_key().unwrap(), enrol::new_key().unwrap());
         let foreign = ca.sign_request("shop/web", &enrol::certificate_request(&other).unwrap().0);
-        let error = keeper.adopt(&ours.serialize_der(), foreign).unwrap_err().to_string();
+        let error = keeper.adopt(&ours.serialize_der(), foreign).await.unwrap_err().to_string();
         assert!(error.contains("does not belong"), "{error}");
         assert!(world.current.borrow().is_none() && keeper.store.load().unwrap().is_none());
     }
@@ -906,7 +910,7 @@ mod tests {
             (b"garbage".to_vec(), 2),
             (ca.directive(3, deny("newer"), now).to_bytes(), 3),
         ] {
-            world.keeper.take_directive(&bytes);
+            world.keeper.take_directive(&bytes).await;
             assert_eq!(version(&world), expected);
         }
         let source = world.keeper.parts.source.clone();

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
@@ -108,18 +109,20 @@ struct Kept {
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: Option<PathBuf>,
+    /// Version of the directive that was kept last; held while one is written.
+    kept: Arc<Mutex<u64>>,
 }
 
 impl Store {
     /// In `dir`, which is made if it is not there.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
         fs::create_dir_all(dir).map_err(|error| StoreError::File { path: dir.to_owned(), error })?;
-        Ok(Store { dir: Some(dir.to_owned()) })
+        Ok(Store { dir: Some(dir.to_owned()), kept: Arc::default() })
     }
 
     /// Keeps nothing: what is published is all there is.
     pub fn in_memory() -> Store {
-        Store { dir: None }
+        Store { dir: None, kept: Arc::default() }
     }
 
     fn path(&self, name: &str) -> Option<PathBuf> {
@@ -154,10 +157,16 @@ impl Store {
         Ok(Some(directive).filter(|directive| directive.trust_domain == *domain))
     }
 
-    /// Replaces the directive.
-    pub fn save_directive(&self, signed: Signed, accepted_us: Timestamp) -> Result<(), StoreError> {
+    /// Replaces the directive by one of this version, unless a newer one was kept meanwhile.
+    pub fn save_directive(&self, signed: Signed, version: u64, accepted_us: Timestamp) -> Result<(), StoreError> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if version < *kept {
+            return Ok(());
+        }
         let bytes = serde_json::to_vec(&Kept { accepted_us, signed }).unwrap_or_default();
-        self.replace(DIRECTIVE, &bytes)
+        self.replace(DIRECTIVE, &bytes)?;
+        *kept = version;
+        Ok(())
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
@@ -230,7 +239,8 @@ mod tests {
         let ca = Ca::new("td");
         let deny = vec![Deny::Key { spki: Sha256([1; 32]), why: "stolen".into() }];
         let signed = ca.directive(3, deny, Timestamp::now());
-        store.save_directive(signed, Timestamp::now()).unwrap();
+        store.save_directive(signed, 3, Timestamp::now()).unwrap();
+        store.save_directive(ca.directive(2, vec![], Timestamp::now()), 2, Timestamp::now()).unwrap();
         let domain: TrustDomain = "td".parse().unwrap();
         let loaded = store.load_directive(&ca.trust(), &domain).unwrap().unwrap();
         assert_eq!((loaded.version, loaded.deny.len()), (3, 1));
