@@ -20,7 +20,8 @@ use crate::backoff::Random;
 use crate::config::Config;
 use crate::dial::Resolver;
 use crate::facts::{self, ListenerSight, Machine, Subject};
-use crate::identity::keeper::{self, Keeper, KeeperError, Parts, Renewal, Source};
+use crate::identity::foreign::Foreign;
+use crate::identity::keeper::{Elsewhere, Keeper, KeeperError, Parts, Renewal, Source};
 use crate::identity::{Current, Store, StoreError, Terms};
 use crate::intercept::{self, InterceptError};
 use crate::metrics::Metrics;
@@ -292,12 +293,9 @@ impl Keeping<'_> {
         renewals: mpsc::Sender<Renewal>,
     ) -> Result<(Keeper, Current), StartError> {
         let Keeping { config, instance, shares_user, random } = self;
-        let dns_roots = match &config.trust.dns_roots {
-            Some(path) => keeper::read_dns_roots(path)?,
-            None => Vec::new(),
-        };
-        let terms = Terms { dns_roots, groups: config.tls.groups.clone() };
-        if let (true, Some(files)) = (shares_user, &config.identity) {
+        let (home, groups) = (config.collector.trust_domain.clone(), config.tls.groups.clone());
+        let terms = Terms { foreign: Foreign::default(), home, groups };
+        if let (true, Some(Elsewhere::Files(files))) = (shares_user, &config.identity) {
             tracing::warn!(key = %files.key.display(), "the workload runs as the agent's own user and can read the private key: set exec.user");
         }
         let store = if shares_user && config.identity.is_none() {
@@ -313,7 +311,8 @@ impl Keeping<'_> {
             token_file: config.collector.token_file.clone(),
             workload: config.collector.workload.clone(),
             instance: instance.clone(),
-            files: config.identity.clone(),
+            elsewhere: config.identity.clone(),
+            foreign: config.trust.clone(),
         };
         Ok(Keeper::load(store, Parts { source, resolver, terms, emit, random, renewals })?)
     }
@@ -369,9 +368,7 @@ async fn renew_baseline(spool: Spool, view: Option<Arc<View>>, stop: Cancellatio
 /// Binds nothing, starts nothing: whether the configuration could start here as far as that can be told.
 pub fn check(config: &Config) -> Result<(), StartError> {
     instance(config)?;
-    if let Some(path) = &config.trust.dns_roots {
-        keeper::read_dns_roots(path)?;
-    }
+    config.trust.read().map_err(KeeperError::from)?;
     check_credentials(config)
 }
 

@@ -12,12 +12,15 @@ use std::time::Duration;
 use rustls::pki_types::DnsName;
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader, Value};
 use sidewarden_proto::event::Protocol;
-use sidewarden_proto::identity::{InstanceId, SpiffeId};
+use sidewarden_proto::identity::{InstanceId, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
 use crate::cis::{Declared, Plaintext};
 use crate::identity::files::Files;
+use crate::identity::foreign::ForeignFiles;
+use crate::identity::keeper::Elsewhere;
+use crate::identity::workload_api;
 use crate::policy::address::Network;
 use crate::policy::egress::{Lines, Policy, Rule};
 use crate::proxy::balance::Balance;
@@ -33,7 +36,7 @@ pub struct Config {
     /// Where events go and certificates come from.
     pub collector: Collector,
     /// Where the identity lies, if somebody else keeps it.
-    pub identity: Option<Files>,
+    pub identity: Option<Elsewhere>,
     /// Health, metrics and posture, over HTTP.
     pub admin: Admin,
     /// Who may come in, and to where.
@@ -43,7 +46,7 @@ pub struct Config {
     /// Where else the workload may go.
     pub egress: Egress,
     /// Foreign peers.
-    pub trust: TrustFiles,
+    pub trust: ForeignFiles,
     /// How TLS is spoken.
     pub tls: Tls,
     /// How the wrapped command runs.
@@ -67,8 +70,10 @@ pub struct Collector {
     pub addresses: Vec<HostPort>,
     /// Holds the enrolment token; removed once the token was used.
     pub token_file: Option<PathBuf>,
-    /// Which workload this is, when the token is good for several.
+    /// Which workload this is, when the token is good for several, or the Workload API offers several.
     pub workload: Option<SpiffeId>,
+    /// Its trust domain, where that is not the workload's.
+    pub trust_domain: Option<TrustDomain>,
 }
 
 /// `[admin]`
@@ -233,13 +238,6 @@ impl Egress {
         let explicit = self.listen.iter().map(|address| ("egress.listen", *address));
         explicit.chain(self.transparent_listen.iter().map(|address| ("egress.transparent_listen", *address)))
     }
-}
-
-/// `[trust]`
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TrustFiles {
-    /// PEM file of the CAs whose DNS names count.
-    pub dns_roots: Option<PathBuf>,
 }
 
 /// `[tls]`
@@ -410,7 +408,7 @@ impl Default for Config {
             inbound: Vec::new(),
             outbound: Vec::new(),
             egress: Egress::default(),
-            trust: TrustFiles::default(),
+            trust: ForeignFiles::default(),
             tls: Tls::default(),
             exec: Exec::default(),
             intercept: Intercept::default(),
@@ -524,7 +522,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
         outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
         egress: r.section("egress", egress),
-        trust: r.section("trust", |r| TrustFiles { dns_roots: r.optional("dns_roots") }),
+        trust: r.section("trust", trust),
         tls: r.section("tls", |r| Tls { groups: r.value("groups", default.tls.groups) }),
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
         intercept: r.section("intercept", intercept),
@@ -533,6 +531,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         limits: r.section("limits", limits),
         timeouts: r.section("timeouts", timeouts),
     };
+    let config = with_ambient(r, config);
     for (key, wrong) in contradictions(&config) {
         r.fault(key, wrong);
     }
@@ -548,18 +547,49 @@ fn collector(r: &mut Reader<'_>) -> Collector {
         addresses: r.value("addresses", Vec::new()),
         token_file: r.optional("token_file"),
         workload: r.optional("workload"),
+        trust_domain: r.optional("trust_domain"),
     }
 }
 
-fn identity(r: &mut Reader<'_>) -> Option<Files> {
+fn identity(r: &mut Reader<'_>) -> Option<Elsewhere> {
+    let api = r.optional("workload_api").map(Elsewhere::WorkloadApi);
     match (r.optional("cert"), r.optional("key"), r.optional("roots")) {
-        (Some(cert), Some(key), Some(roots)) => Some(Files { cert, key, roots }),
-        (None, None, None) => None,
+        (None, None, None) => api,
+        _ if api.is_some() => {
+            r.fault("workload_api", "and `cert`, `key`, `roots` exclude each other: who this is comes from one place");
+            None
+        }
+        (Some(cert), Some(key), Some(roots)) => Some(Elsewhere::Files(Files { cert, key, roots })),
         _ => {
             r.fault("cert", "goes with `key` and `roots`: an identity in files needs all three");
             None
         }
     }
+}
+
+/// Where nothing says who this is, the variable that SPIFFE has for it does.
+fn with_ambient(r: &mut Reader<'_>, config: Config) -> Config {
+    if config.identity.is_some() || config.collector.token_file.is_some() {
+        return config;
+    }
+    let identity = r.ambient(workload_api::ENVIRONMENT).map(Elsewhere::WorkloadApi);
+    Config { identity, ..config }
+}
+
+fn trust(r: &mut Reader<'_>) -> ForeignFiles {
+    let (bundles, dns_roots, crls) = (r.optional("bundles"), r.optional("dns_roots"), r.optional("crls"));
+    let lenient = match r.value("crl_mode", "strict".to_owned()).as_str() {
+        "strict" => false,
+        "lenient" => true,
+        other => {
+            r.fault("crl_mode", format_args!("must be \"strict\" or \"lenient\", not `{other}`"));
+            false
+        }
+    };
+    if lenient && crls.is_none() {
+        r.fault("crl_mode", "is about `crls`, which is not set");
+    }
+    ForeignFiles { bundles, dns_roots, crls, lenient }
 }
 
 fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
@@ -878,9 +908,6 @@ fn inbound_contradictions(config: &Config, i: usize, inbound: &Inbound, say: &mu
     if allow.is_empty() && allow_dns.is_empty() {
         say("inbound", format!("on {listen} allows nobody: list SPIFFE IDs in `allow`, or DNS names in `allow_dns`"));
     }
-    if !allow_dns.is_empty() && config.trust.dns_roots.is_none() {
-        say("inbound", "has `allow_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
-    }
     permissive_contradictions(config, inbound, say);
     for other in &config.inbound[i + 1..] {
         let same_port = to.address().is_some() && other.to == *to;
@@ -1152,10 +1179,6 @@ fn value_faults(config: &Config, say: &mut dyn FnMut(&'static str, String)) {
     for fault in config.declared.faults() {
         say("declared", fault);
     }
-    let dns_peer = config.outbound.iter().any(|outbound| matches!(outbound.peer, Peer::Dns(_)));
-    if dns_peer && config.trust.dns_roots.is_none() {
-        say("outbound", "has `peer_dns` while no CA is trusted for DNS names: set `trust.dns_roots`".into());
-    }
 }
 
 #[cfg(test)]
@@ -1218,9 +1241,14 @@ mod tests {
         check(&changed("peer = \"spiffe://td/shop/db\"", ""), &["say who must answer"]);
         check(&changed("peer = ", "peer_dns = \"db.example\"\npeer = "), &["exclude each other"]);
         check(&changed("allow = [\"spiffe://td/shop/web\"]", ""), &["allows nobody"]);
-        check(&changed("allow = [", "allow_dns = [\"x.example\"]\nallow = ["), &["set `trust.dns_roots`"]);
         check(&changed("127.0.0.1:8080", "[::1]:8080"), &["of the other IP version"]);
         check(&changed("10001:10002", "root"), &["`exec.user` must be numbers"]);
+        let api = |text: &str| format!("{}[identity]\nworkload_api = \"{text}\"\n", GOOD.replace("token_file", "#"));
+        check(&api("unix:///run/spire/agent.sock"), &[]);
+        check(&api("tcp://127.0.0.1:8000"), &["`identity.workload_api` must be unix:// and an absolute path"]);
+        check(&format!("{}cert = \"/tls.crt\"", api("unix:///a.sock")), &["comes from one place"]);
+        check(&format!("{GOOD}[trust]\ncrl_mode = \"lenient\""), &["is about `crls`, which is not set"]);
+        check(&format!("{GOOD}[trust]\ncrls = \"/x\"\ncrl_mode = \"lax\""), &["must be \"strict\" or \"lenient\""]);
         let files = |text: &str| format!("{GOOD}[identity]\ncert = \"/tls.crt\"\n{text}");
         check(&files(""), &["needs all three"]);
         check(&files("key = \"/tls.key\"\nroots = \"/ca.crt\""), &["`identity` and `collector.token_file` exclude"]);
@@ -1342,6 +1370,22 @@ mod tests {
             check(&inbound_with(&format!("server_name = \"{name}\"")), &["must be a host name"]);
         }
         check(&inbound_with("server_name = \"*.shop.example\""), &[]);
+    }
+
+    #[test]
+    fn the_variable_of_spiffe_counts_where_nothing_else_says_who_this_is() {
+        let env = |name: &str| (name == "SPIFFE_ENDPOINT_SOCKET").then(|| "unix:///run/spire/agent.sock".to_owned());
+        let identity = |text: &str| Config::parse(text, &env).unwrap().identity;
+        let bare = "collector.addresses = [\"collector:7443\"]\n";
+        let ambient = Some(Elsewhere::WorkloadApi("unix:///run/spire/agent.sock".parse().unwrap()));
+        assert_eq!(identity(bare), ambient);
+        assert_eq!(identity(&format!("{bare}collector.token_file = \"/token\"")), None);
+        let own = identity(&format!("{bare}identity.workload_api = \"unix:///own.sock\""));
+        assert_eq!(own, Some(Elsewhere::WorkloadApi("unix:///own.sock".parse().unwrap())));
+        let wrong = |_: &str| Some("tcp://x".to_owned());
+        let only = |name: &str| if name == "SPIFFE_ENDPOINT_SOCKET" { wrong(name) } else { None };
+        let faults = Config::parse(bare, &only).unwrap_err().to_string();
+        assert!(faults.contains("`SPIFFE_ENDPOINT_SOCKET` must be unix://"), "{faults}");
     }
 
     #[test]
@@ -1524,6 +1568,11 @@ mod tests {
             "upstream_credentials_file",
             "upstream_resolves",
             "dns_roots",
+            "bundles",
+            "crls",
+            "crl_mode",
+            "trust_domain",
+            "workload_api",
             "cert",
             "key",
             "roots",

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::batch::{Epoch, Tombstone};
-use sidewarden_proto::event::{Body, Direction, Event, EventRef, Mode, RefusalReason, Severity};
+use sidewarden_proto::event::{
+    Body, Direction, Event, EventRef, Mode, RefusalReason, Severity, TrustChanged, TrustedRoot,
+};
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
@@ -20,6 +22,8 @@ const MAX_PEERS: usize = 256;
 const MAX_FINDINGS: usize = 512;
 /// Bytes of a text that an agent sent and the state keeps.
 const MAX_TEXT: usize = 2_048;
+/// Trust domains, and roots of each, kept for one agent: as many as can be imported.
+const MAX_ROOTS: usize = 200;
 /// Lines of evidence kept for one finding.
 const MAX_EVIDENCE: usize = 32;
 /// Different words counted in one table (kinds, reasons); later ones count as `other`.
@@ -124,6 +128,8 @@ pub struct Agent {
     pub certificate: Option<Certificate>,
     /// Its last renewal failed, with this error; cleared by the next that works.
     pub renewal_failed: Option<String>,
+    /// Whose roots it holds, if it has said so.
+    pub trust: Option<TrustChanged>,
     /// Events by severity, lowest first.
     pub events: [u64; 4],
 }
@@ -306,7 +312,8 @@ impl Agent {
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 13] = [
+    const KINDS: [&str; 14] = [
+        "trust.store_changed",
         "collector.started",
         "clock.tick",
         "certificate.issued",
@@ -326,7 +333,8 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
 
 /// Kinds whose body is read here; those of all others is left alone, which is most of the work saved.
 fn changes_state(kind: &str) -> bool {
-    const KINDS: [&str; 9] = [
+    const KINDS: [&str; 10] = [
+        "trust.changed",
         "agent.started",
         "agent.stopping",
         "posture.baseline",
@@ -457,6 +465,7 @@ impl State {
                     peer.bytes_out = peer.bytes_out.saturating_add(b.bytes_out);
                 }
             }
+            Body::TrustChanged(b) => agent.trust = Some(bounded_trust(b)),
             Body::IdentityRenewed(_) => agent.renewal_failed = None,
             Body::IdentityRenewalFailed(b) => agent.renewal_failed = Some(short(b.error)),
             _ => {}
@@ -520,6 +529,15 @@ pub fn is_collector_path(agent: &AgentId) -> bool {
 fn short(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(MAX_TEXT));
     text
+}
+
+fn bounded_trust(body: TrustChanged) -> TrustChanged {
+    let roots = |list: Vec<TrustedRoot>| -> Vec<TrustedRoot> {
+        let short_one = |root: TrustedRoot| TrustedRoot { subject: short(root.subject), ..root };
+        list.into_iter().take(MAX_ROOTS).map(short_one).collect()
+    };
+    let domains = body.domains.into_iter().take(MAX_ROOTS).map(|(domain, list)| (domain, roots(list)));
+    TrustChanged { domains: domains.collect(), dns_roots: roots(body.dns_roots) }
 }
 
 fn bounded(mut finding: Finding) -> Finding {

@@ -106,6 +106,12 @@ impl Reader<'_> {
         value.map_err(|wrong| self.faults.push(format!("`{source}` {wrong}"))).ok()
     }
 
+    /// The value of a variable of the environment that others have named; an empty one counts as none.
+    pub fn ambient<V: FromValue>(&mut self, variable: &str) -> Option<V> {
+        let text = (self.env)(variable).filter(|text| !text.is_empty())?;
+        V::from_text(&text).map_err(|wrong| self.faults.push(format!("`{variable}` {wrong}"))).ok()
+    }
+
     fn override_of(&self, key: &str) -> Option<String> {
         if self.in_list { None } else { (self.env)(&self.env_name(key)) }
     }

@@ -3,6 +3,7 @@
 //! It is always complete, so that an agent needs only the newest. An agent keeps it on disk, loads it before its first
 //! accept and never takes an older version than the one it has. It is signed by a collector's own certificate.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,27 @@ pub struct Directive {
     /// What was revoked, in full.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub revoked: Vec<Revocation>,
+    /// Whom else agents trust.
+    #[serde(default, skip_serializing_if = "ForeignRoots::is_empty")]
+    pub foreign: ForeignRoots,
+}
+
+/// The roots of those who are not of the trust domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForeignRoots {
+    /// Of other trust domains; each speaks for its own names alone.
+    #[serde(default)]
+    pub domains: BTreeMap<TrustDomain, Vec<Der>>,
+    /// Of peers that have DNS names.
+    #[serde(default)]
+    pub dns: Vec<Der>,
+}
+
+impl ForeignRoots {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.domains.is_empty() && self.dns.is_empty()
+    }
 }
 
 /// One act of revoking.
@@ -349,6 +371,7 @@ mod tests {
                 Deny::Workload { id: "spiffe://td/shop/old".parse().unwrap(), why: "retired".into() },
             ],
             revoked: Vec::new(),
+            foreign: ForeignRoots::default(),
         }
     }
 

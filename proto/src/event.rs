@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use crate::directive::Revocation;
 use crate::finding::{Finding, Vantage};
-use crate::identity::SpiffeId;
+use crate::identity::{Sha256, SpiffeId, TrustDomain};
 use crate::time::Timestamp;
 
 /// How much an event matters. Ordered: a full spool drops the lowest first.
@@ -225,6 +225,12 @@ kinds! {
     IdentityRenewed = "identity.renewed",
     /// Renewing failed; the old certificate is still in use.
     IdentityRenewalFailed = "identity.renewal_failed",
+    /// Whom an agent trusts: after a start, and after each change.
+    TrustChanged = "trust.changed",
+    /// Files that say whom to trust cannot be used; what was read before stays in force.
+    TrustFilesRefused = "trust.files_refused",
+    /// How revocation lists stand: after a start with some, and after each change.
+    TrustCrls = "trust.crls",
     /// The workload that `exec` wraps came to its end.
     WorkloadExited = "workload.exited",
     /// Part of the spool was unreadable and set aside.
@@ -251,6 +257,8 @@ kinds! {
     IdentityRevoked = "identity.revoked",
     /// A revocation was undone.
     IdentityRestored = "identity.restored",
+    /// Somebody has imported roots of others, or removed them.
+    TrustStoreChanged = "trust.store_changed",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -385,8 +393,10 @@ pub enum RefusalReason {
     Expired,
     /// The peer's certificate breaks a rule (no SPIFFE ID, wrong usage, a CA as leaf, …).
     BadCertificate,
-    /// The peer is on the deny list.
+    /// The peer is on the deny list, or on the revocation list of its CA.
     Revoked,
+    /// No revocation list of the peer's CA holds now, and one is demanded.
+    RevocationUnknown,
     /// The peer is who it says, but policy does not allow it.
     NotAllowed,
     /// The peer is not the one that was asked for.
@@ -441,6 +451,7 @@ impl RefusalReason {
             RefusalReason::Expired => "expired",
             RefusalReason::BadCertificate => "bad_certificate",
             RefusalReason::Revoked => "revoked",
+            RefusalReason::RevocationUnknown => "revocation_unknown",
             RefusalReason::NotAllowed => "not_allowed",
             RefusalReason::WrongPeer => "wrong_peer",
             RefusalReason::HandshakeFailed => "handshake_failed",
@@ -487,6 +498,9 @@ impl RefusalReason {
             }
             RefusalReason::BadCertificate => "the certificate breaks a rule of X.509-SVID: have it issued anew",
             RefusalReason::Revoked => "the certificate was revoked: see the deny list for who did it and why",
+            RefusalReason::RevocationUnknown => {
+                "the revocation list of a foreign CA is missing or has ended: bring a newer one to `trust.crls`"
+            }
             RefusalReason::NotAllowed => "add the peer to `allow` of this listener if it should get in",
             RefusalReason::WrongPeer => {
                 "another workload answers at this address: check `to` and `peer` of the route, and DNS"
@@ -764,6 +778,47 @@ pub struct IdentityRenewalFailed {
     pub not_after_us: Timestamp,
 }
 
+/// Body of `trust.changed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrustChanged {
+    /// The roots of each trust domain.
+    pub domains: std::collections::BTreeMap<TrustDomain, Vec<TrustedRoot>>,
+    /// The roots of peers that have DNS names.
+    #[serde(default)]
+    pub dns_roots: Vec<TrustedRoot>,
+}
+
+/// A root that an agent holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustedRoot {
+    /// SHA-256 of the certificate.
+    pub sha256: Sha256,
+    /// Whom it names.
+    #[serde(default)]
+    pub subject: String,
+    /// Its end.
+    pub not_after_us: Timestamp,
+}
+
+/// Body of `trust.crls`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrustCrls {
+    /// Whether foreign peers need a list that holds.
+    pub strict: bool,
+    /// How many lists there are.
+    pub lists: usize,
+    /// What is lacking, one line each; empty when nothing is.
+    #[serde(default)]
+    pub lacking: Vec<String>,
+}
+
+/// Body of `trust.files_refused`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrustFilesRefused {
+    /// What is wrong, with the file.
+    pub error: String,
+}
+
 /// Body of `workload.exited`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkloadExited {
@@ -919,6 +974,15 @@ pub struct RevocationChanged {
     /// The address it came from.
     #[serde(default)]
     pub source: String,
+}
+
+/// Body of `trust.store_changed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrustStoreChanged {
+    /// For whom, and SHA-256 of the certificate.
+    pub added: Vec<String>,
+    /// The same.
+    pub removed: Vec<String>,
 }
 
 /// Body of `alert.firing` and `alert.resolved`.

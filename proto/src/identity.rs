@@ -322,6 +322,9 @@ pub enum LeafFault {
     /// A CA certificate used as a leaf.
     #[error("the certificate is a CA, not a leaf")]
     IsCa,
+    /// Something else used as a CA.
+    #[error("the certificate is no CA")]
+    NoCa,
     /// Key usage is missing or lacks digitalSignature.
     #[error("the certificate's key usage does not allow digital signatures")]
     NoDigitalSignature,
@@ -403,6 +406,46 @@ pub fn judge_issuer(der: &[u8], required: bool) -> Result<(), LeafFault> {
         None if !required => Ok(()),
         _ => Err(LeafFault::IssuerMayNotSign),
     }
+}
+
+/// What a person wants to know of a CA's certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// Whom it names, cut to what fits a line and without control characters.
+    pub subject: String,
+    /// Begin of validity.
+    pub not_before: Timestamp,
+    /// End of validity.
+    pub not_after: Timestamp,
+}
+
+/// Most characters of a subject that are shown.
+const MAX_SUBJECT: usize = 120;
+
+/// Reads what a person wants to know; nothing is judged.
+pub fn describe(der: &[u8]) -> Result<Described, LeafFault> {
+    let (_, cert) = X509Certificate::from_der(der).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    let subject = cert.subject().to_string();
+    Ok(Described {
+        subject: subject.chars().filter(|c| !c.is_control()).take(MAX_SUBJECT).collect(),
+        not_before: Timestamp::from_secs(cert.validity().not_before.timestamp()),
+        not_after: Timestamp::from_secs(cert.validity().not_after.timestamp()),
+    })
+}
+
+/// Whether the certificate `der` may stand in a trust bundle: it is a CA that may sign certificates.
+///
+/// A leaf among the roots would vouch for itself, and webpki does not look.
+pub fn judge_root(der: &[u8]) -> Result<(), LeafFault> {
+    let unreadable = |e: String| LeafFault::Unreadable(e);
+    let (rest, cert) = X509Certificate::from_der(der).map_err(|e| unreadable(e.to_string()))?;
+    if !rest.is_empty() {
+        return Err(unreadable(format!("{} bytes follow it", rest.len())));
+    }
+    if !cert.basic_constraints().map_err(|e| unreadable(e.to_string()))?.is_some_and(|c| c.value.ca) {
+        return Err(LeafFault::NoCa);
+    }
+    judge_issuer(der, false)
 }
 
 fn read_name(cert: &X509Certificate<'_>) -> Result<PeerName, LeafFault> {

@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod crl;
 pub mod directive;
 pub mod enrol;
 pub mod event;
@@ -14,3 +15,4 @@ pub mod session;
 pub mod time;
 pub mod tls;
 pub mod wire;
+pub mod workload_api;

@@ -22,6 +22,7 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use crate::crl::Revocation;
 use crate::event::RefusalReason;
 use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_issuer, judge_leaf};
 use crate::time::Timestamp;
@@ -207,12 +208,23 @@ pub struct Trust {
     pub domains: BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>,
     /// The roots for peers that have DNS names and no SPIFFE ID. Empty: there are none.
     pub dns_roots: Vec<CertificateDer<'static>>,
+    /// Revocation lists; `None`: none are asked for.
+    pub revocation: Option<Revocation>,
 }
 
 impl Trust {
     /// One domain with its roots.
     pub fn single(domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Trust {
-        Trust { domains: BTreeMap::from([(domain, roots)]), dns_roots: Vec::new() }
+        Trust { domains: BTreeMap::from([(domain, roots)]), dns_roots: Vec::new(), revocation: None }
+    }
+
+    /// Adds roots, to those that a domain has already.
+    pub fn add(&mut self, domains: &BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>) {
+        for (domain, roots) in domains {
+            let have = self.domains.entry(domain.clone()).or_default();
+            let new: Vec<_> = roots.iter().filter(|root| !have.contains(root)).cloned().collect();
+            have.extend(new);
+        }
     }
 }
 
@@ -276,6 +288,18 @@ pub enum PeerFault {
     /// Too many certificates.
     #[error("a chain of {0} certificates is longer than {MAX_CHAIN}")]
     LongChain(usize),
+    /// On a revocation list.
+    #[error("its certificate, or a CA of its chain, is on the revocation list of whoever issued it")]
+    Listed,
+    /// Nobody can tell whether it was revoked.
+    #[error("there is no revocation list of one of its CAs, and `trust.crl_mode` is strict")]
+    NoRevocationList,
+    /// The list is too old to tell.
+    #[error("the revocation list of one of its CAs has ended, and `trust.crl_mode` is strict")]
+    StaleRevocationList,
+    /// The list cannot be used.
+    #[error("the revocation lists cannot be used for it: {0}")]
+    Revocation(String),
     /// The pinned CA is not in the chain.
     #[error("the collector's CA is not the pinned one: this is another collector, or the token is for another one")]
     PinMismatch,
@@ -300,6 +324,10 @@ pub fn refusal_of(error: &rustls::Error) -> RefusalReason {
         return match fault {
             PeerFault::UnknownDomain(_) | PeerFault::PinMismatch => RefusalReason::UnknownCa,
             PeerFault::WrongPeer { .. } => RefusalReason::WrongPeer,
+            PeerFault::Listed => RefusalReason::Revoked,
+            PeerFault::NoRevocationList | PeerFault::StaleRevocationList | PeerFault::Revocation(_) => {
+                RefusalReason::RevocationUnknown
+            }
             PeerFault::Leaf(_) | PeerFault::LongChain(_) => RefusalReason::BadCertificate,
         };
     }
@@ -339,10 +367,25 @@ pub fn verify_chain(
     usage: Usage,
     now: Timestamp,
 ) -> Result<Peer, rustls::Error> {
-    let Some((leaf, rest)) = chain.split_first() else { return Err(rustls::Error::NoCertificatesPresented) };
-    let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now.as_secs()).unwrap_or(0)));
-    let anchors = Anchors::new(trust).map_err(|e| rustls::Error::General(e.to_string()))?;
-    anchors.verify(leaf, rest, usage, now)
+    Verifier::new(trust).map_err(|e| rustls::Error::General(e.to_string()))?.verify(chain, usage, now)
+}
+
+/// [`Trust`], made ready to judge many chains.
+#[derive(Debug)]
+pub struct Verifier(Anchors);
+
+impl Verifier {
+    /// For one set of roots and revocation lists.
+    pub fn new(trust: &Trust) -> Result<Verifier, TlsError> {
+        Anchors::new(trust).map(Verifier)
+    }
+
+    /// The same as [`verify_chain`].
+    pub fn verify(&self, chain: &[CertificateDer<'_>], usage: Usage, now: Timestamp) -> Result<Peer, rustls::Error> {
+        let Some((leaf, rest)) = chain.split_first() else { return Err(rustls::Error::NoCertificatesPresented) };
+        let now = Duration::from_secs(u64::try_from(now.as_secs()).unwrap_or(0));
+        self.0.verify(leaf, rest, usage, UnixTime::since_unix_epoch(now))
+    }
 }
 
 /// [`Trust`], made ready for many handshakes.
@@ -350,6 +393,7 @@ pub fn verify_chain(
 struct Anchors {
     domains: BTreeMap<TrustDomain, Roots>,
     dns: Option<Roots>,
+    revocation: Option<Revocation>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -372,7 +416,8 @@ impl Anchors {
     fn new(trust: &Trust) -> Result<Anchors, TlsError> {
         let domain = |(name, roots): (&TrustDomain, &Vec<_>)| Ok::<_, TlsError>((name.clone(), Roots::new(roots)?));
         let dns = (!trust.dns_roots.is_empty()).then(|| Roots::new(&trust.dns_roots)).transpose()?;
-        Ok(Anchors { domains: trust.domains.iter().map(domain).collect::<Result<_, _>>()?, dns, provider: provider() })
+        let domains = trust.domains.iter().map(domain).collect::<Result<_, _>>()?;
+        Ok(Anchors { domains, dns, revocation: trust.revocation.clone(), provider: provider() })
     }
 
     fn roots_for(&self, name: &PeerName) -> Result<&Roots, PeerFault> {
@@ -406,6 +451,10 @@ impl Anchors {
                 let leaf = ParsedCertificate::try_from(leaf)?;
                 verify_server_cert_signed_by_trust_anchor(&leaf, &roots.store, rest, now, algorithms)?;
             }
+        }
+        if let Some(revocation) = &self.revocation {
+            let algorithms = self.provider.signature_verification_algorithms.all;
+            revocation.check((leaf, rest), &roots.store.roots, algorithms, (&peer.name, usage), now)?;
         }
         Ok(peer)
     }
@@ -714,20 +763,37 @@ pub(crate) mod tests {
             Trust::single(self.domain.clone(), vec![self.root.clone()])
         }
 
-        pub(crate) fn issue(&self, uri: &str) -> Credential {
-            self.issue_with(uri, |_| {})
+        pub(crate) fn root(&self) -> &[u8] {
+            &self.root
         }
 
-        fn issue_with(&self, uri: &str, change: impl Fn(&mut CertificateParams)) -> Credential {
+        /// Leaf and key, DER.
+        pub(crate) fn issue_raw(&self, uri: &str) -> (Vec<u8>, Vec<u8>) {
+            self.make(uri, |_| {})
+        }
+
+        pub(crate) fn issue_expired_raw(&self, uri: &str) -> (Vec<u8>, Vec<u8>) {
+            self.make(uri, |params| params.not_after = rcgen::date_time_ymd(2020, 1, 1))
+        }
+
+        fn make(&self, uri: &str, change: impl Fn(&mut CertificateParams)) -> (Vec<u8>, Vec<u8>) {
             let mut params = CertificateParams::default();
             params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
             change(&mut params);
             let key = KeyPair::generate().unwrap();
-            let leaf = params.signed_by(&key, &self.issuer).unwrap().der().clone();
-            let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-            Credential::from_der(vec![leaf, self.root.clone()], key).unwrap()
+            (params.signed_by(&key, &self.issuer).unwrap().der().to_vec(), key.serialize_der())
+        }
+
+        pub(crate) fn issue(&self, uri: &str) -> Credential {
+            self.issue_with(uri, |_| {})
+        }
+
+        fn issue_with(&self, uri: &str, change: impl Fn(&mut CertificateParams)) -> Credential {
+            let (leaf, key) = self.make(uri, change);
+            let key = PrivateKeyDer::try_from(key).unwrap();
+            Credential::from_der(vec![leaf.into(), self.root.clone()], key).unwrap()
         }
     }
 
@@ -802,6 +868,62 @@ pub(crate) mod tests {
         let impostor = other.issue(WEB);
         let reason = check(&impostor, &trust, expect(ORDERS), &ca.issue(ORDERS), &trust);
         assert_eq!(reason, Some(RefusalReason::UnknownCa));
+    }
+
+    /// Each domain's word counts for its own names, in both directions and whatever else is trusted.
+    #[test]
+    fn of_several_trust_domains_each_vouches_for_itself_alone() {
+        let (td, partner, unknown) = (Authority::new("td"), Authority::new("partner"), Authority::new("unknown"));
+        let both = || {
+            let mut trust = td.trust();
+            trust.domains.extend(partner.trust().domains);
+            trust
+        };
+        let by_dns_only = Trust { dns_roots: vec![partner.root.clone()], ..td.trust() };
+        let (none, no_ca) = (None, Some(RefusalReason::UnknownCa));
+        const THEIRS: &str = "spiffe://partner/shop/web";
+        for (client, trust, expected, what) in [
+            (td.issue(WEB), both(), none, "our own"),
+            (partner.issue(THEIRS), both(), none, "theirs, federated"),
+            (partner.issue(THEIRS), td.trust(), no_ca, "theirs, not federated"),
+            (partner.issue(WEB), both(), no_ca, "our name by their root"),
+            (td.issue(THEIRS), both(), no_ca, "their name by our root"),
+            (partner.issue("spiffe://td/sidewarden/collector"), both(), no_ca, "our collector's name by their root"),
+            (unknown.issue(THEIRS), both(), no_ca, "their name by a stranger's root"),
+            (unknown.issue("spiffe://unknown/a"), both(), no_ca, "a stranger"),
+            (partner.issue(THEIRS), by_dns_only, no_ca, "a root for DNS names vouches for no SPIFFE ID"),
+        ] {
+            let orders = td.issue(ORDERS);
+            assert_eq!(check(&client, &td.trust(), expect(ORDERS), &orders, &trust), expected, "client: {what}");
+            let PeerName::Spiffe(id) = client.peer().name.clone() else { panic!("{what}") };
+            let answers = check(&td.issue(WEB), &trust, Expect::Workload(id), &client, &td.trust());
+            assert_eq!(answers, expected, "server: {what}");
+        }
+    }
+
+    /// The other domain's CA in the chain, or ours signed by it, opens no way round.
+    #[test]
+    fn a_chain_through_another_domains_root_is_refused() {
+        let (td, partner) = (Authority::new("td"), Authority::new("partner"));
+        let mut trust = td.trust();
+        trust.domains.extend(partner.trust().domains);
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().unwrap();
+        let below_partner = params.signed_by(&key, &partner.issuer).unwrap().der().clone();
+        let intermediate =
+            Authority { domain: td.domain.clone(), root: below_partner.clone(), issuer: Issuer::new(params, key) };
+        let (leaf, _) = intermediate.issue_raw(WEB);
+        let chains = [
+            vec![leaf.clone().into(), below_partner.clone()],
+            vec![leaf.clone().into(), below_partner.clone(), partner.root.clone()],
+            vec![leaf.into(), td.root.clone(), below_partner, partner.root.clone()],
+        ];
+        for chain in chains {
+            let judged = verify_chain(&chain, &trust, Usage::Client, Timestamp::now());
+            assert_eq!(judged.map_err(|e| refusal_of(&e)), Err(RefusalReason::UnknownCa), "{} long", chain.len());
+        }
     }
 
     #[test]

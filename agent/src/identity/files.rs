@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
+use sidewarden_proto::crl::CrlFault;
 use sidewarden_proto::identity::PeerName;
 use sidewarden_proto::tls::{self, Credential, TlsError, Trust};
 
@@ -38,6 +39,14 @@ pub enum FilesError {
         /// What is wrong.
         fault: TlsError,
     },
+    /// One holds no revocation lists that can be used.
+    #[error("{}: {fault}", path.display())]
+    Crl {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        fault: CrlFault,
+    },
     /// The certificate names nobody.
     #[error("{} names no workload: it needs one URI name like spiffe://example.org/shop/orders", .0.display())]
     NoWorkload(PathBuf),
@@ -59,15 +68,18 @@ pub struct Files {
 pub struct Stamp([Option<Seen>; 3]);
 
 /// Device, inode, size, and time of change in seconds and nanoseconds.
-type Seen = (u64, u64, u64, i64, i64);
+pub(super) type Seen = (u64, u64, u64, i64, i64);
+
+/// Which file is at `path` now.
+pub(super) fn seen(path: &Path) -> Option<Seen> {
+    let meta = fs::metadata(path).ok()?;
+    Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
+}
 
 impl Files {
     /// Which files are there now.
     pub fn stamp(&self) -> Stamp {
-        Stamp([&self.cert, &self.key, &self.roots].map(|path| {
-            let meta = fs::metadata(path).ok()?;
-            Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
-        }))
+        Stamp([&self.cert, &self.key, &self.roots].map(|path| seen(path)))
     }
 
     /// Reads them and looks them through: the key fits the leaf, and the leaf names a workload.
@@ -82,7 +94,7 @@ impl Files {
             return Err(FilesError::NoWorkload(self.cert.clone()));
         };
         let trust = Trust::single(workload.trust_domain(), roots);
-        Ok(Checked { credential, workload, trust })
+        Ok(Checked { credential, workload, trust, rooted_elsewhere: false })
     }
 
     /// Whether others than the agent may read the key.
@@ -95,12 +107,17 @@ fn at<T>(path: &Path, result: Result<T, TlsError>) -> Result<T, FilesError> {
     result.map_err(|fault| FilesError::Wrong { path: path.to_owned(), fault })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+    read_up_to(path, MAX_FILE)
+}
+
+/// Reads a file that has no more than `most` bytes.
+pub(super) fn read_up_to(path: &Path, most: u64) -> Result<Vec<u8>, FilesError> {
     let read = || {
         let mut bytes = Vec::new();
-        File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_FILE {
-            return Err(io::Error::other("it is over 1 MiB, which no certificate file is"));
+        File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > most {
+            return Err(io::Error::other(format!("it is over {} MiB, which no such file is", most >> 20)));
         }
         Ok(bytes)
     };
@@ -114,15 +131,17 @@ pub(super) mod tests {
     use super::*;
     use crate::identity::made_up::Ca;
 
+    /// As PEM.
+    pub fn pem(label: &str, der: &[u8]) -> String {
+        let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der);
+        let lines: Vec<&str> = (0..text.len()).step_by(64).map(|i| &text[i..text.len().min(i + 64)]).collect();
+        format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+    }
+
     /// Writes an identity as PEM.
     pub fn write(dir: &Path, ca: &Ca, path: &str) -> Files {
         let files = files_in(dir);
         let issued = ca.issue(path);
-        let pem = |label: &str, der: &[u8]| {
-            let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der);
-            let lines: Vec<&str> = (0..text.len()).step_by(64).map(|i| &text[i..text.len().min(i + 64)]).collect();
-            format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
-        };
         fs::write(&files.key, pem("PRIVATE KEY", &issued.key().unwrap())).unwrap();
         fs::write(&files.cert, pem("CERTIFICATE", &issued.chain()[0].0)).unwrap();
         fs::write(&files.roots, pem("CERTIFICATE", &ca.root)).unwrap();

@@ -11,20 +11,26 @@ use std::time::Duration;
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::config::HostPort;
+use sidewarden_proto::crl::{self, CrlFault};
 use sidewarden_proto::directive::{Directive, Signed};
 use sidewarden_proto::enrol::{self as wire, Answer, Request, Token};
-use sidewarden_proto::event::{Event, IdentityRenewalFailed, IdentityRenewed, Severity};
-use sidewarden_proto::identity::{InstanceId, Sha256, SpiffeId};
+use sidewarden_proto::event::{
+    Event, IdentityRenewalFailed, IdentityRenewed, Severity, TrustChanged, TrustCrls, TrustFilesRefused, TrustedRoot,
+};
+use sidewarden_proto::identity::{InstanceId, Sha256, SpiffeId, TrustDomain, describe};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{self, TlsError};
+use sidewarden_proto::tls::{self, TlsError, Trust};
+use sidewarden_proto::workload_api::{self as api, Offered};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::enrol::{self, EnrolError};
 use super::files::{Files, FilesError, Stamp};
-use super::store::{self, Checked, Issued, Store, StoreError};
+use super::foreign::{self, ForeignFiles};
+use super::store::{Checked, Issued, Store, StoreError};
+use super::workload_api::{self, Endpoint, WorkloadApiError};
 use super::{Current, Identity, Terms};
 use crate::backoff::{Backoff, Random, part_of};
 use crate::dial::Resolver;
@@ -92,8 +98,17 @@ pub enum KeeperError {
     /// The files hold none.
     #[error(transparent)]
     Files(#[from] FilesError),
+    /// The Workload API gives none.
+    #[error(transparent)]
+    WorkloadApi(#[from] WorkloadApiError),
+    /// A revocation list went back.
+    #[error(transparent)]
+    Crl(#[from] CrlFault),
+    /// It still gives none.
+    #[error("{0}")]
+    StillNone(String),
     /// The files hold one that ends soon.
-    #[error("nobody has put a newer certificate into its file, and this one ends at {0}")]
+    #[error("nobody has given us a newer certificate, and this one ends at {0}")]
     NotReplaced(Timestamp),
 }
 
@@ -115,7 +130,27 @@ pub struct Source {
     /// Which instance of it.
     pub instance: InstanceId,
     /// Where somebody else keeps the identity; no token is asked for then.
-    pub files: Option<Files>,
+    pub elsewhere: Option<Elsewhere>,
+    /// Whom else we trust.
+    pub foreign: ForeignFiles,
+}
+
+/// Where somebody else keeps an identity for us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Elsewhere {
+    /// In files.
+    Files(Files),
+    /// At a SPIFFE Workload API.
+    WorkloadApi(Endpoint),
+}
+
+impl Source {
+    fn files(&self) -> Option<&Files> {
+        match &self.elsewhere {
+            Some(Elsewhere::Files(files)) => Some(files),
+            _ => None,
+        }
+    }
 }
 
 /// What the keeper needs from others.
@@ -147,6 +182,17 @@ pub struct Keeper {
     held: Option<Checked>,
     /// The files that `held` came from, and those of the last look.
     stamps: (Stamp, Stamp),
+    /// The same of the foreign roots, and why they were not taken.
+    foreign: (foreign::Stamp, foreign::Stamp),
+    foreign_fault: Option<String>,
+    /// Why the Workload API gives nothing, since its last answer.
+    api_fault: Option<String>,
+    /// Whom we trust, as it was last told.
+    told_trust: Option<Trust>,
+    /// The same of revocation lists.
+    told_crls: Option<TrustCrls>,
+    /// For which identity, and when, that was looked at.
+    looked_at_crls: Option<(usize, Instant)>,
     directive: Option<Arc<Directive>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
     key: Option<KeyPair>,
@@ -164,6 +210,7 @@ enum Step {
     Renew,
     RenewEnded,
     LookAtFiles,
+    LookAtApi,
     Wait(Duration),
 }
 
@@ -182,7 +229,7 @@ impl Keeper {
     pub fn load(store: Store, parts: Parts) -> Result<(Keeper, Current), KeeperError> {
         let (publish, current) = watch::channel(None);
         let has_token = parts.source.token_file.as_ref().is_some_and(|path| path.exists());
-        let loaded = if parts.source.files.is_some() { Ok(None) } else { store.load() };
+        let loaded = if parts.source.elsewhere.is_some() { Ok(None) } else { store.load() };
         let issued = match loaded {
             Ok(issued) => issued,
             Err(error @ StoreError::Damaged { .. }) if has_token => {
@@ -201,12 +248,21 @@ impl Keeper {
             issued,
             held,
             stamps: Default::default(),
+            foreign: Default::default(),
+            foreign_fault: None,
+            api_fault: None,
+            told_trust: None,
+            told_crls: None,
+            looked_at_crls: None,
             directive,
             key: None,
             refused: None,
             jitter,
             failing: false,
         };
+        keeper.parts.terms.foreign = keeper.parts.source.foreign.read()?;
+        let stamp = keeper.parts.source.foreign.stamp();
+        keeper.foreign = (stamp.clone(), stamp);
         keeper.first_look()?;
         keeper.load_directive()?;
         keeper.publish_current()?;
@@ -221,7 +277,9 @@ impl Keeper {
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
     fn load_directive(&mut self) -> Result<(), KeeperError> {
         let Some(held) = &self.held else { return Ok(()) };
-        let loaded = self.store.load_directive(&held.trust, &held.workload.trust_domain())?;
+        let mut trust = held.trust.clone();
+        trust.add(&self.parts.terms.foreign.domains);
+        let loaded = self.store.load_directive(&trust, &self.parts.terms.home_of(&held.workload))?;
         self.directive = loaded.map(Arc::new);
         Ok(())
     }
@@ -245,34 +303,64 @@ impl Keeper {
     pub async fn run(mut self, mut directives: mpsc::Receiver<Vec<u8>>, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), self.parts.random);
         let mut pause = Duration::ZERO;
+        let (tell, mut told) = mpsc::channel(1);
+        let (elsewhere, random) = (self.parts.source.elsewhere.clone(), self.parts.random);
+        let asking = async {
+            if let Some(Elsewhere::WorkloadApi(endpoint)) = &elsewhere {
+                workload_api::follow(endpoint, tell, random).await;
+            }
+            std::future::pending::<()>().await
+        };
+        tokio::pin!(asking);
         loop {
+            self.tell_trust();
             let step = self.next_step();
             let wait = match step {
                 Step::Wait(wait) => wait,
                 Step::LookAtFiles => LOOK_AT_FILES,
+                Step::LookAtApi => LOOK_AGAIN,
                 _ => pause,
             };
-            tokio::select! {
+            let result = tokio::select! {
                 () = shutdown.cancelled() => return,
-                Some(bytes) = directives.recv() => self.take_directive(&bytes).await,
-                result = async { sleep(wait).await; self.act(step).await } => match result {
-                    Ok(()) => {
-                        backoff.reset();
-                        (pause, self.failing) = (Duration::ZERO, false);
-                        self.trouble.send_replace(None);
-                    }
-                    Err(error) => {
-                        pause = backoff.after_failure();
-                        self.tell_failure(&error, pause);
-                    }
-                },
+                () = &mut asking => return,
+                Some(bytes) = directives.recv() => {
+                    self.take_directive(&bytes).await;
+                    continue;
+                }
+                Some(answer) = told.recv() => self.take_answer(answer),
+                result = async { self.wait(wait).await; self.act(step).await } => result,
+            };
+            match result {
+                Ok(()) => {
+                    backoff.reset();
+                    (pause, self.failing) = (Duration::ZERO, false);
+                    self.trouble.send_replace(None);
+                }
+                Err(error) => {
+                    pause = backoff.after_failure();
+                    self.tell_failure(&error, pause);
+                }
             }
         }
     }
 
+    /// Waits, and looks at the trust files meanwhile.
+    async fn wait(&mut self, wait: Duration) {
+        let end = Instant::now() + wait;
+        while !self.parts.source.foreign.is_empty() && end.saturating_duration_since(Instant::now()) > LOOK_AT_FILES {
+            sleep(LOOK_AT_FILES).await;
+            self.look_at_foreign();
+            self.tell_trust();
+        }
+        sleep_until(end).await;
+        self.look_at_foreign();
+    }
+
     fn next_step(&self) -> Step {
-        match self.parts.source.files {
-            Some(_) => Step::LookAtFiles,
+        match self.parts.source.elsewhere {
+            Some(Elsewhere::Files(_)) => Step::LookAtFiles,
+            Some(Elsewhere::WorkloadApi(_)) => Step::LookAtApi,
             None => plan(self.dates(), self.jitter, Timestamp::now()),
         }
     }
@@ -281,6 +369,10 @@ impl Keeper {
         match step {
             Step::Wait(_) => Ok(()),
             Step::LookAtFiles => self.look_at_files(),
+            Step::LookAtApi => match &self.api_fault {
+                Some(fault) => Err(KeeperError::StillNone(fault.clone())),
+                None => self.look_at_dates(),
+            },
             Step::Enrol => self.enrol().await,
             Step::Renew => self.renew().await,
             Step::RenewEnded => match self.renew_ended().await {
@@ -297,7 +389,7 @@ impl Keeper {
     /// What is in the files when the agent starts. That they are not there yet is no reason not to start: nothing gets
     /// through until they are.
     fn first_look(&mut self) -> Result<(), KeeperError> {
-        let Some(files) = self.parts.source.files.clone() else { return Ok(()) };
+        let Some(files) = self.parts.source.files().cloned() else { return Ok(()) };
         if files.key_is_open() {
             tracing::warn!(path = %files.key.display(), "others than the agent may read the private key: chmod 600");
         }
@@ -316,7 +408,7 @@ impl Keeper {
 
     /// Takes what is in the files, when they have changed and have stood still since the last look.
     fn look_at_files(&mut self) -> Result<(), KeeperError> {
-        let Some(files) = self.parts.source.files.clone() else { return Ok(()) };
+        let Some(files) = self.parts.source.files().cloned() else { return Ok(()) };
         let stamp = files.stamp();
         let moves = std::mem::replace(&mut self.stamps.1, stamp.clone()) != stamp;
         if moves {
@@ -331,13 +423,80 @@ impl Keeper {
     }
 
     fn take_files(&mut self, files: &Files) -> Result<(), KeeperError> {
-        let checked = files.read()?;
+        self.take_checked(files.read()?)
+    }
+
+    /// What the Workload API says, or why it says nothing.
+    fn take_answer(&mut self, answer: Result<api::Answer, WorkloadApiError>) -> Result<(), KeeperError> {
+        let wanted = self.parts.source.workload.clone();
+        let offered = answer.and_then(|answer| Ok(answer.choose(wanted.as_ref(), Timestamp::now())?));
+        self.api_fault = offered.as_ref().err().map(ToString::to_string);
+        let Offered { credential, workload, trust } = offered?;
+        let same = |held: &Checked| held.credential.chain() == credential.chain() && held.trust == trust;
+        if self.held.as_ref().is_some_and(same) {
+            return Ok(());
+        }
+        self.take_checked(Checked { credential, workload, trust, rooted_elsewhere: true })
+    }
+
+    /// Takes an identity that somebody else keeps for us. With the first one comes the directive that is on disk: until
+    /// now nobody could say whether it is our collector's.
+    fn take_checked(&mut self, checked: Checked) -> Result<(), KeeperError> {
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
-        self.held = Some(checked);
+        let before = self.held.replace(checked);
+        if before.is_none()
+            && let Err(error) = self.load_directive()
+        {
+            self.held = None;
+            return Err(error);
+        }
         self.publish_current()?;
         self.tell_renewed(&identity);
         Ok(())
+    }
+
+    /// Takes the foreign roots, when their files have changed and have stood still since the last look.
+    fn look_at_foreign(&mut self) {
+        let stamp = self.parts.source.foreign.stamp();
+        let moves = std::mem::replace(&mut self.foreign.1, stamp.clone()) != stamp;
+        if moves || stamp == self.foreign.0 {
+            return;
+        }
+        match self.take_foreign() {
+            Ok(()) => {
+                self.foreign.0 = stamp;
+                if self.foreign_fault.take().is_some() {
+                    self.told_trust = None;
+                }
+            }
+            Err(error) => self.tell_foreign_fault(&error),
+        }
+    }
+
+    fn take_foreign(&mut self) -> Result<(), KeeperError> {
+        let foreign = self.parts.source.foreign.read()?;
+        if let (Some(was), Some(now)) = (&self.parts.terms.foreign.crls, &foreign.crls) {
+            crl::check_no_older(&was.lists, &now.lists)?;
+        }
+        let before = std::mem::replace(&mut self.parts.terms.foreign, foreign);
+        if let Err(error) = self.publish_current() {
+            self.parts.terms.foreign = before;
+            return Err(error);
+        }
+        tracing::info!("the trust files were read anew");
+        Ok(())
+    }
+
+    /// Once for each fault, not once a second.
+    fn tell_foreign_fault(&mut self, error: &KeeperError) {
+        let fault = error.to_string();
+        if self.foreign_fault.as_ref() == Some(&fault) {
+            return;
+        }
+        let summary = format!("the trust files cannot be used, what was read before stays in force: {fault}");
+        self.emit(Severity::Warning, summary, TrustFilesRefused { error: fault.clone() });
+        self.foreign_fault = Some(fault);
     }
 
     /// The files are somebody else's to renew: all we can do is to say in time that nobody did.
@@ -348,6 +507,46 @@ impl Keeper {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Tells whom we trust when that has changed, and when files that could not be used can be used again.
+    fn tell_trust(&mut self) {
+        let Some(identity) = self.publish.borrow().clone() else { return };
+        self.tell_crls(&identity);
+        let same =
+            |told: &Trust| (&told.domains, &told.dns_roots) == (&identity.trust.domains, &identity.trust.dns_roots);
+        if self.told_trust.as_ref().is_some_and(same) {
+            return;
+        }
+        let roots = |list: &Vec<_>| list.iter().filter_map(root_in_words).collect::<Vec<_>>();
+        let domains = identity.trust.domains.iter().map(|(domain, list)| (domain.clone(), roots(list))).collect();
+        let body = TrustChanged { domains, dns_roots: roots(&identity.trust.dns_roots) };
+        let count = body.domains.values().map(Vec::len).sum::<usize>() + body.dns_roots.len();
+        let names = body.domains.keys().map(TrustDomain::as_str).collect::<Vec<_>>().join(", ");
+        self.emit(Severity::Info, format!("this agent trusts {count} CAs, of {names}"), body);
+        self.told_trust = Some(identity.trust.clone());
+    }
+
+    /// Tells how revocation lists stand when that has changed, as it does when one ends.
+    fn tell_crls(&mut self, identity: &Arc<Identity>) {
+        let Some(revocation) = &identity.trust.revocation else { return };
+        // The signatures of large lists are not for every second.
+        let looked = self.looked_at_crls.replace((Arc::as_ptr(identity) as usize, Instant::now()));
+        if looked.is_some_and(|(of, at)| of == Arc::as_ptr(identity) as usize && at.elapsed() < LOOK_AGAIN) {
+            self.looked_at_crls = looked;
+            return;
+        }
+        let lacking = revocation.lacking(&identity.trust, Timestamp::now());
+        let body = TrustCrls { strict: revocation.strict, lists: revocation.lists.len(), lacking };
+        if self.told_crls.as_ref() == Some(&body) {
+            return;
+        }
+        let (severity, summary) = match body.lacking.first() {
+            Some(first) => (Severity::Warning, first.clone()),
+            None => (Severity::Info, format!("{} revocation lists hold, none is lacking", body.lists)),
+        };
+        self.told_crls = Some(body.clone());
+        self.emit(severity, summary, body);
     }
 
     fn tell_renewed(&self, identity: &Identity) {
@@ -468,11 +667,14 @@ impl Keeper {
             return tracing::warn!(why, "a directive of a collector that was revoked was not taken");
         }
         let have = self.directive.as_ref().map_or(0, |directive| directive.version);
-        let ours = trust.domains.contains_key(&directive.trust_domain);
+        let home = self.held.as_ref().map(|held| self.parts.terms.home_of(&held.workload));
+        // A foreign domain that we trust has collectors, too: they vouch for their own.
+        let ours = home.as_ref() == Some(&directive.trust_domain);
         if directive.version <= have || !ours {
             return tracing::debug!(version = directive.version, have, "a directive that is not newer");
         }
         let (version, denied) = (directive.version, directive.deny.len());
+        let roots = trust.domains.get(&directive.trust_domain).cloned().unwrap_or_default();
         let before = self.directive.replace(Arc::new(directive));
         if let Err(error) = self.publish_current() {
             tracing::error!(%error, version, "the directive cannot be used; the old one stays in force");
@@ -482,7 +684,7 @@ impl Keeper {
         tracing::info!(version, denied, "a new directive is in force");
         // In force before it is kept, and even if it cannot be: neither a slow disk nor a full one keeps a revoked peer in.
         let store = self.store.clone();
-        match tokio::task::spawn_blocking(move || store.save_directive(signed, version, now)).await {
+        match tokio::task::spawn_blocking(move || store.save_directive(signed, &roots, version, now)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
@@ -520,6 +722,11 @@ impl Keeper {
     }
 }
 
+fn root_in_words(root: &CertificateDer<'_>) -> Option<TrustedRoot> {
+    let described = describe(root).ok()?;
+    Some(TrustedRoot { sha256: Sha256::of(&[root]), subject: described.subject, not_after_us: described.not_after })
+}
+
 fn request(source: &Source, key: &KeyPair) -> Result<Request, EnrolError> {
     Ok(Request {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -538,12 +745,6 @@ fn read_token(path: &std::path::Path) -> Result<String, KeeperError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(KeeperError::NoToken(path.to_owned())),
         Err(error) => Err(KeeperError::TokenFile { path: path.to_owned(), error }),
     }
-}
-
-/// The roots of foreign peers, from a PEM file.
-pub fn read_dns_roots(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, StoreError> {
-    let pem = std::fs::read(path).map_err(|error| StoreError::File { path: path.to_owned(), error })?;
-    tls::certificates(&pem).map_err(|e| store::StoreError::Damaged { path: path.to_owned(), detail: e.to_string() })
 }
 
 #[cfg(test)]
@@ -629,7 +830,14 @@ mod tests {
             let (renewals, renewal_requests) = mpsc::channel(1);
             let instance = "c1".parse().unwrap();
             let parts = Parts {
-                source: Source { collectors: vec![collector], token_file, workload: None, instance, files: None },
+                source: Source {
+                    collectors: vec![collector],
+                    token_file,
+                    workload: None,
+                    instance,
+                    elsewhere: None,
+                    foreign: ForeignFiles::default(),
+                },
                 resolver: Resolver::from_system(),
                 terms: Terms::default(),
                 emit: Arc::new(move |event| told.lock().unwrap().push(event)),
@@ -810,7 +1018,7 @@ mod tests {
         fn new(files: Files) -> OverFiles {
             let World { keeper, events, .. } =
                 World::new(Arc::new(Ca::new("td")), HostPort { host: "127.0.0.1".into(), port: 1 }, None);
-            let source = Source { files: Some(files), ..keeper.parts.source.clone() };
+            let source = Source { elsewhere: Some(Elsewhere::Files(files)), ..keeper.parts.source.clone() };
             let (keeper, current) = Keeper::load(keeper.store, Parts { source, ..keeper.parts }).unwrap();
             OverFiles { keeper, current, events }
         }
@@ -866,6 +1074,53 @@ mod tests {
     }
 
     #[test]
+    fn trust_files_are_taken_when_they_stand_still_and_what_was_read_before_is_kept() {
+        let (dir, ca, partner) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("partner.example"));
+        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let (bundles, crls) = (dir.path().join("bundles"), dir.path().join("crls"));
+        std::fs::create_dir(&bundles).unwrap();
+        std::fs::create_dir(&crls).unwrap();
+        let mut world = OverFiles::new(files);
+        world.keeper.parts.source.foreign =
+            ForeignFiles { bundles: Some(bundles.clone()), crls: Some(crls.clone()), ..ForeignFiles::default() };
+        let domains = |world: &OverFiles| world.current.borrow().as_ref().unwrap().trust.domains.len();
+        let look = |world: &mut OverFiles| {
+            world.keeper.look_at_foreign();
+            world.keeper.looked_at_crls = None;
+            world.keeper.tell_trust();
+        };
+        world.keeper.tell_trust();
+        std::fs::write(bundles.join("partner.example.pem"), files::tests::pem("CERTIFICATE", &partner.root)).unwrap();
+        look(&mut world);
+        assert_eq!(domains(&world), 1, "it has just moved");
+        look(&mut world);
+        assert_eq!(domains(&world), 2);
+        assert_eq!(world.kinds(), ["trust.changed", "trust.crls", "trust.changed"], "a list is lacking");
+
+        let newer = partner.list_until(&[vec![7]], 9, Timestamp::now().plus(HOUR));
+        std::fs::write(crls.join("partner.crl"), &newer).unwrap();
+        look(&mut world);
+        look(&mut world);
+        let held = || world.current.borrow().as_ref().unwrap().trust.revocation.clone().unwrap();
+        assert_eq!((held().lists.len(), held().strict), (1, true));
+        let before = held();
+        for wrong in [&b"broken"[..], b"", &partner.list_until(&[], 8, Timestamp::now().plus(HOUR))] {
+            std::fs::write(crls.join("partner.crl"), wrong).unwrap();
+            look(&mut world);
+            look(&mut world);
+            look(&mut world);
+            assert_eq!(world.current.borrow().as_ref().unwrap().trust.revocation.as_ref(), Some(&before));
+        }
+        let kinds = world.kinds();
+        let refused = kinds.iter().filter(|kind| *kind == "trust.files_refused").count();
+        assert_eq!(refused, 2, "no list, and an older one, each once: {kinds:?}");
+        std::fs::write(crls.join("partner.crl"), &newer).unwrap();
+        look(&mut world);
+        look(&mut world);
+        assert_eq!(world.kinds().last().unwrap(), "trust.changed", "which ends the alert");
+    }
+
+    #[test]
     fn files_that_come_late_are_waited_for() {
         let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
         let files = files::tests::write(dir.path(), &ca, "shop/web");
@@ -891,7 +1146,7 @@ mod tests {
         validity(&mut params, now.minus(HOUR * 4), now.plus(HOUR));
         world.keeper.held = Some(ca.issue_with(&params).check().unwrap());
         world.keeper.publish_current().unwrap();
-        assert!(world.look().unwrap_err().contains("nobody has put a newer certificate"));
+        assert!(world.look().unwrap_err().contains("nobody has given us a newer certificate"));
         assert_eq!(world.kinds(), ["identity.renewal_failed"]);
     }
 

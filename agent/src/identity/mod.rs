@@ -5,19 +5,27 @@
 
 pub mod enrol;
 pub mod files;
+pub mod foreign;
 pub mod keeper;
 mod store;
+pub mod workload_api;
 
 use std::sync::Arc;
 
-use rustls::pki_types::CertificateDer;
+use foreign::Foreign;
 use rustls::{ClientConfig, ServerConfig};
-use sidewarden_proto::directive::Directive;
-use sidewarden_proto::identity::SpiffeId;
+use sidewarden_proto::crl::Revocation;
+use sidewarden_proto::directive::{Directive, ForeignRoots};
+use sidewarden_proto::event::Direction;
+use sidewarden_proto::identity::{Peer, PeerName, SpiffeId, TrustDomain, Usage};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{self, Credential, Expect, Floor, GROUPS, Group, TlsError, Trust};
+use sidewarden_proto::tls::{self, Credential, Expect, Floor, GROUPS, Group, TlsError, Trust, Verifier};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::sync::watch;
+
+use crate::dial::tls_fault;
+use crate::policy::Decision;
+use crate::proxy::connections::Live;
 
 pub use store::{Checked, Issued, Store, StoreError, certificates};
 
@@ -27,15 +35,24 @@ pub type Current = watch::Receiver<Option<Arc<Identity>>>;
 /// What every identity of this agent is built with.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// The roots for foreign peers.
-    pub dns_roots: Vec<CertificateDer<'static>>,
+    /// Whom else we trust, by files.
+    pub foreign: Foreign,
+    /// The collector's trust domain, where it is not our own.
+    pub home: Option<TrustDomain>,
     /// Key exchange groups, the one we like best first.
     pub groups: Vec<Group>,
 }
 
+impl Terms {
+    /// The trust domain whose collector we listen to.
+    pub fn home_of(&self, workload: &SpiffeId) -> TrustDomain {
+        self.home.clone().unwrap_or_else(|| workload.trust_domain())
+    }
+}
+
 impl Default for Terms {
     fn default() -> Terms {
-        Terms { dns_roots: Vec::new(), groups: GROUPS.to_vec() }
+        Terms { foreign: Foreign::default(), home: None, groups: GROUPS.to_vec() }
     }
 }
 
@@ -54,6 +71,10 @@ pub struct Identity {
     pub streams: Arc<ServerConfig>,
     /// What the collector says.
     pub directive: Option<Arc<Directive>>,
+    /// The collector's trust domain.
+    pub home: TrustDomain,
+    /// Judges the chains of live connections again.
+    verifier: Verifier,
     groups: Vec<Group>,
 }
 
@@ -73,23 +94,65 @@ pub enum Unusable {
     },
 }
 
+/// Adds the roots that somebody has imported into the collector. For the domains of `ours` it has other words.
+fn add_imported(trust: &mut Trust, imported: &ForeignRoots, ours: &[&TrustDomain]) {
+    let foreign = imported.domains.iter().filter(|(domain, _)| !ours.contains(domain));
+    trust.add(&foreign.map(|(domain, roots)| (domain.clone(), certificates(roots))).collect());
+    let new: Vec<_> = certificates(&imported.dns).into_iter().filter(|root| !trust.dns_roots.contains(root)).collect();
+    trust.dns_roots.extend(new);
+}
+
 impl Identity {
     /// From what was issued or found, what the collector says, and what does not change.
     pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
-        let Checked { credential, workload, mut trust } = checked;
-        if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty()) {
-            trust.domains.insert(workload.trust_domain(), certificates(&directive.bundle));
+        let Checked { credential, workload, mut trust, rooted_elsewhere } = checked;
+        let home = terms.home_of(&workload);
+        if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty())
+            && !(rooted_elsewhere && trust.domains.contains_key(&home))
+        {
+            trust.domains.insert(home.clone(), certificates(&directive.bundle));
         }
-        trust.dns_roots.clone_from(&terms.dns_roots);
+        trust.add(&terms.foreign.domains);
+        trust.dns_roots.clone_from(&terms.foreign.dns_roots);
+        if let Some(directive) = &directive {
+            add_imported(&mut trust, &directive.foreign, &[&workload.trust_domain(), &home]);
+        }
+        trust.revocation = terms.foreign.crls.as_ref().map(|crls| Revocation {
+            lists: crls.lists.clone(),
+            strict: crls.strict,
+            exempt: [workload.trust_domain(), home.clone()].into(),
+        });
+        let verifier = Verifier::new(&trust)?;
         let groups = terms.groups.clone();
         let server = tls::server_config_with(&groups, &credential, &trust, Floor::Tls12, &[])?;
         let streams = tls::server_config_with(&groups, &credential, &trust, Floor::Tls13, &[ALPN_STREAMS])?;
-        Ok(Identity { credential, workload, trust, server, streams, directive, groups })
+        Ok(Identity { credential, workload, trust, server, streams, directive, home, verifier, groups })
     }
 
     /// For a connection to `expect`.
     pub fn client(&self, expect: Expect, floor: Floor, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
         tls::client_config_with(&self.groups, &self.credential, &self.trust, expect, floor, alpn)
+    }
+
+    /// Whether the chain of a live connection with `peer` may have to be judged again: a foreign root can be taken away,
+    /// and revocation lists change. Who is no longer welcome in our own domain is told by the directive.
+    pub fn may_judge_again(&self, peer: &Peer) -> bool {
+        let is_ours = |id: &SpiffeId| [&self.workload.trust_domain(), &self.home].contains(&&id.trust_domain());
+        let is_foreign = !matches!(&peer.name, PeerName::Spiffe(id) if is_ours(id));
+        is_foreign || self.trust.revocation.is_some()
+    }
+
+    /// Whether we still trust the chain of a live connection.
+    pub fn judge_again(&self, live: &Live, now: Timestamp) -> Decision {
+        let usage = if live.direction == Direction::Inbound { Usage::Client } else { Usage::Server };
+        let Some(shown) = &live.shown else { return Decision::Allow };
+        match self.verifier.verify(shown, usage, now) {
+            Ok(_) => Decision::Allow,
+            Err(error) => {
+                let (reason, text) = tls_fault(&error);
+                Decision::Refuse(reason, text)
+            }
+        }
     }
 
     /// Whether it can be used at `now`.
@@ -116,6 +179,7 @@ pub mod made_up {
         BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
         SanType,
     };
+    use rustls::pki_types::CertificateDer;
     use sidewarden_proto::directive::{Deny, Signed};
     use sidewarden_proto::enrol::Der;
 
@@ -158,6 +222,32 @@ pub mod made_up {
             params
         }
 
+        /// A revocation list of these serial numbers, DER.
+        pub fn list(&self, revoked: &[Vec<u8>]) -> Vec<u8> {
+            self.list_until(revoked, 1, Timestamp::now().plus(Duration::from_secs(3600)))
+        }
+
+        /// The same, with a number and an end.
+        pub fn list_until(&self, revoked: &[Vec<u8>], number: u64, until: Timestamp) -> Vec<u8> {
+            let at = |t: Timestamp| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(t.as_secs() as u64);
+            let begins = at(Timestamp::now().minus(Duration::from_secs(7200)));
+            let revoked = revoked.iter().map(|serial| rcgen::RevokedCertParams {
+                serial_number: rcgen::SerialNumber::from_slice(serial),
+                revocation_time: begins,
+                reason_code: None,
+                invalidity_date: None,
+            });
+            let params = rcgen::CertificateRevocationListParams {
+                this_update: begins,
+                next_update: at(until),
+                crl_number: number.into(),
+                issuing_distribution_point: None,
+                revoked_certs: revoked.collect(),
+                key_identifier_method: rcgen::KeyIdMethod::Sha256,
+            };
+            params.signed_by(&self.issuer).unwrap().der().to_vec()
+        }
+
         /// What would be kept after enrolment.
         pub fn issue_with(&self, params: &CertificateParams) -> Issued {
             let key = KeyPair::generate().unwrap();
@@ -198,7 +288,8 @@ pub mod made_up {
         pub fn directive(&self, version: u64, deny: Vec<Deny>, issued_us: Timestamp) -> Signed {
             let bundle = vec![Der(self.root.to_vec())];
             let (trust_domain, revoked) = (self.domain.parse().unwrap(), Vec::new());
-            let directive = Directive { version, trust_domain, issued_us, bundle, deny, revoked };
+            let foreign = ForeignRoots::default();
+            let directive = Directive { version, trust_domain, issued_us, bundle, deny, revoked, foreign };
             Signed::sign(&directive, &self.collector()).unwrap()
         }
     }
@@ -214,6 +305,8 @@ pub mod made_up {
 mod tests {
     use std::time::Duration;
 
+    use sidewarden_proto::enrol::Der;
+
     use super::made_up::Ca;
     use super::*;
 
@@ -225,5 +318,24 @@ mod tests {
         assert_eq!(identity.usable(peer.not_after), Err(Unusable::Ended(peer.not_after)));
         let early = identity.usable(peer.not_before.minus(Duration::from_secs(3600))).unwrap_err();
         assert!(early.to_string().starts_with("clock: "), "{early}");
+    }
+
+    #[test]
+    fn imported_roots_are_for_others_than_our_own_domain() {
+        let (ca, partner, host) = (Ca::new("td"), Ca::new("partner.example"), Ca::new("host"));
+        let der = |ca: &Ca| Der(ca.root.to_vec());
+        let domain = |name: &str| name.parse::<TrustDomain>().unwrap();
+        let domains = [("td", &partner), ("partner.example", &partner), ("partner.example", &host)];
+        let mut foreign = ForeignRoots { dns: vec![der(&host)], ..ForeignRoots::default() };
+        for (name, ca) in domains {
+            foreign.domains.entry(domain(name)).or_default().push(der(ca));
+        }
+        let now = Timestamp::now();
+        let signed = ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap();
+        let directive = Some(Arc::new(Directive { foreign, ..signed }));
+        let identity = Identity::build(ca.issue("shop/web").check().unwrap(), directive, &Terms::default()).unwrap();
+        assert_eq!(identity.trust.domains[&domain("td")], std::slice::from_ref(&ca.root));
+        assert_eq!(identity.trust.domains[&domain("partner.example")].len(), 2);
+        assert_eq!(identity.trust.dns_roots, std::slice::from_ref(&host.root));
     }
 }

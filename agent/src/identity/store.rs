@@ -60,6 +60,8 @@ pub struct Checked {
     pub workload: SpiffeId,
     /// The roots it came with.
     pub trust: Trust,
+    /// Whoever gave it keeps these roots up to date: what the collector says of a domain among them does not count.
+    pub rooted_elsewhere: bool,
 }
 
 impl Issued {
@@ -89,7 +91,7 @@ impl Issued {
             return Err(TlsError::Pem("our certificate names no workload".into()));
         };
         let trust = Trust::single(workload.trust_domain(), certificates(&self.bundle));
-        Ok(Checked { credential, workload, trust })
+        Ok(Checked { credential, workload, trust, rooted_elsewhere: false })
     }
 }
 
@@ -103,6 +105,9 @@ pub fn certificates(list: &[Der]) -> Vec<CertificateDer<'static>> {
 struct Kept {
     accepted_us: Timestamp,
     signed: Signed,
+    /// The roots it was proven with, which may have been replaced since: that does not undo it either.
+    #[serde(default)]
+    roots: Vec<Der>,
 }
 
 /// The two files; or nothing at all, where the workload could read them.
@@ -153,17 +158,27 @@ impl Store {
         let Some(bytes) = read(&path)? else { return Ok(None) };
         let damaged = |detail: String| StoreError::Damaged { path: path.clone(), detail };
         let kept: Kept = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
-        let directive = kept.signed.open(trust, kept.accepted_us).map_err(|e| damaged(e.to_string()))?;
+        let then = Trust::single(domain.clone(), certificates(&kept.roots));
+        let opened = kept.signed.open(trust, kept.accepted_us);
+        let opened = opened.or_else(|error| kept.signed.open(&then, kept.accepted_us).map_err(|_| error));
+        let directive = opened.map_err(|e| damaged(e.to_string()))?;
         Ok(Some(directive).filter(|directive| directive.trust_domain == *domain))
     }
 
-    /// Replaces the directive by one of this version, unless a newer one was kept meanwhile.
-    pub fn save_directive(&self, signed: Signed, version: u64, accepted_us: Timestamp) -> Result<(), StoreError> {
+    /// Replaces the directive by one of this version, which was proven with `roots`, unless a newer one was kept meanwhile.
+    pub fn save_directive(
+        &self,
+        signed: Signed,
+        roots: &[CertificateDer<'static>],
+        version: u64,
+        accepted_us: Timestamp,
+    ) -> Result<(), StoreError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if version < *kept {
             return Ok(());
         }
-        let bytes = serde_json::to_vec(&Kept { accepted_us, signed }).unwrap_or_default();
+        let roots = roots.iter().map(|root| Der(root.to_vec())).collect();
+        let bytes = serde_json::to_vec(&Kept { accepted_us, signed, roots }).unwrap_or_default();
         self.replace(DIRECTIVE, &bytes)?;
         *kept = version;
         Ok(())
@@ -239,12 +254,15 @@ mod tests {
         let ca = Ca::new("td");
         let deny = vec![Deny::Key { spki: Sha256([1; 32]), why: "stolen".into() }];
         let signed = ca.directive(3, deny, Timestamp::now());
-        store.save_directive(signed, 3, Timestamp::now()).unwrap();
-        store.save_directive(ca.directive(2, vec![], Timestamp::now()), 2, Timestamp::now()).unwrap();
         let domain: TrustDomain = "td".parse().unwrap();
+        let foreign = Ca::new("td");
+        store.save_directive(signed.clone(), &[], 3, Timestamp::now()).unwrap();
+        store.save_directive(ca.directive(2, vec![], Timestamp::now()), &[], 2, Timestamp::now()).unwrap();
         let loaded = store.load_directive(&ca.trust(), &domain).unwrap().unwrap();
         assert_eq!((loaded.version, loaded.deny.len()), (3, 1));
-        let foreign = Ca::new("td");
         assert!(store.load_directive(&foreign.trust(), &domain).is_err());
+        store.save_directive(signed, std::slice::from_ref(&ca.root), 3, Timestamp::now()).unwrap();
+        let loaded = store.load_directive(&foreign.trust(), &domain).unwrap().unwrap();
+        assert_eq!(loaded.version, 3, "its root has been replaced since");
     }
 }

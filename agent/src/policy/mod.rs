@@ -104,7 +104,8 @@ mod tests {
 
     fn directive(deny: Vec<Deny>) -> Directive {
         let trust_domain = "td".parse().unwrap();
-        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny, revoked: Vec::new() }
+        let (revoked, foreign) = (Vec::new(), Default::default());
+        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny, revoked, foreign }
     }
 
     fn check(rules: &Rules, peer: &Peer, deny: Vec<Deny>, expected: Option<RefusalReason>) {

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{Direction, RefusalReason};
 use sidewarden_proto::identity::Peer;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +20,8 @@ pub struct Live {
     pub direction: Direction,
     /// The other side.
     pub peer: Peer,
+    /// The chain that it showed, leaf first, where that may have to be judged again: revocation lists change.
+    pub shown: Option<Arc<[CertificateDer<'static>]>>,
     /// What it is judged by.
     pub rules: Arc<Rules>,
     /// Ends it.
@@ -54,20 +57,21 @@ impl Registry {
         self: &Arc<Registry>,
         direction: Direction,
         peer: Peer,
+        shown: Option<Arc<[CertificateDer<'static>]>>,
         rules: Arc<Rules>,
         parent: &CancellationToken,
     ) -> Registered {
         let (cancel, ended_for) = (parent.child_token(), OnceLock::new());
-        let live = Arc::new(Live { direction, peer, rules, cancel, ended_for });
+        let live = Arc::new(Live { direction, peer, shown, rules, cancel, ended_for });
         let id = self.next.fetch_add(1, Relaxed);
         self.lock().insert(id, live.clone());
         Registered { registry: self.clone(), id, live }
     }
 
     /// Asks `decide` about every connection and ends those that are no longer allowed.
-    pub fn review(&self, decide: impl Fn(&Rules, &Peer) -> Decision) {
+    pub fn review(&self, decide: impl Fn(&Live) -> Decision) {
         for live in self.lock().values() {
-            if let Decision::Refuse(reason, _) = decide(&live.rules, &live.peer) {
+            if let Decision::Refuse(reason, _) = decide(live) {
                 live.ended_for.get_or_init(|| reason);
                 live.cancel.cancel();
             }
@@ -124,9 +128,9 @@ mod tests {
     fn a_review_ends_exactly_those_that_are_no_longer_allowed() {
         let (registry, root) = (Arc::new(Registry::default()), CancellationToken::new());
         let rules = Arc::new(Rules::Inbound { allow: vec![], allow_dns: vec![] });
-        let stays = registry.register(Direction::Inbound, peer(1), rules.clone(), &root);
-        let goes = registry.register(Direction::Inbound, peer(2), rules, &root);
-        registry.review(|_, peer| match peer.spki.0[0] {
+        let stays = registry.register(Direction::Inbound, peer(1), None, rules.clone(), &root);
+        let goes = registry.register(Direction::Inbound, peer(2), None, rules, &root);
+        registry.review(|live| match live.peer.spki.0[0] {
             2 => Decision::Refuse(RefusalReason::Revoked, String::new()),
             _ => Decision::Allow,
         });

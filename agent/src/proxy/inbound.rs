@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -29,7 +28,7 @@ use super::service::{self, Guest, Proven};
 use super::{Room, Shared, accept_counted, over_limit, serve_in};
 use crate::config::{Inbound, ProxyProtocol};
 use crate::identity::Identity;
-use crate::policy::{Decision, Rules, decide};
+use crate::policy::{Decision, Rules};
 
 /// TLS access_denied: the certificate is good, its holder is not wanted here.
 const ACCESS_DENIED: u8 = 49;
@@ -120,7 +119,9 @@ fn alert_for(reason: RefusalReason) -> u8 {
 }
 
 /// What an OPEN holds, nothing at an end, or what the other agent did wrong.
-fn judge_frame(frame: io::Result<Option<Frame>>) -> Result<Option<Vec<u8>>, String> {
+type Opening = Result<Option<Vec<u8>>, String>;
+
+fn judge_frame(frame: io::Result<Option<Frame>>) -> Opening {
     match frame {
         Ok(Some(Frame::Open(header))) => Ok(Some(header)),
         Ok(None) => Ok(None),
@@ -223,7 +224,8 @@ impl Listener {
         let Room { _connection, handshake } = room;
         drop(handshake);
         let (peer, rules, cut) = (secure.peer.clone(), way.rules.clone(), &self.shared.cut);
-        let live = self.shared.registry.register(Direction::Inbound, peer, rules, cut);
+        let shown = identity.may_judge_again(&peer).then(|| secure.shown.clone());
+        let live = self.shared.registry.register(Direction::Inbound, peer, shown, rules, cut);
         let how = Secured { address: source.to_string(), ..secure.how.clone() };
         let entered = Entered { way, identity, live, how, source, destination, server_name };
         match secure.into_streams() {
@@ -267,7 +269,7 @@ impl Listener {
     /// A connection that carries one stream after the other, each judged by itself.
     async fn serve_streams(&self, entered: &Entered<'_>, mut channel: Channel, early: Early) -> Result<(), Refused> {
         let mut opened = if early.data.is_empty() {
-            self.next_stream(entered, &mut channel, self.shared.timeouts.handshake).await
+            self.first_stream(entered, &mut channel).await?
         } else {
             judge_frame(Frame::decode(&early.data).map(Some).map_err(Into::into))
         };
@@ -280,13 +282,27 @@ impl Listener {
         Ok(())
     }
 
+    /// What the first stream's OPEN holds. A connection that begins none is refused: nothing else would count it.
+    async fn first_stream(&self, entered: &Entered<'_>, channel: &mut Channel) -> Result<Opening, Refused> {
+        let within = self.shared.timeouts.handshake;
+        let patience = Instant::now() + within;
+        let opened = self.next_stream(entered, channel, within).await;
+        if !matches!(opened, Ok(None)) {
+            return Ok(opened);
+        }
+        let (reason, detail) = match entered.live.ended_for() {
+            Some(reason) => (reason, "it lost its right to come in before it began a stream".into()),
+            None if self.shared.stop.is_cancelled() => (RefusalReason::HandshakeFailed, "this agent ends".into()),
+            None if Instant::now() >= patience => {
+                (RefusalReason::HandshakeTimeout, format!("it began no stream within {within:?}"))
+            }
+            None => (RefusalReason::HandshakeFailed, "it closed before it began a stream".into()),
+        };
+        Err(entered.refuse(reason, detail))
+    }
+
     /// What the next stream's OPEN holds; nothing when no more are to come.
-    async fn next_stream(
-        &self,
-        entered: &Entered<'_>,
-        channel: &mut Channel,
-        wait: Duration,
-    ) -> Result<Option<Vec<u8>>, String> {
+    async fn next_stream(&self, entered: &Entered<'_>, channel: &mut Channel, wait: Duration) -> Opening {
         let bounds = self.shared.bounds(&entered.live, entered.identity.credential.peer(), None);
         let patience = Instant::now() + wait;
         let end = bounds.deadline.map_or(patience, |deadline| deadline.min(patience));
@@ -328,10 +344,7 @@ impl Listener {
     /// Asks policy with the newest directive, and dials. The connection is registered by now: a change in between is
     /// seen here or by the review.
     async fn begin(&self, entered: &Entered<'_>, source: SocketAddr) -> Result<TcpStream, Refused> {
-        let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| entered.identity.clone());
-        if let Decision::Refuse(reason, detail) =
-            decide(&entered.way.rules, &entered.live.peer, newest.directive.as_deref(), Timestamp::now())
-        {
+        if let Decision::Refuse(reason, detail) = self.shared.decide(&entered.live, &entered.identity) {
             return Err(entered.refuse(reason, detail));
         }
         let peer = entered.live.peer.name.to_string();

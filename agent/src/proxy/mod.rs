@@ -37,7 +37,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, Event, RefusalReason};
@@ -54,7 +54,7 @@ use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
-use crate::policy;
+use crate::policy::{self, Decision};
 use accounting::{Books, Pair, Plaintext, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
 use limits::{Over, Pace, Source, SourceLimits, Sources};
@@ -95,6 +95,8 @@ pub struct Shared {
     pub random: Random,
     /// The start of the agent was told: what its listeners have to tell comes after it.
     pub begun: CancellationToken,
+    /// The identity that live connections were last judged with.
+    reviewed: Mutex<Weak<Identity>>,
     /// Nothing is accepted any more.
     pub stop: CancellationToken,
     /// Everything live ends.
@@ -133,6 +135,7 @@ impl Shared {
             metrics,
             random,
             begun: CancellationToken::new(),
+            reviewed: Mutex::default(),
             stop: CancellationToken::new(),
             cut: CancellationToken::new(),
         }
@@ -424,7 +427,27 @@ impl Shared {
         let identity = self.identity.borrow().clone();
         let directive = identity.as_ref().and_then(|identity| identity.directive.clone());
         let now = Timestamp::now();
-        self.registry.review(|rules, peer| policy::decide(rules, peer, directive.as_deref(), now));
+        // A chain is judged again only when whom we trust may have changed: that costs as much as a handshake.
+        let trust_changed = identity.as_ref().filter(|identity| {
+            let mut last = self.reviewed.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = std::mem::replace(&mut *last, Arc::downgrade(identity));
+            !std::ptr::eq(before.as_ptr(), Arc::as_ptr(identity))
+        });
+        self.registry.review(|live| match policy::decide(&live.rules, &live.peer, directive.as_deref(), now) {
+            Decision::Allow => trust_changed.map_or(Decision::Allow, |identity| identity.judge_again(live, now)),
+            refused => refused,
+        });
+    }
+
+    /// Asks policy about a connection that has registered, with the newest directive; and judges its chain again if
+    /// whom we trust has changed since the handshake with `identity`.
+    fn decide(&self, live: &Live, identity: &Arc<Identity>) -> Decision {
+        let newest = self.identity.borrow().clone().unwrap_or_else(|| identity.clone());
+        let now = Timestamp::now();
+        match policy::decide(&live.rules, &live.peer, newest.directive.as_deref(), now) {
+            Decision::Allow if !Arc::ptr_eq(&newest, identity) => newest.judge_again(live, now),
+            decision => decision,
+        }
     }
 
     /// Ends plaintext where its time is over, and says where it is not.

@@ -9,7 +9,6 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Expect, Floor, TlsError, Trust};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
@@ -24,13 +23,13 @@ use super::header::Header;
 use super::limits::Pacing;
 use super::pool::{Pool, Warm};
 use super::relay::{End, Side, relay};
-use super::secure::{Fault, Secure};
+use super::secure::{NotConnected, Secure};
 use super::targets::{InUse, Targets};
 use super::{Room, Shared, accept_each};
 use crate::config::{self, Outbound};
 use crate::dial::{ONE_ADDRESS, connect_from, handshake_fault};
 use crate::identity::Identity;
-use crate::policy::{Decision, Rules, decide};
+use crate::policy::{Decision, Rules};
 
 /// How often connections at rest are looked through.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -38,6 +37,8 @@ const SWEEP: Duration = Duration::from_secs(1);
 const MAX_DIALS: usize = 64;
 /// Connections at rest that may turn out to be gone before a new one is made.
 const STALE_TRIES: usize = 3;
+/// How long a peer that ended a handshake because of our protocol's name is not offered it again.
+const REMEMBER_FOREIGN: Duration = Duration::from_secs(600);
 
 struct Route {
     shared: Arc<Shared>,
@@ -47,11 +48,20 @@ struct Route {
     targets: Arc<Targets>,
     pacing: Pacing,
     /// The TLS configuration of the newest identity: making one for each connection would cost more than it.
-    tls: Mutex<Option<(Arc<Identity>, Arc<ClientConfig>)>>,
+    tls: Mutex<Option<Prepared>>,
+    /// Until when the peer is taken for a foreign server that cannot stand the name of our protocol.
+    foreign_until: Mutex<Option<Instant>>,
     /// Connections at rest.
     pool: Pool,
     /// Turns to make new ones.
     dials: Semaphore,
+}
+
+/// A TLS configuration, and what it was made for: which identity, and whether streams are offered.
+struct Prepared {
+    identity: Arc<Identity>,
+    offers_streams: bool,
+    config: Arc<ClientConfig>,
 }
 
 struct Refused {
@@ -138,8 +148,19 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
     };
     let (tls, pool, rules) = (Mutex::new(None), Pool::default(), Arc::new(rules));
     let dials = Semaphore::new(MAX_DIALS);
-    let route = Route { shared: shared.clone(), config, name: name.clone(), rules, targets, pacing, tls, pool, dials };
-    let this = Arc::new(route);
+    let (shared_by_route, foreign_until) = (shared.clone(), Mutex::new(None));
+    let this = Arc::new(Route {
+        shared: shared_by_route,
+        config,
+        name: name.clone(),
+        rules,
+        targets,
+        pacing,
+        tls,
+        foreign_until,
+        pool,
+        dials,
+    });
     let sweeping = tokio::spawn(sweep(this.clone()));
     accept_each(shared, listener, Direction::Outbound, name, |tcp, source, room| {
         let this = this.clone();
@@ -297,7 +318,8 @@ impl Route {
         let secure = self.connect(address, identity, patience.span()).await?;
         *patience.turn = None;
         let (peer, rules, cut) = (secure.peer.clone(), self.rules.clone(), &self.shared.cut);
-        let live = self.shared.registry.register(Direction::Outbound, peer, rules, cut);
+        let shown = identity.may_judge_again(&peer).then(|| secure.shown.clone());
+        let live = self.shared.registry.register(Direction::Outbound, peer, shown, rules, cut);
         let (identity, how) = (identity.clone(), secure.how.clone());
         self.judge(&live, &identity, address)?;
         match secure.into_streams() {
@@ -345,8 +367,7 @@ impl Route {
     /// Asks policy with the newest directive. The connection is registered by now: a change in between is seen here or
     /// by the review.
     fn judge(&self, live: &Registered, identity: &Arc<Identity>, address: SocketAddr) -> Result<(), Refused> {
-        let newest = self.shared.identity.borrow().clone().unwrap_or_else(|| identity.clone());
-        match decide(&self.rules, &live.peer, newest.directive.as_deref(), Timestamp::now()) {
+        match self.shared.decide(live, identity) {
             Decision::Allow => Ok(()),
             Decision::Refuse(reason, detail) => {
                 let (peer, address) = (live.peer.name.to_string(), Some(address));
@@ -382,18 +403,52 @@ impl Route {
 
     async fn connect(&self, address: SocketAddr, identity: &Arc<Identity>, span: Duration) -> Result<Secure, Refused> {
         let at = |(reason, detail)| Refused { address: Some(address), ..Refused::new(reason, detail) };
-        if self.shared.own.is_at(address) {
-            return Err(at((RefusalReason::Loop, format!("{address} is a listener of this agent"))));
+        let offers_streams = self.offers_streams();
+        match self.try_connect(address, identity, span, offers_streams).await {
+            Err(error) if error.wants_other_alpn && offers_streams => {
+                tracing::info!(route = self.name, %address, "the peer is no agent: it is asked without our protocol");
+                *self.foreign_until.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(Instant::now() + REMEMBER_FOREIGN);
+                self.try_connect(address, identity, span, false).await
+            }
+            result => result,
         }
-        let unreachable = |why: String| at((RefusalReason::Unreachable, format!("dialling {address}: {why}")));
+        .map_err(|error| at(error.fault))
+    }
+
+    /// Whether the peer is asked for streams: an agent on TLS 1.3. A foreign server may be older, and most of them ignore
+    /// the name of a protocol they do not know; one that does not was remembered. Whoever forges its alert gains nothing
+    /// but a handshake for each stream.
+    fn offers_streams(&self) -> bool {
+        let foreign_until = *self.foreign_until.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(self.config.peer, config::Peer::Workload(_)) && foreign_until.is_none_or(|end| Instant::now() >= end)
+    }
+
+    async fn try_connect(
+        &self,
+        address: SocketAddr,
+        identity: &Arc<Identity>,
+        span: Duration,
+        offers_streams: bool,
+    ) -> Result<Secure, NotConnected> {
+        if self.shared.own.is_at(address) {
+            return Err((RefusalReason::Loop, format!("{address} is a listener of this agent")).into());
+        }
+        let unreachable = |why: String| (RefusalReason::Unreachable, format!("dialling {address}: {why}"));
         let dialled = timeout(span, connect_from(None, address)).await;
         let dialled = dialled.map_err(|_| unreachable(format!("no answer within {span:?}")))?;
         let tcp = dialled.map_err(|error| unreachable(error.to_string()))?;
-        let config = self.tls_config(identity).map_err(|error| at((RefusalReason::NoIdentity, error.to_string())))?;
-        self.shake_hands(tcp, config, &identity.trust).await.map_err(at)
+        let config = self.tls_config(identity, offers_streams);
+        let config = config.map_err(|error| (RefusalReason::NoIdentity, error.to_string()))?;
+        self.shake_hands(tcp, config, &identity.trust).await
     }
 
-    async fn shake_hands(&self, tcp: TcpStream, config: Arc<ClientConfig>, trust: &Trust) -> Result<Secure, Fault> {
+    async fn shake_hands(
+        &self,
+        tcp: TcpStream,
+        config: Arc<ClientConfig>,
+        trust: &Trust,
+    ) -> Result<Secure, NotConnected> {
         let within = self.shared.timeouts.handshake;
         let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
         let shaking = async {
@@ -404,17 +459,18 @@ impl Route {
                 config::Peer::Dns(host) => {
                     let bad = |_| (RefusalReason::WrongPeer, format!("`{host}` is no DNS name"));
                     let name = ServerName::try_from(host.clone()).map_err(bad)?;
-                    Secure::connect_foreign(tcp, config, trust, name).await
+                    Ok(Secure::connect_foreign(tcp, config, trust, name).await?)
                 }
             }
         };
-        timeout(within, shaking).await.unwrap_or_else(|_| Err(late()))
+        timeout(within, shaking).await.unwrap_or_else(|_| Err(late().into()))
     }
 
-    fn tls_config(&self, identity: &Arc<Identity>) -> Result<Arc<ClientConfig>, TlsError> {
-        let mut cached = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, config)) = cached.as_ref()
+    fn tls_config(&self, identity: &Arc<Identity>, offers_streams: bool) -> Result<Arc<ClientConfig>, TlsError> {
+        let mut prepared = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Prepared { identity: of, offers_streams: offered, config }) = prepared.as_ref()
             && Arc::ptr_eq(of, identity)
+            && *offered == offers_streams
         {
             return Ok(config.clone());
         }
@@ -424,9 +480,8 @@ impl Route {
             config::Peer::Dns(host) => (Expect::Dns(host.clone()), Floor::Tls12),
         };
         let streams: &[&[u8]] = &[ALPN_STREAMS];
-        let alpn = if floor == Floor::Tls13 { streams } else { &[] };
-        let config = identity.client(expect, floor, alpn)?;
-        *cached = Some((identity.clone(), config.clone()));
+        let config = identity.client(expect, floor, if offers_streams { streams } else { &[] })?;
+        *prepared = Some(Prepared { identity: identity.clone(), offers_streams, config: config.clone() });
         Ok(config)
     }
 }

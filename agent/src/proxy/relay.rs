@@ -33,6 +33,10 @@ thread_local! {
 pub trait Side: AsyncRead + AsyncWrite + Unpin {
     /// Makes the coming drop a reset.
     fn reset_on_drop(&self);
+    /// Whether TLS has something to say that is no data: an alert, or new keys.
+    fn owes_answer(&self) -> bool {
+        false
+    }
 }
 
 impl Side for TcpStream {
@@ -46,17 +50,26 @@ impl<S: Side> Side for Replayed<S> {
     fn reset_on_drop(&self) {
         self.inner().reset_on_drop();
     }
+    fn owes_answer(&self) -> bool {
+        self.inner().owes_answer()
+    }
 }
 
 impl<S: Side> Side for tokio_rustls::server::TlsStream<S> {
     fn reset_on_drop(&self) {
         self.get_ref().0.reset_on_drop();
     }
+    fn owes_answer(&self) -> bool {
+        self.get_ref().1.wants_write()
+    }
 }
 
 impl<S: Side> Side for tokio_rustls::client::TlsStream<S> {
     fn reset_on_drop(&self) {
         self.get_ref().0.reset_on_drop();
+    }
+    fn owes_answer(&self) -> bool {
+        self.get_ref().1.wants_write()
     }
 }
 
@@ -218,7 +231,7 @@ impl<W: Side, P: Side> Mover for Copying<W, P> {
                 Poll::Ready(End::WorkloadCut(error))
             }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Whole),
-            _ => Poll::Pending,
+            _ => self.answer(cx),
         }
     }
 
@@ -233,6 +246,20 @@ impl<W: Side, P: Side> Mover for Copying<W, P> {
     fn cut(&mut self) {
         self.workload.reset_on_drop();
         self.peer.reset_on_drop();
+    }
+}
+
+impl<W: Side, P: Side> Copying<W, P> {
+    /// What was read may ask for an answer of TLS itself, like the no to a renegotiation. It goes out at once: the next
+    /// data may be long in coming.
+    fn answer(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        if !self.peer.owes_answer() {
+            return Poll::Pending;
+        }
+        match Pin::new(&mut self.peer).poll_flush(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(End::PeerCut(error)),
+            _ => Poll::Pending,
+        }
     }
 }
 

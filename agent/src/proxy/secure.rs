@@ -7,9 +7,9 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
-use rustls::{ClientConfig, CommonState, ServerConfig};
+use rustls::{AlertDescription, ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
 use sidewarden_proto::tls::{Trust, peer_with};
@@ -34,12 +34,42 @@ const MAX_FLIGHT: usize = 256 << 10;
 /// Why there was no handshake: the closed word and the exact text.
 pub type Fault = (RefusalReason, String);
 
+/// Why a handshake of ours came to nothing.
+#[derive(Debug)]
+pub struct NotConnected {
+    /// As people are told.
+    pub fault: Fault,
+    /// The server is no agent: it knows no protocol that we offered, and has ended the handshake for that alone.
+    pub wants_other_alpn: bool,
+}
+
+impl From<Fault> for NotConnected {
+    fn from(fault: Fault) -> NotConnected {
+        NotConnected { fault, wants_other_alpn: false }
+    }
+}
+
+impl From<&rustls::Error> for NotConnected {
+    fn from(error: &rustls::Error) -> NotConnected {
+        let wants_other_alpn = matches!(error, rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol));
+        NotConnected { fault: tls_fault(error), wants_other_alpn }
+    }
+}
+
+impl From<NotConnected> for Fault {
+    fn from(error: NotConnected) -> Fault {
+        error.fault
+    }
+}
+
 /// The peer's side of a connection, authenticated.
 pub struct Secure {
     /// Who is there.
     pub peer: Peer,
     /// How it was settled.
     pub how: Secured,
+    /// The chain that proves it, leaf first.
+    pub shown: Arc<[CertificateDer<'static>]>,
     stream: Stream,
     carries_streams: bool,
 }
@@ -60,11 +90,11 @@ impl Secure {
     ) -> Result<Secure, Fault> {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
         let early = drive(&mut connection, &mut socket, &mut hello).await?;
-        let (peer, how) = settled(&connection, Usage::Client, trust, &socket)?;
+        let (peer, how, shown) = settled(&connection, Usage::Client, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_server(connection).map_err(unusable)?;
         let channel = Channel { records, socket, partial: hello };
-        Ok(Secure { peer, how, stream: Stream::Records(Box::new((channel, early))), carries_streams })
+        Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
     /// The server's half of a TLS 1.2 handshake that begins with `hello`.
@@ -77,8 +107,8 @@ impl Secure {
         match TlsAcceptor::from(config).accept(Replayed::new(hello, socket)).into_fallible().await {
             Ok(stream) => {
                 let (socket, connection) = stream.get_ref();
-                let (peer, how) = settled(connection, Usage::Client, trust, socket.inner())?;
-                Ok(Secure { peer, how, stream: Stream::Accepted(Box::new(stream)), carries_streams: false })
+                let (peer, how, shown) = settled(connection, Usage::Client, trust, socket.inner())?;
+                Ok(Secure { peer, how, shown, stream: Stream::Accepted(Box::new(stream)), carries_streams: false })
             }
             Err((error, mut rest)) => {
                 // rustls has written its alert; the client should get to read it.
@@ -95,18 +125,18 @@ impl Secure {
         config: Arc<ClientConfig>,
         trust: &Trust,
         host: Option<&str>,
-    ) -> Result<Secure, Fault> {
+    ) -> Result<Secure, NotConnected> {
         let address = socket.peer_addr().map_err(|error| cut(&error))?;
         let host = host.and_then(|host| ServerName::try_from(host.to_owned()).ok());
         let name = host.unwrap_or_else(|| ServerName::from(address.ip()));
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
         let early = drive(&mut connection, &mut socket, &mut rest).await?;
-        let (peer, how) = settled(&connection, Usage::Server, trust, &socket)?;
+        let (peer, how, shown) = settled(&connection, Usage::Server, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_client(connection).map_err(unusable)?;
         let channel = Channel { records, socket, partial: rest };
-        Ok(Secure { peer, how, stream: Stream::Records(Box::new((channel, early))), carries_streams })
+        Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
     /// The client's half of a handshake with a foreign server, which may need its name to choose a certificate.
@@ -118,8 +148,8 @@ impl Secure {
     ) -> Result<Secure, Fault> {
         let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
         let (socket, connection) = stream.get_ref();
-        let (peer, how) = settled(connection, Usage::Server, trust, socket)?;
-        Ok(Secure { peer, how, stream: Stream::Connected(Box::new(stream)), carries_streams: false })
+        let (peer, how, shown) = settled(connection, Usage::Server, trust, socket)?;
+        Ok(Secure { peer, how, shown, stream: Stream::Connected(Box::new(stream)), carries_streams: false })
     }
 
     /// Ends the connection with a fatal `alert`, where the form of the stream allows one, and otherwise with a reset.
@@ -159,16 +189,14 @@ impl Secure {
     }
 }
 
-fn settled(
-    connection: &CommonState,
-    usage: Usage,
-    trust: &Trust,
-    socket: &TcpStream,
-) -> Result<(Peer, Secured), Fault> {
+type Settled = (Peer, Secured, Arc<[CertificateDer<'static>]>);
+
+fn settled(connection: &CommonState, usage: Usage, trust: &Trust, socket: &TcpStream) -> Result<Settled, Fault> {
     let address = socket.peer_addr().map_err(|error| cut(&error))?;
     let chain = connection.peer_certificates().unwrap_or_default();
     let peer = peer_with(chain, trust, usage).map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
-    Ok((peer, secured(connection, address)))
+    let shown = chain.iter().map(|cert| cert.clone().into_owned()).collect();
+    Ok((peer, secured(connection, address), shown))
 }
 
 fn unusable(error: super::record::RecordError) -> Fault {
@@ -184,13 +212,13 @@ async fn drive<C: Handshaking>(
     connection: &mut C,
     socket: &mut TcpStream,
     input: &mut Vec<u8>,
-) -> Result<Early, Fault> {
+) -> Result<Early, NotConnected> {
     let (mut output, mut early) = (Vec::new(), Early::default());
     loop {
         let progress = advance(connection, input, &mut output, &mut early);
         if let Err(error) = progress {
             part_soon(socket, &output).await;
-            return Err(tls_fault(&error));
+            return Err(NotConnected::from(&error));
         }
         socket.write_all(&output).await.map_err(|error| cut(&error))?;
         output.clear();
@@ -198,10 +226,10 @@ async fn drive<C: Handshaking>(
             return Ok(early);
         }
         if input.len() > MAX_FLIGHT {
-            return Err((RefusalReason::HandshakeFailed, "its handshake has no end".into()));
+            return Err((RefusalReason::HandshakeFailed, "its handshake has no end".into()).into());
         }
         if socket.read_buf(input).await.map_err(|error| cut(&error))? == 0 {
-            return Err((RefusalReason::HandshakeFailed, "it closed within the handshake".into()));
+            return Err((RefusalReason::HandshakeFailed, "it closed within the handshake".into()).into());
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Two agents' proxies against each other, and against everybody who should not get in.
 
 mod ends;
+mod foreign;
 mod idle;
 mod resumption;
 mod streams;

@@ -131,7 +131,7 @@ fn any_for(address: SocketAddr) -> SocketAddr {
 }
 
 fn tls_config(identity: &Identity) -> Result<Arc<rustls::ClientConfig>, TlsError> {
-    let expect = Expect::Workload(collector_id(&identity.workload.trust_domain()));
+    let expect = Expect::Workload(collector_id(&identity.home));
     identity.client(expect, Floor::Tls13, &[ALPN])
 }
 

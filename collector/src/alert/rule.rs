@@ -474,6 +474,26 @@ pub const RULES: &[Rule] = &[
         read: revoked,
     },
     Rule {
+        name: "TrustFilesRefused",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["trust.files_refused", "trust.changed", "agent.started"],
+        meaning: "files that say whom an agent trusts cannot be used; what it had read before stays in force",
+        what_to_do: "the error names the file and what is wrong with it: put that right, nothing has to be restarted",
+        read: trust_files,
+    },
+    Rule {
+        name: "RevocationListsLacking",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["trust.crls", "agent.started"],
+        meaning: "revocation lists of foreign CAs are missing or have ended; in strict mode their peers are refused",
+        what_to_do: "bring a newer list of each CA that is named to `trust.crls`; nothing has to be restarted",
+        read: revocation_lists,
+    },
+    Rule {
         name: "EnrolmentRefused",
         severity: Severity::Warning,
         lasts: Lasts::Moment,
@@ -539,7 +559,8 @@ fn refusal_rule(reason: RefusalReason) -> Option<&'static str> {
         RefusalReason::NoCertificate
         | RefusalReason::Expired
         | RefusalReason::BadCertificate
-        | RefusalReason::Revoked => "BadPeerCertificate",
+        | RefusalReason::Revoked
+        | RefusalReason::RevocationUnknown => "BadPeerCertificate",
         RefusalReason::EgressNotListed | RefusalReason::EgressLoop | RefusalReason::BadRequest => "EgressRefused",
         RefusalReason::EgressPrivateAddress => "EgressToPrivateAddress",
         RefusalReason::HandshakeTimeout | RefusalReason::RequestTimeout | RefusalReason::LimitReached => {
@@ -585,6 +606,7 @@ fn refusal_in_words(body: &ConnectionRefused) -> String {
         RefusalReason::Expired => "a certificate outside its validity was refused",
         RefusalReason::BadCertificate => "a certificate that breaks the rules was refused",
         RefusalReason::Revoked => "a revoked certificate was refused",
+        RefusalReason::RevocationUnknown => "a certificate that no revocation list speaks for was refused",
         RefusalReason::HandshakeTimeout => "a handshake was never finished",
         RefusalReason::LimitReached => "a limit on connections was reached",
         RefusalReason::ProxyHeaderUntrusted => "a PROXY header from where none may come was refused",
@@ -859,6 +881,33 @@ fn renewal(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     }
 }
 
+fn trust_files(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::TrustFilesRefused(body)) => {
+            let mut case = case(seen, rule, format!("trust files cannot be used: {}", short(&body.error, 200)));
+            case.evidence = lines([("error", &body.error)]);
+            vec![Signal::Raise(case)]
+        }
+        // An agent does not start with files that cannot be used.
+        Some(Body::TrustChanged(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        _ => Vec::new(),
+    }
+}
+
+fn revocation_lists(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::TrustCrls(body)) if !body.lacking.is_empty() => {
+            let then = if body.strict { "its peers are refused" } else { "its peers are not asked about" };
+            let mut case = case(seen, rule, format!("{}: {then}", short(&body.lacking[0], 200)));
+            case.evidence = body.lacking.iter().take(20).map(|lack| short(lack, 300)).collect();
+            vec![Signal::Raise(case)]
+        }
+        // One that starts tells anew, or was told not to ask for lists any more.
+        Some(Body::TrustCrls(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        _ => Vec::new(),
+    }
+}
+
 /// The case of an agent whose last renewal failed with `error`.
 pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
     let what = format!("renewing the certificate fails: {}", short(error, 200));
@@ -1091,6 +1140,7 @@ mod tests {
             (RefusalReason::Expired, Some("BadPeerCertificate[expired]")),
             (RefusalReason::BadCertificate, Some("BadPeerCertificate[bad_certificate]")),
             (RefusalReason::Revoked, Some("BadPeerCertificate[revoked]")),
+            (RefusalReason::RevocationUnknown, Some("BadPeerCertificate[revocation_unknown]")),
             (RefusalReason::NotAllowed, Some("PeerNotAllowed[not_allowed]")),
             (RefusalReason::WrongPeer, Some("WrongPeer[wrong_peer]")),
             (RefusalReason::HandshakeFailed, None),
@@ -1159,6 +1209,13 @@ mod tests {
             (exposed_at("<b>", "").into(), &["ListenerExposed[other]"]),
             (InterceptionBroken { why: vec!["no rules".into()] }.into(), &["InterceptionBroken"]),
             (InterceptionHolds { bypass: Vec::new() }.into(), &[]),
+            (TrustFilesRefused { error: "x.pem: it is empty".into() }.into(), &["TrustFilesRefused"]),
+            (TrustChanged { domains: Default::default(), dns_roots: vec![] }.into(), &[]),
+            (
+                TrustCrls { strict: true, lists: 1, lacking: vec!["there is none of x".into()] }.into(),
+                &["RevocationListsLacking"],
+            ),
+            (TrustCrls { strict: true, lists: 2, lacking: vec![] }.into(), &[]),
             (started(true).into(), &[]),
             (started(false).into(), &["AgentKilled"]),
             (

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sidewarden_proto::event::{Direction, Severity};
+use sidewarden_proto::event::{Direction, Severity, TrustChanged};
 use sidewarden_proto::finding::{Finding, Vantage, Verdict};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
@@ -41,6 +41,8 @@ pub struct AgentView {
     pub certificate: Option<Certificate>,
     /// Why its last renewal failed.
     pub renewal_failed: Option<String>,
+    /// Whose roots it holds, if it has said so.
+    pub trust: Option<TrustChanged>,
     /// Refused connections by reason.
     pub refused: BTreeMap<&'static str, Counted>,
     /// Lost events by reason.
@@ -180,6 +182,7 @@ fn agent_view(id: &AgentId, agent: &Agent, status: Status) -> AgentView {
         posture: counts(agent),
         certificate: agent.certificate.clone(),
         renewal_failed: agent.renewal_failed.clone(),
+        trust: agent.trust.clone(),
         refused: agent.refused.iter().map(|(reason, counted)| (reason.word(), *counted)).collect(),
         lost: agent.lost.clone(),
         events: Severity::ALL.iter().map(|s| (s.word(), agent.events[s.rank()])).collect(),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sidewarden_proto::directive::{Directive, DirectiveFault, Signed, Target};
+use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Signed, Target};
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::time::Timestamp;
@@ -68,6 +68,7 @@ impl Directives {
                 bundle,
                 deny: Vec::new(),
                 revoked: Vec::new(),
+                foreign: ForeignRoots::default(),
             },
         };
         write(path, &directive)?;
@@ -105,6 +106,11 @@ impl Directives {
         }
         self.put(Directive { version: version + 1, issued_us: now, ..changed }, own)?;
         Ok(version + 1)
+    }
+
+    /// Replaces the roots of others than our own domain. On disk and signed before anybody is told.
+    pub fn set_foreign(&self, foreign: ForeignRoots, own: &Credential, now: Timestamp) -> Result<(), DirectivesError> {
+        self.change(own, now, |old| Ok::<_, DirectivesError>(Directive { foreign, ..old })).map(drop)
     }
 
     /// Signs it anew with our new certificate: agents verify it against the signer's dates.

@@ -1,6 +1,6 @@
 //! One stream after the other on a connection between two agents.
 
-use sidewarden_proto::tls::{Expect, Floor};
+use sidewarden_proto::tls::{self, Expect, Floor};
 use sidewarden_proto::wire::ALPN_STREAMS;
 
 use super::*;
@@ -39,13 +39,8 @@ async fn by_hand(ca: &Ca, orders: &Agent) -> Channel {
     let expect = Expect::Workload(ORDERS.parse().unwrap());
     let config = ca.identity("shop/web").client(expect, Floor::Tls13, &[ALPN_STREAMS]).unwrap();
     let tcp = TcpStream::connect(orders.inbound[0]).await.unwrap();
-    Secure::connect(tcp, config, &ca.trust(), None)
-        .await
-        .unwrap_or_else(|(_, fault)| panic!("{fault}"))
-        .into_streams()
-        .ok()
-        .unwrap()
-        .0
+    let connected = Secure::connect(tcp, config, &ca.trust(), None).await;
+    connected.unwrap_or_else(|error| panic!("{error:?}")).into_streams().ok().unwrap().0
 }
 
 fn open() -> Frame {
@@ -186,12 +181,90 @@ async fn an_end_that_counts_other_bytes_than_came_cuts_the_workload() {
     }
 }
 
+/// Every refusal that was told.
+fn refusals_of(events: &Mutex<Vec<Event>>) -> Vec<(RefusalReason, String)> {
+    let events = events.lock().unwrap();
+    let refused = events.iter().filter_map(|event| match event.body() {
+        Ok(Some(Body::ConnectionRefused(refused))) => Some((refused.reason, refused.detail)),
+        _ => None,
+    });
+    refused.collect()
+}
+
 #[tokio::test]
-async fn a_stream_that_never_begins_is_not_waited_for() {
+async fn a_stream_that_never_begins_is_not_waited_for_and_told_once() {
     let ca = Ca::new("td");
     let mut config = inbound_config(echo().await, WEB);
-    config.timeouts.handshake = Duration::from_millis(100);
+    config.timeouts.handshake = Duration::from_secs(1);
     let orders = Agent::start(Some(ca.identity("shop/orders")), config).await;
     let mut channel = by_hand(&ca, &orders).await;
     assert_eq!(channel.receive().await.unwrap(), None, "the agent closes");
+    let (reason, detail, peer) = orders.refusal().await;
+    assert_eq!((reason, peer.as_str()), (RefusalReason::HandshakeTimeout, WEB), "{detail}");
+    orders.shared.stop.cancel();
+    orders._serving.await.unwrap();
+    assert_eq!(refusals_of(&orders.events), [(RefusalReason::HandshakeTimeout, "it began no stream within 1s".into())]);
+}
+
+#[tokio::test]
+async fn a_peer_that_closes_before_its_first_stream_is_told_once_and_one_at_rest_is_not() {
+    let ca = Ca::new("td");
+    let orders = Agent::start(Some(ca.identity("shop/orders")), inbound_config(echo().await, WEB)).await;
+    let mut served = by_hand(&ca, &orders).await;
+    served.send(&Frame::Open(b"GET / HTTP/1.1".to_vec())).unwrap();
+    assert_eq!(served.receive().await.unwrap(), Some(Frame::Refuse("handshake_failed".into())));
+    drop(served);
+    until("it is gone", || orders.shared.registry.is_empty()).await;
+    drop(by_hand(&ca, &orders).await);
+    until("both are gone", || orders.shared.registry.registered() == 2 && orders.shared.registry.is_empty()).await;
+    orders.shared.stop.cancel();
+    orders._serving.await.unwrap();
+    let told = refusals_of(&orders.events);
+    let expected = ["its OPEN cannot be read", "it closed before it began a stream"];
+    assert_eq!(told, expected.map(|detail| (RefusalReason::HandshakeFailed, detail.to_owned())));
+}
+
+/// A server that is no agent: mutual TLS with this identity, `alpn` as the only protocol it knows, and an echo.
+async fn foreign_server(identity: &Identity, alpn: &[u8]) -> (SocketAddr, Arc<Mutex<Vec<bool>>>) {
+    let tls = tls::server_config(&identity.credential, &identity.trust, Floor::Tls13, &[alpn]).unwrap();
+    let (listener, shaken) = (TcpListener::bind(ANY).await.unwrap(), Arc::<Mutex<Vec<bool>>>::default());
+    let (address, outcomes) = (listener.local_addr().unwrap(), shaken.clone());
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let accepted = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(tcp).await;
+            outcomes.lock().unwrap().push(accepted.is_ok());
+            let Ok(stream) = accepted else { continue };
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = tokio::io::split(stream);
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+                let _ = writer.shutdown().await;
+            });
+        }
+    });
+    (address, shaken)
+}
+
+#[tokio::test]
+async fn a_foreign_server_that_cannot_stand_our_protocols_name_is_asked_without_it_and_remembered() {
+    let ca = Ca::new("td");
+    let (address, shaken) = foreign_server(&ca.identity("shop/orders"), b"http/1.1").await;
+    let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(address, ORDERS)).await;
+    assert_eq!(ask(&web, b"first").await, b"first");
+    assert_eq!(*shaken.lock().unwrap(), [false, true], "no_application_protocol, and once more without");
+    assert_eq!(ask(&web, b"second").await, b"second");
+    assert_eq!(*shaken.lock().unwrap(), [false, true, true]);
+    assert_eq!(web.shared.registry.registered(), 2);
+}
+
+#[tokio::test]
+async fn a_foreign_server_that_is_somebody_else_is_asked_once() {
+    let (ca, other) = (Ca::new("td"), Ca::new("td"));
+    let (address, shaken) = foreign_server(&other.identity("shop/orders"), ALPN_STREAMS).await;
+    let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(address, ORDERS)).await;
+    assert!(is_reset(call(&web).await).await);
+    assert_eq!(web.refusal().await.0, RefusalReason::UnknownCa);
+    until("the server has noticed", || !shaken.lock().unwrap().is_empty()).await;
+    web.shared.stop.cancel();
+    web._serving.await.unwrap();
+    assert_eq!(*shaken.lock().unwrap(), [false]);
 }

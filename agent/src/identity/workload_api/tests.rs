@@ -1,0 +1,349 @@
+//! Against a server that others have written: tonic and prost, over a Unix socket.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::codegen::tokio_stream::Stream;
+use tonic::server::{Grpc, ServerStreamingService};
+use tonic::{Request, Response, Status};
+
+use super::*;
+use crate::dial::Resolver;
+use crate::identity::foreign::ForeignFiles;
+use crate::identity::keeper::{Elsewhere, Keeper, Parts, Source};
+use crate::identity::made_up::{Ca, validity};
+use crate::identity::{Current, Identity, Issued, Store, Terms};
+use sidewarden_proto::directive::Deny;
+use sidewarden_proto::event::{Body, Event};
+use sidewarden_proto::time::Timestamp;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct X509SvidRequest {}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct X509SvidResponse {
+    #[prost(message, repeated, tag = "1")]
+    svids: Vec<X509Svid>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    crl: Vec<Vec<u8>>,
+    #[prost(map = "string, bytes", tag = "3")]
+    federated_bundles: HashMap<String, Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct X509Svid {
+    #[prost(string, tag = "1")]
+    spiffe_id: String,
+    #[prost(bytes = "vec", tag = "2")]
+    x509_svid: Vec<u8>,
+    #[prost(bytes = "vec", tag = "3")]
+    x509_svid_key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "4")]
+    bundle: Vec<u8>,
+    #[prost(string, tag = "5")]
+    hint: String,
+}
+
+type Answered = Result<X509SvidResponse, Status>;
+
+/// What the server says: the newest of it to whoever asks, and each change to whoever listens.
+#[derive(Clone)]
+struct Spire(Arc<Mutex<Said>>);
+
+/// The newest answer, who listens, and how often was asked.
+type Said = (Answered, Vec<mpsc::Sender<Answered>>, usize);
+
+struct Answers(mpsc::Receiver<Answered>);
+
+impl Stream for Answers {
+    type Item = Answered;
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Answered>> {
+        self.0.poll_recv(cx)
+    }
+}
+
+impl ServerStreamingService<X509SvidRequest> for Spire {
+    type Response = X509SvidResponse;
+    type ResponseStream = Answers;
+    type Future = std::future::Ready<Result<Response<Answers>, Status>>;
+
+    fn call(&mut self, request: Request<X509SvidRequest>) -> Self::Future {
+        let secured = request.metadata().get("workload.spiffe.io").is_some_and(|value| value == "true");
+        let mut spire = self.0.lock().unwrap();
+        spire.2 += 1;
+        let answer = if secured { spire.0.clone() } else { Err(Status::invalid_argument("security header missing")) };
+        std::future::ready(answer.map(|first| {
+            let (tell, told) = mpsc::channel(16);
+            tell.try_send(Ok(first)).unwrap();
+            spire.1.push(tell);
+            Response::new(Answers(told))
+        }))
+    }
+}
+
+impl Spire {
+    fn new(answer: Answered) -> Spire {
+        Spire(Arc::new(Mutex::new((answer, Vec::new(), 0))))
+    }
+
+    fn serve(&self, path: &Path) -> JoinHandle<()> {
+        let _ = std::fs::remove_file(path);
+        let (listener, spire) = (UnixListener::bind(path).unwrap(), self.clone());
+        tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let spire = spire.clone();
+                let service = service_fn(move |request: http::Request<Incoming>| {
+                    let spire = spire.clone();
+                    async move {
+                        assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
+                        let mut grpc = Grpc::new(tonic_prost::ProstCodec::default());
+                        Ok::<_, std::convert::Infallible>(grpc.server_streaming(spire, request).await)
+                    }
+                });
+                let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                connections.spawn(async move { http.serve_connection(TokioIo::new(socket), service).await });
+            }
+        })
+    }
+
+    /// To whoever listens, and to whoever asks from now on.
+    fn say(&self, answer: Answered) {
+        let mut spire = self.0.lock().unwrap();
+        spire.1.retain(|listener| listener.try_send(answer.clone()).is_ok());
+        spire.0 = answer;
+    }
+
+    fn asked(&self) -> usize {
+        self.0.lock().unwrap().2
+    }
+}
+
+fn svid(ca: &Ca, path: &str, issued: &Issued) -> X509Svid {
+    let chain = issued.chain()[0].0.clone();
+    let (spiffe_id, x509_svid_key) = (format!("spiffe://td/{path}"), issued.key().unwrap());
+    X509Svid { spiffe_id, x509_svid: chain, x509_svid_key, bundle: ca.root.to_vec(), hint: String::new() }
+}
+
+fn answer(ca: &Ca, federated: &[(&str, &Ca)]) -> X509SvidResponse {
+    let svids = vec![svid(ca, "shop/web", &ca.issue("shop/web"))];
+    let federated = federated.iter().map(|(name, ca)| ((*name).to_owned(), ca.root.to_vec()));
+    X509SvidResponse { svids, crl: vec![], federated_bundles: federated.collect() }
+}
+
+/// A keeper that runs.
+struct World {
+    dir: tempfile::TempDir,
+    current: Current,
+    trouble: tokio::sync::watch::Receiver<Option<String>>,
+    events: Arc<Mutex<Vec<Event>>>,
+    directives: mpsc::Sender<Vec<u8>>,
+    stop: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+impl World {
+    fn new(socket: &Path) -> World {
+        World::in_dir(tempfile::tempdir().unwrap(), socket)
+    }
+
+    fn in_dir(dir: tempfile::TempDir, socket: &Path) -> World {
+        let store = Store::open(dir.path()).unwrap();
+        let events: Arc<Mutex<Vec<Event>>> = Arc::default();
+        let told = events.clone();
+        let endpoint = format!("unix://{}", socket.display()).parse().unwrap();
+        let source = Source {
+            collectors: vec![],
+            token_file: None,
+            workload: None,
+            instance: "c1".parse().unwrap(),
+            elsewhere: Some(Elsewhere::WorkloadApi(endpoint)),
+            foreign: ForeignFiles::default(),
+        };
+        let parts = Parts {
+            source,
+            resolver: Resolver::from_system(),
+            terms: Terms::default(),
+            emit: Arc::new(move |event| told.lock().unwrap().push(event)),
+            random: |bytes| bytes.fill(0),
+            renewals: mpsc::channel(1).0,
+        };
+        let (keeper, current) = Keeper::load(store, parts).unwrap();
+        let (trouble, stop) = (keeper.trouble(), CancellationToken::new());
+        let (directives, incoming) = mpsc::channel(1);
+        let running = tokio::spawn(keeper.run(incoming, stop.clone()));
+        World { dir, current, trouble, events, directives, stop, running }
+    }
+
+    async fn identity(&mut self, what: &str, holds: impl Fn(&Identity) -> bool) -> Arc<Identity> {
+        let found = self.current.wait_for(|now| now.as_ref().is_some_and(|identity| holds(identity)));
+        let found = timeout(Duration::from_secs(60), found).await;
+        found.unwrap_or_else(|_| panic!("never: {what}")).unwrap().clone().unwrap()
+    }
+
+    async fn trouble(&mut self, says: &str) {
+        let found = self.trouble.wait_for(|now| now.as_ref().is_some_and(|trouble| trouble.contains(says)));
+        drop(timeout(Duration::from_secs(60), found).await.unwrap_or_else(|_| panic!("never: {says}")).unwrap());
+    }
+
+    /// Ends it; its folder, for the next one.
+    async fn stop(self) -> tempfile::TempDir {
+        self.stop.cancel();
+        self.running.await.unwrap();
+        self.dir
+    }
+}
+
+fn domains(identity: &Identity) -> Vec<&str> {
+    identity.trust.domains.keys().map(|domain| domain.as_str()).collect()
+}
+
+fn refused_events(events: &Mutex<Vec<Event>>) -> usize {
+    let events = events.lock().unwrap();
+    events.iter().filter(|event| matches!(event.body(), Ok(Some(Body::IdentityRenewalFailed(_))))).count()
+}
+
+#[tokio::test]
+async fn an_identity_comes_late_is_rotated_and_outlives_the_api() {
+    let (dir, ca, partner) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("partner.example"));
+    let socket = dir.path().join("agent.sock");
+    let mut world = World::new(&socket);
+    world.trouble("agent.sock").await;
+    assert!(world.current.borrow().is_none(), "nothing gets through until there is an identity");
+
+    let spire = Spire::new(Err(Status::permission_denied("no identity issued")));
+    let serving = spire.serve(&socket);
+    world.trouble("permission denied: no identity issued").await;
+    spire.say(Ok(answer(&ca, &[])));
+    let first = world.identity("the first identity", |_| true).await;
+    assert_eq!((first.workload.as_str(), domains(&first)), ("spiffe://td/shop/web", vec!["td"]));
+    assert_eq!(*world.trouble.borrow(), None);
+
+    spire.say(Ok(answer(&ca, &[("spiffe://partner.example", &partner)])));
+    let second =
+        world.identity("the second", |now| now.credential.peer().serial != first.credential.peer().serial).await;
+    assert_eq!(domains(&second), ["partner.example", "td"]);
+
+    for (broken, says) in [
+        (X509SvidResponse::default(), "no identity in it"),
+        (X509SvidResponse { svids: vec![X509Svid::default()], ..answer(&ca, &[]) }, "an identity has no name"),
+        (
+            answer(&Ca::new("td"), &[("spiffe://partner.example", &partner), ("spiffe://..bad name", &ca)]),
+            "no trust domain",
+        ),
+    ] {
+        spire.say(Ok(broken));
+        world.trouble(says).await;
+        assert!(Arc::ptr_eq(world.current.borrow().as_ref().unwrap(), &second), "the last good one is kept");
+    }
+    assert_eq!(refused_events(&world.events), 1, "told once while it lasts");
+    serving.abort();
+    let _ = serving.await;
+    world.trouble("Workload API").await;
+    assert!(world.current.borrow().is_some());
+    spire.say(Ok(answer(&ca, &[])));
+    let again = spire.serve(&socket);
+    world.identity("the third", |now| domains(now) == ["td"]).await;
+    assert!(spire.asked() > 3);
+    world.stop().await;
+    again.abort();
+}
+
+#[tokio::test]
+async fn the_same_answer_again_changes_nothing() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+    let socket = dir.path().join("agent.sock");
+    let same = answer(&ca, &[]);
+    let spire = Spire::new(Ok(same.clone()));
+    let serving = spire.serve(&socket);
+    let mut world = World::new(&socket);
+    let first = world.identity("the first", |_| true).await;
+    spire.say(Ok(same));
+    spire.say(Err(Status::unavailable("a restart")));
+    world.trouble("unavailable: a restart").await;
+    assert!(Arc::ptr_eq(world.current.borrow().as_ref().unwrap(), &first), "warm connections stay");
+    world.stop().await;
+    serving.abort();
+}
+
+#[tokio::test]
+async fn an_identity_that_does_not_hold_now_is_not_taken() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+    let socket = dir.path().join("agent.sock");
+    let mut params = ca.params("shop/web");
+    let (now, hour) = (Timestamp::now(), Duration::from_secs(3600));
+    validity(&mut params, now.minus(hour * 2), now.minus(hour));
+    let ended = X509SvidResponse { svids: vec![svid(&ca, "shop/web", &ca.issue_with(&params))], ..answer(&ca, &[]) };
+    let serving = Spire::new(Ok(ended)).serve(&socket);
+    let mut world = World::new(&socket);
+    world.trouble("does not verify").await;
+    assert!(world.current.borrow().is_none());
+    world.stop().await;
+    serving.abort();
+}
+
+/// The deny list must be there before the first connection, also when who we are comes later than the agent, and also
+/// when the roots that it was signed under have gone meanwhile.
+#[tokio::test]
+async fn the_directive_on_disk_is_in_force_with_the_first_identity() {
+    let (dir, ca, newer) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("td"));
+    let socket = dir.path().join("agent.sock");
+    let spire = Spire::new(Ok(answer(&ca, &[])));
+    let serving = spire.serve(&socket);
+    let mut world = World::new(&socket);
+    world.identity("the first", |_| true).await;
+    let deny = vec![Deny::Workload { id: "spiffe://td/shop/db".parse().unwrap(), why: "test".into() }];
+    world.directives.send(ca.directive(7, deny, Timestamp::now()).to_bytes()).await.unwrap();
+    world.identity("the directive", |now| now.directive_version() == 7).await;
+    let kept = world.stop().await;
+    spire.say(Ok(answer(&newer, &[])));
+    let mut world = World::in_dir(kept, &socket);
+    let now = world.identity("an identity under the new root", |_| true).await;
+    assert_eq!(now.directive_version(), 7);
+    let roots = &now.trust.domains[&"td".parse().unwrap()];
+    assert_eq!(roots, std::slice::from_ref(&newer.root), "its roots are SPIRE's to say, not the directive's");
+    world.stop().await;
+    serving.abort();
+}
+
+#[tokio::test]
+async fn somebody_else_at_the_socket_gets_no_further_than_an_error() {
+    use tokio::io::AsyncWriteExt;
+    let dir = tempfile::tempdir().unwrap();
+    let preface = b"\0\0\0\x04\0\0\0\0\0".to_vec();
+    let huge = [&preface[..], &[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]].concat();
+    for (i, said) in [b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), vec![], preface, huge].into_iter().enumerate() {
+        let socket = dir.path().join(format!("{i}.sock"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.write_all(&said).await;
+        });
+        let endpoint: Endpoint = format!("unix:{}", socket.display()).parse().unwrap();
+        let (tell, mut told) = mpsc::channel(1);
+        let following = tokio::spawn(async move { follow(&endpoint, tell, |bytes| bytes.fill(0)).await });
+        let first = timeout(Duration::from_secs(60), told.recv()).await.unwrap().unwrap();
+        assert!(first.is_err(), "{i}: {first:?}");
+        following.abort();
+        serving.await.unwrap();
+    }
+}
+
+#[test]
+fn an_endpoint_is_a_unix_socket() {
+    let path = |text: &str| text.parse::<Endpoint>().map(|endpoint| endpoint.path().display().to_string());
+    assert_eq!(path("unix:///run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
+    assert_eq!(path("unix:/run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
+    let long = format!("unix:///{}", "x".repeat(120));
+    for wrong in ["tcp://127.0.0.1:8000", "/run/agent.sock", "unix://agent.sock", "unix:///a?b", "", long.as_str()] {
+        assert!(path(wrong).unwrap_err().contains("unix:///run/spire/agent.sock"), "{wrong}");
+    }
+}
