@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
@@ -26,6 +26,7 @@ use crate::index::{Index, Writer};
 use crate::ingest::{self, Refusals, Shared};
 use crate::log::{Log, SqliteLog};
 use crate::metrics;
+use crate::trust::Applied;
 
 /// How often time passes in the log: the grain of silence, `for` and retention.
 const TICK: Duration = Duration::from_secs(10);
@@ -247,13 +248,25 @@ async fn tick(core: Core) {
 async fn keep_house(core: Core) {
     let mut beat = tokio::time::interval(HOUSEKEEPING);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let trust = Arc::new(Mutex::new(Applied::new(&core.config.data_dir)));
     loop {
         tokio::select! {
             _ = beat.tick() => {}
             () = core.shutdown.cancelled() => return,
         }
         let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
-        let done = tokio::task::spawn_blocking(move || renew_and_collect(&issuer, &directives, now)).await;
+        let trust = trust.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let mut events = renew_and_collect(&issuer, &directives, now)?;
+            let own = issuer.authority().own().borrow().clone();
+            let mut trust = trust.lock().unwrap_or_else(PoisonError::into_inner);
+            match trust.look(&directives, &own, now) {
+                Ok(event) => events.extend(event),
+                Err(error) => tracing::error!(%error, "the imported roots stay as they were"),
+            }
+            Ok::<_, anyhow::Error>(events)
+        })
+        .await;
         match done {
             Ok(Ok(events)) => {
                 for event in events {

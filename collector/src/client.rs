@@ -133,6 +133,11 @@ impl Client {
         Ok(())
     }
 
+    /// Every agent, as the API tells.
+    pub async fn agent_list(&self) -> anyhow::Result<Value> {
+        self.ask("/api/v1/agents", &[]).await
+    }
+
     /// Every agent.
     pub async fn agents(&self, json: bool) -> anyhow::Result<()> {
         let answer = self.ask("/api/v1/agents", &[]).await?;

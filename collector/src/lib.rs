@@ -16,6 +16,7 @@ pub mod state;
 pub mod ca;
 pub mod fleet;
 pub mod ingest;
+pub mod trust;
 
 pub mod alert;
 pub mod api;

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use sidewarden_collector::ca::{Authority, CaError, Pattern, Register, TokenInfo};
 use sidewarden_collector::client::{self, Client, EventsQuery};
 use sidewarden_collector::config::{self, Config};
+use sidewarden_collector::trust::{self, command::TrustCommand};
 use sidewarden_collector::{app, table};
 use sidewarden_proto::config::FromValue;
 use sidewarden_proto::time::Timestamp;
@@ -64,6 +65,9 @@ enum Command {
         #[command(flatten)]
         at: At,
     },
+    /// Whom agents trust besides our own: roots of other trust domains and of peers with DNS names
+    #[command(subcommand)]
+    Trust(Trust),
     /// Who is there: agents with status, posture and certificate
     Agents {
         #[command(flatten)]
@@ -90,6 +94,17 @@ enum Command {
     },
     /// Read the settings and report every fault
     CheckConfig,
+}
+
+#[derive(Subcommand)]
+enum Trust {
+    #[command(flatten)]
+    Store(TrustCommand),
+    /// Show who trusts whom, who lacks whose root and what ends first; exit code 1 if somebody lacks one
+    Verify {
+        #[command(flatten)]
+        at: At,
+    },
 }
 
 #[derive(Subcommand)]
@@ -187,6 +202,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Revoke { what, at } => {
             let client = client(&config, &at)?;
             runtime(false)?.block_on(commands::revoke::run(&client, what, &config.trust_domain, at.json))
+        }
+        Command::Trust(Trust::Store(command)) => trust::command::run(&config, command, Timestamp::now()),
+        Command::Trust(Trust::Verify { at }) => {
+            let agents = runtime(false)?.block_on(client(&config, &at)?.agent_list())?;
+            trust::command::verify(&config, &agents, at.json)
         }
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {

@@ -239,3 +239,58 @@ fn an_identity_is_revoked_listed_and_restored_beside_a_running_collector() {
         assert_eq!(revoke(wrong).status.code(), Some(2), "{wrong:?}");
     }
 }
+
+/// A root and a leaf below it, PEM.
+fn partner_chain() -> (String, String) {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+    let (mut root, key) = (CertificateParams::default(), KeyPair::generate().unwrap());
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    root.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    root.distinguished_name.push(rcgen::DnType::CommonName, "Partner root");
+    let pem = root.self_signed(&key).unwrap().pem();
+    let mut leaf = CertificateParams::default();
+    leaf.distinguished_name.push(rcgen::DnType::CommonName, "Partner leaf");
+    let leaf = leaf.signed_by(&KeyPair::generate().unwrap(), &Issuer::new(root, key)).unwrap().pem();
+    (pem, leaf)
+}
+
+#[test]
+fn roots_are_imported_listed_and_removed_beside_a_running_collector() {
+    let dir = tempdir().unwrap();
+    let (data, file) = (dir.path().join("data"), dir.path().join("partner.pem"));
+    let _server = Server::start(&data);
+    let trust =
+        |arguments: &[&str]| collector().args(["trust"]).args(arguments).arg("--data-dir").arg(&data).output().unwrap();
+    let list = || text(&trust(&["list"]).stdout);
+    assert!(list().contains("sidewarden.internal") && list().contains("our own CA"), "{}", list());
+    let (root, leaf) = partner_chain();
+    std::fs::write(&file, [leaf.as_str(), root.as_str()].concat()).unwrap();
+    let path = file.to_str().unwrap();
+
+    let unsaid = trust(&["import", path]);
+    assert!(!unsaid.status.success() && text(&unsaid.stderr).contains("use --for <trust domain>"), "{unsaid:?}");
+    let ours = trust(&["import", path, "--for", "sidewarden.internal"]);
+    assert!(text(&ours.stderr).contains("our own trust domain"), "{ours:?}");
+    let tried = trust(&["import", path, "--for", "partner.example", "--dry-run"]);
+    let said = text(&tried.stdout);
+    assert!(tried.status.success() && !list().contains("Partner"), "{tried:?}");
+    for wanted in ["Partner root", "root CA", "trusted from now on", "Partner leaf", "not needed", "ECDSA P-256"] {
+        assert!(said.contains(wanted), "{wanted} is not in:\n{said}");
+    }
+    assert!(trust(&["import", path, "--for", "partner.example", "--note", "by mail"]).status.success());
+    assert!(list().contains("partner.example") && list().contains("by mail"), "{}", list());
+
+    std::fs::write(&file, leaf).unwrap();
+    let refused = trust(&["import", path, "--for", "partner.example"]);
+    assert!(!refused.status.success() && text(&refused.stderr).contains("--allow-leaf"), "{refused:?}");
+    assert!(trust(&["import", path, "--for-dns", "--allow-leaf"]).status.success());
+    std::fs::write(&file, "nothing").unwrap();
+    assert!(text(&trust(&["import", path, "--for-dns"]).stderr).contains("it holds no certificate"));
+
+    let rows: serde_json::Value = serde_json::from_slice(&trust(&["list", "--json"]).stdout).unwrap();
+    let hash =
+        rows.as_array().unwrap().iter().find(|row| row["serves"] == "partner.example").unwrap()["sha256"].clone();
+    assert!(trust(&["remove", &hash.as_str().unwrap()[..12]]).status.success());
+    assert!(!list().contains("partner.example") && list().contains("DNS names"), "{}", list());
+    assert_eq!(trust(&["remove", "ffff"]).status.code(), Some(1));
+}

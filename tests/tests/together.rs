@@ -217,3 +217,51 @@ async fn a_collector_with_another_ca_gets_no_token() {
     world.hand_token("pinned", &good);
     agent.enrolled().await;
 }
+
+/// A root of somebody else, PEM and DER.
+fn partner_root() -> rcgen::Certificate {
+    let mut root = rcgen::CertificateParams::default();
+    root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    root.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    root.distinguished_name.push(rcgen::DnType::CommonName, "Partner root");
+    root.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_imported_root_reaches_every_agent_and_the_matrix_tells_who_has_it() {
+    use sidewarden_collector::trust::Store;
+    use sidewarden_collector::trust::matrix::{Cell, Told, matrix};
+    use sidewarden_collector::trust::store::{Imported, Serves};
+    use sidewarden_proto::enrol::Der;
+
+    let world = World::start().await;
+    let (_web, _orders) = shop(&world).await;
+    let domain = || "partner.example".parse().unwrap();
+    let root = partner_root();
+    let (der, serves) = (Der(root.der().to_vec()), Serves::Domain(domain()));
+    let store = Store::new(&world.dir.path().join("collector"));
+    store.add(vec![Imported { serves, der, at_us: Timestamp::now(), note: String::new() }]).unwrap();
+    let held = async |wanted: bool| {
+        let told = || -> Vec<Told> {
+            let state = world.collector().core.commits.state();
+            let known = state.agents.iter().filter(|(id, _)| id.workload.path().starts_with("shop/"));
+            known
+                .map(|(id, agent)| Told { agent: id.clone(), holds: agent.trust.clone(), certificate_ends: None })
+                .collect()
+        };
+        let what = || format!("{:?}", told());
+        eventually(what, async || {
+            let found = matrix(&told(), &world.collector().core.directives.now().directive);
+            let has = found.columns.iter().any(|column| column == "partner.example");
+            (found.rows.len() == 2 && found.is_whole() && has == wanted).then_some(found)
+        })
+        .await
+    };
+    let found = held(true).await;
+    assert!(found.rows.iter().all(|row| row.cells == [Cell::Trusts, Cell::Trusts]), "{found:?}");
+    let changed = world.event("trust.store_changed", |_| true).await;
+    assert!(changed.summary.contains("1 added"), "{}", changed.summary);
+
+    store.remove(&Sha256::of(&[root.der()]).to_string()).unwrap();
+    held(false).await;
+}
