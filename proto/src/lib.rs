@@ -14,5 +14,6 @@ pub mod secret;
 pub mod session;
 pub mod time;
 pub mod tls;
+pub mod traffic;
 pub mod wire;
 pub mod workload_api;

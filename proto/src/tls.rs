@@ -26,6 +26,7 @@ use crate::crl::Revocation;
 use crate::event::RefusalReason;
 use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_issuer, judge_leaf};
 use crate::time::Timestamp;
+use crate::traffic::ToWhoHears;
 
 /// Most certificates of a presented chain: building paths costs time, and an attacker chooses the chain.
 const MAX_CHAIN: usize = 6;
@@ -564,6 +565,7 @@ fn finish_server(mut config: ServerConfig, alpn: &[&[u8]]) -> Arc<ServerConfig> 
     config.max_early_data_size = 0;
     // The agent's record layer takes the traffic keys over once the handshake is done.
     config.enable_secret_extraction = true;
+    config.key_log = Arc::new(ToWhoHears);
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }
@@ -612,6 +614,7 @@ fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> 
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     config.enable_secret_extraction = true;
+    config.key_log = Arc::new(ToWhoHears);
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }

@@ -16,8 +16,8 @@ const READ: usize = 2 << 10;
 /// A connection whose handshake is done.
 #[derive(Debug)]
 pub struct Channel {
-    /// Seals and opens.
-    pub records: Records,
+    /// Seals and opens; in a box, because a connection goes from hand to hand.
+    pub records: Box<Records>,
     /// Its socket.
     pub socket: TcpStream,
     /// What was read and is not opened yet.
@@ -25,6 +25,11 @@ pub struct Channel {
 }
 
 impl Channel {
+    /// Of what a handshake has left, with the begin of a record that came right behind it.
+    pub fn new(records: Records, socket: TcpStream, partial: Vec<u8>) -> Channel {
+        Channel { records: Box::new(records), socket, partial }
+    }
+
     /// Sends one frame at once. On a connection at rest the socket has room for it; one that has none is broken.
     pub fn send(&mut self, frame: &Frame) -> io::Result<()> {
         let plain = frame.encode();

@@ -94,7 +94,7 @@ fn bad(frame: BadFrame) -> End {
 
 /// One connection whose handshake is done.
 pub struct Flow {
-    records: Records,
+    records: Box<Records>,
     peer: Side,
     workload: Side,
     /// Whether the connection is one stream of several, in frames, with FIN in place of close_notify.
@@ -362,6 +362,7 @@ mod tests {
     use crate::proxy::pump::{Handshaking, Progress, advance};
     use crate::proxy::record::tests::configs;
     use crate::proxy::relay::{Bounds, Outcome, relay};
+    use sidewarden_proto::traffic::{Secrets, hear};
 
     /// Two ends of one TCP connection on loopback.
     async fn wire() -> (tokio::net::TcpStream, tokio::net::TcpStream) {
@@ -371,14 +372,19 @@ mod tests {
         (one.unwrap(), two.unwrap().0)
     }
 
-    async fn shake<C: Handshaking>(connection: &mut C, socket: &mut tokio::net::TcpStream) -> (Early, Vec<u8>) {
+    async fn shake<C: Handshaking>(
+        connection: &mut C,
+        socket: &mut tokio::net::TcpStream,
+    ) -> (Early, Vec<u8>, Secrets) {
         let (mut input, mut output, mut early) = (Vec::new(), Vec::new(), Early::default());
+        let mut secrets = Secrets::default();
         loop {
-            let progress = advance(connection, &mut input, &mut output, &mut early).unwrap();
+            let (progress, heard) = hear(|| advance(connection, &mut input, &mut output, &mut early));
+            secrets.add(heard);
             socket.write_all(&output).await.unwrap();
             output.clear();
-            if progress == Progress::Done {
-                return (early, input);
+            if progress.unwrap() == Progress::Done {
+                return (early, input, secrets);
             }
             assert_ne!(socket.read_buf(&mut input).await.unwrap(), 0, "the peer went away");
         }
@@ -405,10 +411,10 @@ mod tests {
         let (client_config, server_config): (Arc<_>, Arc<_>) = (client_config, server_config);
         let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
-        let ((early_one, rest_one), (early_two, rest_two)) =
+        let ((early_one, rest_one, secrets_one), (early_two, rest_two, secrets_two)) =
             tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
-        let one = Channel { records: Records::of_client(one).unwrap(), socket: a, partial: rest_one };
-        let two = Channel { records: Records::of_server(two).unwrap(), socket: b, partial: rest_two };
+        let one = Channel::new(Records::of_client(one, secrets_one).unwrap(), a, rest_one);
+        let two = Channel::new(Records::of_server(two, secrets_two).unwrap(), b, rest_two);
         let (one, two) = (Flow::new(one, client_side, early_one), Flow::new(two, server_side, early_two));
         Stage { client, server, ends: [spawn(one), spawn(two)] }
     }
@@ -489,9 +495,9 @@ mod tests {
         let (client_config, server_config) = configs();
         let mut one = UnbufferedClientConnection::new(client_config, "x".try_into().unwrap()).unwrap();
         let mut two = UnbufferedServerConnection::new(server_config).unwrap();
-        let (_, (early, rest)) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
-        let records = Records::of_server(two).unwrap();
-        let end = spawn(Flow::new(Channel { records, socket: b, partial: rest }, server_side, early));
+        let (_, (early, rest, secrets)) = tokio::join!(shake(&mut one, &mut a), shake(&mut two, &mut b));
+        let records = Records::of_server(two, secrets).unwrap();
+        let end = spawn(Flow::new(Channel::new(records, b, rest), server_side, early));
         drop(a);
         assert!(matches!(end.await.unwrap().end, End::PeerCut(_)));
         let error = server.read_u8().await.unwrap_err();
@@ -527,9 +533,9 @@ mod tests {
                 }
                 a.write_all(&bytes).await.unwrap();
             };
-            let ((), (early, rest)) = tokio::join!(talk, shake(&mut two, &mut b));
-            let records = Records::of_server(two).unwrap();
-            let end = spawn(Flow::new(Channel { records, socket: b, partial: rest }, server_side, early));
+            let ((), (early, rest, secrets)) = tokio::join!(talk, shake(&mut two, &mut b));
+            let records = Records::of_server(two, secrets).unwrap();
+            let end = spawn(Flow::new(Channel::new(records, b, rest), server_side, early));
             let mut question = [0; 8];
             server.read_exact(&mut question).await.unwrap();
             assert_eq!(&question, b"question");

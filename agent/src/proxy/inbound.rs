@@ -8,6 +8,7 @@ use std::time::Duration;
 use sidewarden_proto::event::{Direction, RefusalReason};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::accounting::{Pair, Plaintext, Refusal, Secured};
@@ -83,6 +84,7 @@ struct Opened {
     bytes: Vec<u8>,
     hello: Hello,
     by: Instant,
+    room: Room,
 }
 
 /// A peer whose handshake is done.
@@ -94,6 +96,7 @@ struct Entered<'a> {
     source: SocketAddr,
     destination: SocketAddr,
     server_name: Option<String>,
+    _connection: OwnedSemaphorePermit,
 }
 
 impl Entered<'_> {
@@ -178,7 +181,7 @@ impl Listener {
     pub async fn take(&self, tcp: TcpStream, source: SocketAddr) {
         match self.shared.room(Direction::Inbound, Some(source.ip())) {
             Ok(room) => {
-                let (eviction, serving) = (room.eviction(), self.serve_one(tcp, source, room));
+                let (eviction, serving) = (room.eviction(), Box::pin(self.serve_one(tcp, source, room)));
                 let (shared, name) = (self.shared.clone(), self.name.clone());
                 serve_in(shared, Direction::Inbound, name, source, eviction, serving).await;
             }
@@ -200,7 +203,8 @@ impl Listener {
                 self.book(Refused::new((reason, detail)), source, &self.name);
             }
             Ok(Passed { source, bytes, service, speaks: Speaks::Tls(hello, by) }) => {
-                if let Err(refused) = self.serve_tls(service, Opened { tcp, source, bytes, hello, by }, room).await {
+                let opened = Box::new(Opened { tcp, source, bytes, hello, by, room });
+                if let Err(refused) = self.serve_tls(service, opened).await {
                     self.book(refused, source, &service.name);
                 }
             }
@@ -216,22 +220,28 @@ impl Listener {
         }
     }
 
-    async fn serve_tls(&self, way: &Way, opened: Opened, room: Room) -> Result<(), Refused> {
+    /// What comes after the handshake is in a box of its own, too: a connection lives there for most of its time.
+    async fn serve_tls(&self, way: &Way, opened: Box<Opened>) -> Result<(), Refused> {
+        let (entered, secure) = Box::pin(self.enter(way, *opened)).await?;
+        match secure.into_streams() {
+            Ok((channel, early)) => Box::pin(self.serve_streams(&entered, channel, early)).await,
+            Err(secure) => Box::pin(self.serve_whole(&entered, *secure)).await,
+        }
+    }
+
+    async fn enter<'a>(&self, way: &'a Way, opened: Opened) -> Result<(Box<Entered<'a>>, Box<Secure>), Refused> {
+        let Opened { tcp, source, bytes, hello, by, room } = opened;
         let identity = self.shared.usable_identity().map_err(Refused::new)?;
-        let (source, destination) = (opened.source, opened.tcp.local_addr().unwrap_or(opened.source));
-        let server_name = opened.hello.server_name.clone();
-        let secure = Box::pin(self.shake_hands(opened, &identity)).await?;
+        let (destination, server_name) = (tcp.local_addr().unwrap_or(source), hello.server_name.clone());
+        let secure = self.shake_hands(accept_tls(tcp, bytes, &hello, &identity), by).await?;
         let Room { _connection, handshake } = room;
         drop(handshake);
         let (peer, rules, cut) = (secure.peer.clone(), way.rules.clone(), &self.shared.cut);
         let shown = identity.may_judge_again(&peer).then(|| secure.shown.clone());
         let live = self.shared.registry.register(Direction::Inbound, peer, shown, rules, cut);
         let how = Secured { address: source.to_string(), ..secure.how.clone() };
-        let entered = Entered { way, identity, live, how, source, destination, server_name };
-        match secure.into_streams() {
-            Ok((channel, early)) => self.serve_streams(&entered, channel, early).await,
-            Err(secure) => self.serve_whole(&entered, *secure).await,
-        }
+        let entered = Entered { way, identity, live, how, source, destination, server_name, _connection };
+        Ok((Box::new(entered), Box::new(secure)))
     }
 
     /// Without TLS, as long as that is let in.
@@ -254,10 +264,10 @@ impl Listener {
 
     /// A connection that is one stream.
     async fn serve_whole(&self, entered: &Entered<'_>, secure: Secure) -> Result<(), Refused> {
-        let workload = match self.begin(entered, entered.source).await {
+        let workload = match Box::pin(self.begin(entered, entered.source)).await {
             Ok(workload) => workload,
             Err(refused) => {
-                secure.refuse(alert_for(refused.reason)).await;
+                Box::pin(secure.refuse(alert_for(refused.reason))).await;
                 return Err(refused);
             }
         };
@@ -318,7 +328,7 @@ impl Listener {
     /// One stream; the connection, if it is free for another.
     async fn serve_stream(&self, entered: &Entered<'_>, mut channel: Channel, open: &[u8]) -> Option<Channel> {
         let begun = match header_of(open) {
-            Some(header) => self.begin(entered, beyond(&header).unwrap_or(entered.source)).await,
+            Some(header) => Box::pin(self.begin(entered, beyond(&header).unwrap_or(entered.source))).await,
             None => Err(entered.refuse(RefusalReason::HandshakeFailed, "its OPEN cannot be read".into())),
         };
         let workload = match begun {
@@ -361,10 +371,14 @@ impl Listener {
         outcome.end
     }
 
-    async fn shake_hands(&self, opened: Opened, identity: &Identity) -> Result<Secure, Refused> {
+    async fn shake_hands(
+        &self,
+        shaking: impl Future<Output = Result<Secure, Fault>>,
+        by: Instant,
+    ) -> Result<Secure, Refused> {
         let within = self.shared.timeouts.handshake;
         let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
-        let shaken = timeout_at(opened.by, accept_tls(opened, identity)).await;
+        let shaken = timeout_at(by, shaking).await;
         shaken.unwrap_or_else(|_| Err(late())).map_err(Refused::new)
     }
 
@@ -374,8 +388,7 @@ impl Listener {
     }
 }
 
-async fn accept_tls(opened: Opened, identity: &Identity) -> Result<Secure, Fault> {
-    let Opened { tcp, bytes, hello, .. } = opened;
+async fn accept_tls(tcp: TcpStream, bytes: Vec<u8>, hello: &Hello, identity: &Identity) -> Result<Secure, Fault> {
     if !hello.offers_1_3 {
         return Secure::accept_1_2(tcp, bytes, identity.server.clone(), &identity.trust).await;
     }

@@ -209,16 +209,16 @@ impl Route {
         drop(handshake);
         match reached {
             Reached::Stream(warm) => {
-                self.carry_stream(*warm, workload).await;
+                self.carry_stream(warm, workload).await;
                 drop(in_use);
                 Ok(())
             }
-            Reached::Whole(made, secure) => self.carry_whole(&made, *secure, workload, in_use).await,
+            Reached::Whole(made, secure) => Box::pin(self.carry_whole(&made, *secure, workload, in_use)).await,
         }
     }
 
-    async fn carry_stream(&self, warm: Warm, workload: TcpStream) {
-        let Warm { channel, how, identity, live, address } = warm;
+    async fn carry_stream(&self, warm: Box<Warm>, workload: TcpStream) {
+        let Warm { channel, how, identity, live, address } = *warm;
         let made = Made { identity, live, how, address };
         let mut flow = Flow::stream(channel, workload);
         let pair = self.pair(&made);

@@ -2,8 +2,8 @@
 //!
 //! rustls' own data path copies every byte several times through buffers that each connection holds. Here records are
 //! made and opened inside the caller's scratch, so that a connection at rest holds nothing and a batch of records costs
-//! one system call each way. rustls still owns the key schedule: it hands out the traffic keys and derives new ones on
-//! a KeyUpdate ([`rustls::kernel`]). TLS 1.2 does not come here.
+//! one system call each way. rustls hands out the traffic keys; those after a KeyUpdate are derived here, from the traffic
+//! secrets ([`sidewarden_proto::traffic`]). TLS 1.2 does not come here.
 //!
 //! ```text
 //! slot:  header 5 | plaintext, at most 2^14 | content type 1 | tag 16
@@ -14,9 +14,9 @@ use std::ops::Range;
 
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use rustls::client::UnbufferedClientConnection;
-use rustls::kernel::KernelConnection;
 use rustls::server::UnbufferedServerConnection;
-use rustls::{ConnectionTrafficSecrets, ProtocolVersion};
+use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion};
+use sidewarden_proto::traffic::{Secret, Secrets};
 
 /// Most plaintext of one record (RFC 8446, 5.1).
 pub const MAX_PLAIN: usize = 1 << 14;
@@ -91,41 +91,36 @@ pub enum Opened {
     },
 }
 
-/// Derives the next keys of a connection.
-trait KeySchedule: Send {
-    fn next_sealing(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error>;
-    fn next_opening(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error>;
-}
-
-impl<Data: Send> KeySchedule for KernelConnection<Data> {
-    fn next_sealing(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
-        self.update_tx_secret()
-    }
-
-    fn next_opening(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
-        self.update_rx_secret()
-    }
-}
-
-/// The keys of one direction and the number of the next record.
+/// The keys of one direction, what the next ones come from, and the number of the next record.
 struct Half {
     key: LessSafeKey,
     iv: [u8; 12],
     seq: u64,
+    secret: Secret,
 }
 
 impl Half {
-    fn new((seq, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Half, RecordError> {
-        let fault = || RecordError::Keys("an unknown cipher suite".into());
-        let (algorithm, key, iv): (&Algorithm, _, _) = match &secrets {
+    fn new((seq, keys): (u64, ConnectionTrafficSecrets), secret: Option<Secret>) -> Result<Half, RecordError> {
+        let (algorithm, key, iv): (&Algorithm, _, _) = match &keys {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
             ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
             ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
-            _ => return Err(fault()),
+            _ => return Err(unusable("an unknown cipher suite")),
         };
-        let key = UnboundKey::new(algorithm, key.as_ref()).map_err(|_| fault())?;
-        let iv = iv.as_ref().try_into().map_err(|_| fault())?;
-        Ok(Half { key: LessSafeKey::new(key), iv, seq })
+        let iv = iv.as_ref().try_into().map_err(|_| unusable("the IV is of another length"))?;
+        let secret = secret.ok_or_else(|| unusable("their secret was not heard"))?;
+        Ok(Half { key: key_of(algorithm, key.as_ref())?, iv, seq, secret })
+    }
+
+    /// What is in use after a KeyUpdate.
+    fn next(&self) -> Result<Half, RecordError> {
+        let (algorithm, mut key, mut iv) = (self.key.algorithm(), [0; 32], [0; 12]);
+        let key = &mut key[..algorithm.key_len()];
+        let secret = self.secret.next().map_err(unusable)?;
+        secret.keys(key, &mut iv).map_err(unusable)?;
+        let next = Half { key: key_of(algorithm, key)?, iv, seq: 0, secret };
+        key.fill(0);
+        Ok(next)
     }
 
     fn nonce(&self) -> Nonce {
@@ -135,11 +130,18 @@ impl Half {
     }
 }
 
+fn unusable(why: impl fmt::Display) -> RecordError {
+    RecordError::Keys(why.to_string())
+}
+
+fn key_of(algorithm: &'static Algorithm, key: &[u8]) -> Result<LessSafeKey, RecordError> {
+    UnboundKey::new(algorithm, key).map(LessSafeKey::new).map_err(unusable)
+}
+
 /// The records of one TLS 1.3 connection after its handshake.
 pub struct Records {
     sealing: Half,
     opening: Half,
-    schedule: Box<dyn KeySchedule>,
     /// Records in a row that brought no data.
     idle: u32,
     /// The peer asked for new keys of ours: a KeyUpdate goes out before the next data.
@@ -155,33 +157,30 @@ impl fmt::Debug for Records {
 }
 
 impl Records {
-    /// Takes over a server's connection whose handshake is done and whose output is written.
-    pub fn of_server(connection: UnbufferedServerConnection) -> Result<Records, RecordError> {
-        let keys = connection.dangerous_into_kernel_connection().map_err(|e| RecordError::Keys(e.to_string()))?;
-        Records::new(keys.0, keys.1)
+    /// Takes over a server's connection whose handshake is done and whose output is written, with what was heard of its
+    /// secrets.
+    pub fn of_server(connection: UnbufferedServerConnection, secrets: Secrets) -> Result<Records, RecordError> {
+        let (keys, rest) = connection.dangerous_into_kernel_connection().map_err(unusable)?;
+        Records::new(rest.protocol_version(), keys, secrets.server, secrets.client)
     }
 
-    /// Takes over a client's connection whose handshake is done and whose output is written.
-    pub fn of_client(connection: UnbufferedClientConnection) -> Result<Records, RecordError> {
-        let keys = connection.dangerous_into_kernel_connection().map_err(|e| RecordError::Keys(e.to_string()))?;
-        Records::new(keys.0, keys.1)
+    /// The same for a client's connection.
+    pub fn of_client(connection: UnbufferedClientConnection, secrets: Secrets) -> Result<Records, RecordError> {
+        let (keys, rest) = connection.dangerous_into_kernel_connection().map_err(unusable)?;
+        Records::new(rest.protocol_version(), keys, secrets.client, secrets.server)
     }
 
-    fn new<Data: Send + 'static>(
-        secrets: rustls::ExtractedSecrets,
-        schedule: KernelConnection<Data>,
+    fn new(
+        version: ProtocolVersion,
+        keys: ExtractedSecrets,
+        ours: Option<Secret>,
+        theirs: Option<Secret>,
     ) -> Result<Records, RecordError> {
-        if schedule.protocol_version() != ProtocolVersion::TLSv1_3 {
-            return Err(RecordError::Keys("not TLS 1.3".into()));
+        if version != ProtocolVersion::TLSv1_3 {
+            return Err(unusable("not TLS 1.3"));
         }
-        Ok(Records {
-            sealing: Half::new(secrets.tx)?,
-            opening: Half::new(secrets.rx)?,
-            schedule: Box::new(schedule),
-            idle: 0,
-            owes_update: false,
-            message: Vec::new(),
-        })
+        let (sealing, opening) = (Half::new(keys.tx, ours)?, Half::new(keys.rx, theirs)?);
+        Ok(Records { sealing, opening, idle: 0, owes_update: false, message: Vec::new() })
     }
 
     /// Whether a KeyUpdate must go out before the next data: see [`Records::seal_key_update`].
@@ -200,7 +199,7 @@ impl Records {
     pub fn seal_key_update(&mut self, slot: &mut [u8]) -> Result<usize, RecordError> {
         slot[HEADER..HEADER + 5].copy_from_slice(&[KEY_UPDATE, 0, 0, 1, 0]);
         let length = self.seal_as(HANDSHAKE, slot, 5)?;
-        self.sealing = Half::new(self.schedule.next_sealing().map_err(|e| RecordError::Keys(e.to_string()))?)?;
+        self.sealing = self.sealing.next()?;
         self.owes_update = false;
         Ok(length)
     }
@@ -296,8 +295,7 @@ impl Records {
                 (NEW_SESSION_TICKET, _) => {}
                 (KEY_UPDATE, [asks @ (0 | 1)]) if alone => {
                     self.owes_update |= *asks == 1;
-                    let next = self.schedule.next_opening().map_err(|e| RecordError::Keys(e.to_string()))?;
-                    self.opening = Half::new(next)?;
+                    self.opening = self.opening.next()?;
                 }
                 _ => return Err(RecordError::Unexpected(kind)),
             }
@@ -321,6 +319,7 @@ pub(crate) mod tests {
     };
     use rustls::pki_types::PrivateKeyDer;
     use sidewarden_proto::tls::{Credential, Expect, Floor, Trust, client_config, server_config};
+    use sidewarden_proto::traffic::hear;
 
     use super::*;
     use crate::proxy::pump::{Early, Progress, advance};
@@ -356,11 +355,18 @@ pub(crate) mod tests {
         let mut server = UnbufferedServerConnection::new(server).unwrap();
         let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
         let (mut at_client, mut at_server) = (Vec::new(), Vec::new());
+        let (mut of_client, mut of_server) = (Secrets::default(), Secrets::default());
         for _ in 0..100_000 {
-            let one = advance(&mut client, &mut at_client, &mut to_server, &mut Early::default()).unwrap();
-            let two = advance(&mut server, &mut at_server, &mut to_client, &mut Early::default()).unwrap();
+            let (one, heard) = hear(|| advance(&mut client, &mut at_client, &mut to_server, &mut Early::default()));
+            of_client.add(heard);
+            let (two, heard) = hear(|| advance(&mut server, &mut at_server, &mut to_client, &mut Early::default()));
+            of_server.add(heard);
+            let (one, two) = (one.unwrap(), two.unwrap());
             if one == Progress::Done && two == Progress::Done && to_server.is_empty() && to_client.is_empty() {
-                return (Records::of_client(client).unwrap(), Records::of_server(server).unwrap());
+                return (
+                    Records::of_client(client, of_client).unwrap(),
+                    Records::of_server(server, of_server).unwrap(),
+                );
             }
             at_server.extend(to_server.drain(..piece.min(to_server.len())));
             at_client.extend(to_client.drain(..piece.min(to_client.len())));
@@ -470,15 +476,16 @@ pub(crate) mod tests {
         let (client, server) = configs();
         let mut client = rustls::ClientConnection::new(client, "x".try_into().unwrap()).unwrap();
         let mut server = UnbufferedServerConnection::new(server).unwrap();
-        let (mut input, mut output) = (Vec::new(), Vec::new());
+        let (mut input, mut output, mut secrets) = (Vec::new(), Vec::new(), Secrets::default());
         loop {
             client.write_tls(&mut input).unwrap();
-            let done = advance(&mut server, &mut input, &mut output, &mut Early::default()).unwrap();
+            let (done, heard) = hear(|| advance(&mut server, &mut input, &mut output, &mut Early::default()));
+            secrets.add(heard);
             client.read_tls(&mut &output[..]).unwrap();
             client.process_new_packets().unwrap();
             output.clear();
-            if done == Progress::Done && !client.is_handshaking() {
-                return (client, Records::of_server(server).unwrap());
+            if done.unwrap() == Progress::Done && !client.is_handshaking() {
+                return (client, Records::of_server(server, secrets).unwrap());
             }
         }
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::handshake::Replayed;
@@ -130,8 +130,8 @@ pub trait Mover {
 
 /// Relays until the end. `on_first_byte` is called when the peer has said something: with TLS 1.3 a client has finished
 /// its handshake before the server has judged it, so nothing before that is a success.
-pub async fn relay(mover: &mut (dyn Mover + Send), bounds: Bounds, on_first_byte: impl FnOnce()) -> Outcome {
-    let end = run(mover, bounds, on_first_byte).await;
+pub async fn relay(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: impl FnOnce()) -> Outcome {
+    let end = run(mover, &mut bounds, on_first_byte).await;
     if !matches!(end, End::Whole) {
         mover.cut();
     }
@@ -144,25 +144,12 @@ pub fn copying<W: Side + Send, P: Side + Send>(workload: W, peer: P) -> impl Mov
     Copying { workload, peer, inward: Flow::default(), outward: Flow::default() }
 }
 
-async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: impl FnOnce()) -> End {
-    let deadline = async {
-        match bounds.deadline {
-            Some(at) => tokio::time::sleep_until(at).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::pin!(deadline);
+async fn run(mover: &mut (dyn Mover + Send), bounds: &mut Bounds, on_first_byte: impl FnOnce()) -> End {
     let (mut counted, mut on_first_byte, mut paused) = (None, Some(on_first_byte), None);
     loop {
         let half_closed = mover.is_half_closed();
         let patience = if half_closed { bounds.half_closed } else { bounds.idle };
-        let timer = async {
-            match paused {
-                Some(wait) => sleep(wait).await,
-                None if patience.is_zero() => std::future::pending().await,
-                None => sleep(patience).await,
-            }
-        };
+        let wake = next_look(bounds.deadline, paused.unwrap_or(patience));
         let moving = poll_fn(|cx| {
             let polled = mover.poll(cx).map(Step::Ended);
             if mover.moved().0 > 0
@@ -181,13 +168,15 @@ async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: 
         tokio::select! {
             biased;
             () = bounds.cancelled.cancelled() => return End::Cancelled,
-            () = &mut deadline => return End::Deadline,
             step = moving, if paused.is_none() => match step {
                 Step::Ended(end) => return end,
                 Step::HalfClosed => {}
                 Step::Paused(wait) => paused = Some(wait),
             },
-            () = timer => {
+            () = sleep_until_some(wake) => {
+                if bounds.deadline.is_some_and(|at| at <= Instant::now()) {
+                    return End::Deadline;
+                }
                 let bytes = mover.moved();
                 // Who had to wait was not idle.
                 if paused.take().is_none() && counted.replace(bytes) == Some(bytes) {
@@ -195,6 +184,19 @@ async fn run(mover: &mut (dyn Mover + Send), mut bounds: Bounds, on_first_byte: 
                 }
             }
         }
+    }
+}
+
+/// When a connection is looked at if nothing moves: at its deadline, or earlier after a while (none if it is zero).
+fn next_look(deadline: Option<Instant>, after: Duration) -> Option<Instant> {
+    let tick = if after.is_zero() { None } else { Instant::now().checked_add(after) };
+    tick.into_iter().chain(deadline).min()
+}
+
+async fn sleep_until_some(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -13,6 +13,7 @@ use rustls::{AlertDescription, ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
 use sidewarden_proto::tls::{Trust, peer_with};
+use sidewarden_proto::traffic::{Secrets, hear};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -89,11 +90,11 @@ impl Secure {
         trust: &Trust,
     ) -> Result<Secure, Fault> {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
-        let early = drive(&mut connection, &mut socket, &mut hello).await?;
+        let (early, secrets) = drive(&mut connection, &mut socket, &mut hello).await?;
         let (peer, how, shown) = settled(&connection, Usage::Client, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
-        let records = Records::of_server(connection).map_err(unusable)?;
-        let channel = Channel { records, socket, partial: hello };
+        let records = Records::of_server(connection, secrets).map_err(unusable)?;
+        let channel = Channel::new(records, socket, hello);
         Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
@@ -131,11 +132,11 @@ impl Secure {
         let name = host.unwrap_or_else(|| ServerName::from(address.ip()));
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
-        let early = drive(&mut connection, &mut socket, &mut rest).await?;
+        let (early, secrets) = drive(&mut connection, &mut socket, &mut rest).await?;
         let (peer, how, shown) = settled(&connection, Usage::Server, trust, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
-        let records = Records::of_client(connection).map_err(unusable)?;
-        let channel = Channel { records, socket, partial: rest };
+        let records = Records::of_client(connection, secrets).map_err(unusable)?;
+        let channel = Channel::new(records, socket, rest);
         Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
     }
 
@@ -212,10 +213,11 @@ async fn drive<C: Handshaking>(
     connection: &mut C,
     socket: &mut TcpStream,
     input: &mut Vec<u8>,
-) -> Result<Early, NotConnected> {
-    let (mut output, mut early) = (Vec::new(), Early::default());
+) -> Result<(Early, Secrets), NotConnected> {
+    let (mut output, mut early, mut secrets) = (Vec::new(), Early::default(), Secrets::default());
     loop {
-        let progress = advance(connection, input, &mut output, &mut early);
+        let (progress, heard) = hear(|| advance(connection, input, &mut output, &mut early));
+        secrets.add(heard);
         if let Err(error) = progress {
             part_soon(socket, &output).await;
             return Err(NotConnected::from(&error));
@@ -223,7 +225,7 @@ async fn drive<C: Handshaking>(
         socket.write_all(&output).await.map_err(|error| cut(&error))?;
         output.clear();
         if progress == Ok(Progress::Done) {
-            return Ok(early);
+            return Ok((early, secrets));
         }
         if input.len() > MAX_FLIGHT {
             return Err((RefusalReason::HandshakeFailed, "its handshake has no end".into()).into());
