@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustls::client::UnbufferedClientConnection;
 use sidewarden_agent::proxy::pump::{Early, Progress, advance};
 use sidewarden_agent::proxy::record::{HEADER, Opened, Records, SLOT};
+use sidewarden_proto::traffic::{Secrets, ToWhoHears, hear};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -25,15 +26,18 @@ impl Client {
     async fn enter(gate: &Gate) -> Client {
         let mut config = trusting(&gate.web(), &BOTH[..1]);
         config.enable_secret_extraction = true;
+        config.key_log = Arc::new(ToWhoHears);
         let mut connection = UnbufferedClientConnection::new(Arc::new(config), name()).unwrap();
         let mut stream = dial_from(elsewhere(), gate.address()).await;
         let (mut heard, mut output, mut early) = (Vec::new(), Vec::new(), Early::default());
+        let mut secrets = Secrets::default();
         loop {
-            let progress = advance(&mut connection, &mut heard, &mut output, &mut early).unwrap();
+            let (progress, told) = hear(|| advance(&mut connection, &mut heard, &mut output, &mut early));
+            secrets.add(told);
             stream.write_all(&output).await.unwrap();
             output.clear();
-            if progress == Progress::Done {
-                return Client { stream, records: Records::of_client(connection).unwrap(), heard };
+            if progress.unwrap() == Progress::Done {
+                return Client { stream, records: Records::of_client(connection, secrets).unwrap(), heard };
             }
             assert_ne!(stream.read_buf(&mut heard).await.unwrap(), 0, "it closed within the handshake");
         }
