@@ -10,7 +10,7 @@ use std::time::Duration;
 use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::proxy::egress::{CredentialsError, read_credentials};
 use crate::proxy::own::Own;
 use crate::proxy::{self, BindError, Listeners, Shared};
+use crate::respond::{self, Observed};
 use crate::spool::{Limits, Opened, Spool, SpoolError, Writer};
 use crate::uplink::drive::HEARTBEAT_SECS;
 use crate::uplink::{SharedStatus, Uplink};
@@ -140,6 +141,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let (spool, writer, opened) = Spool::open(&config.spool_dir(), limits, random, Timestamp::now)?;
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")));
     let emit = emit_into(&spool, &metrics);
+    let observed = Observed::default();
     let resolver = Resolver::from_system();
 
     let (renewals, renewal_requests) = mpsc::channel(1);
@@ -147,18 +149,28 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let (keeper, identity) = keeping.load(resolver.clone(), emit.clone(), renewals)?;
 
     let mut shared = Shared::new(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
+    let (holding, held) = watch::channel(None);
+    shared.holding = held;
     shared.own = Own::new([&addresses.outbound[..], &addresses.egress, &[addresses.admin]].concat());
     let shared = Arc::new(shared);
     let proxying = tokio::spawn(listeners.serve(shared.clone()));
 
     let stop_watching = CancellationToken::new();
-    let watching = start_watch(mode, &config, root, &emit, &opened, &stop_watching)?;
+    let watching = start_watch(mode, &config, root, &observing(&emit, &observed), &opened, &stop_watching)?;
     shared.begun.cancel();
     let view = watching.as_ref().map(|watch| watch.view.clone());
 
     let (stop_talking, stop_rest) = (CancellationToken::new(), CancellationToken::new());
     let (directives, incoming_directives) = mpsc::channel(DIRECTIVES);
     let uplink_status = SharedStatus::default();
+    let responding = respond::Parts {
+        instance: instance.clone(),
+        identity: identity.clone(),
+        uplink: uplink_status.clone(),
+        observed,
+        emit: emit.clone(),
+        holding,
+    };
     let uplink = Uplink {
         collectors: config.collector.addresses.clone(),
         instance,
@@ -185,6 +197,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
         tokio::spawn(keeper.run(incoming_directives, stop_rest.clone())),
         tokio::spawn(admin::serve(admin_listener, Arc::new(admin), stop_rest.clone())),
         tokio::spawn(renew_baseline(spool.clone(), view, stop_rest.clone())),
+        tokio::spawn(respond::run(responding, stop_rest.clone())),
     ];
     tracing::info!(?addresses, "the agent accepts connections");
     Ok(App {
@@ -274,6 +287,15 @@ fn emit_into(spool: &Spool, metrics: &Arc<Metrics>) -> Emit {
             tracing::debug!(kind = %event.kind, severity = %event.severity, "{}", event.summary);
         }
         spool.emit(event);
+    })
+}
+
+/// The same for what the watch tells, which gates of the policy ask about.
+fn observing(emit: &Emit, observed: &Observed) -> Emit {
+    let (emit, observed) = (emit.clone(), observed.clone());
+    Arc::new(move |event: Event| {
+        observed.take(&event);
+        emit(event);
     })
 }
 

@@ -15,6 +15,7 @@ pub mod intercept;
 pub mod metrics;
 pub mod policy;
 pub mod proxy;
+pub mod respond;
 pub mod spool;
 pub mod uplink;
 pub mod watch;

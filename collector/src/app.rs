@@ -96,6 +96,7 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
+    core.tasks.spawn(fleet::keep(core.clone()));
     Ok(App { agents, api, metrics, core, committing, lock })
 }
 

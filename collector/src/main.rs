@@ -68,6 +68,12 @@ enum Command {
     /// Whom agents trust besides our own: roots of other trust domains and of peers with DNS names
     #[command(subcommand)]
     Trust(Trust),
+    /// Who is off the data plane by a gate of the policy, and letting them in
+    #[command(subcommand)]
+    Quarantine(commands::quarantine::Command),
+    /// What all agents go by: check, show, apply
+    #[command(subcommand, after_help = commands::policy::HELP)]
+    Policy(commands::policy::Command),
     /// Who is there: agents with status, posture and certificate
     Agents {
         #[command(flatten)]
@@ -207,6 +213,14 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Trust(Trust::Verify { at }) => {
             let agents = runtime(false)?.block_on(client(&config, &at)?.agent_list())?;
             trust::command::verify(&config, &agents, at.json)
+        }
+        Command::Quarantine(command) => {
+            let client = client(&config, command.at())?;
+            runtime(false)?.block_on(commands::quarantine::run(&client, command, &config.trust_domain))
+        }
+        Command::Policy(command) => {
+            let client = command.at().map(|at| client(&config, at)).transpose()?;
+            runtime(false)?.block_on(commands::policy::run(client.as_ref(), command))
         }
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {

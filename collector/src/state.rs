@@ -10,10 +10,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::batch::{Epoch, Tombstone};
 use sidewarden_proto::event::{
-    Body, Direction, Event, EventRef, Mode, RefusalReason, Severity, TrustChanged, TrustedRoot,
+    Body, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged, TrustedRoot,
 };
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::policy::Happening;
 use sidewarden_proto::time::Timestamp;
 
 /// Peers kept for one agent, and as many places that its workload goes to; later ones are only counted.
@@ -132,6 +133,22 @@ pub struct Agent {
     pub trust: Option<TrustChanged>,
     /// Events by severity, lowest first.
     pub events: [u64; 4],
+    /// What gates ask about, and when it happened last.
+    #[serde(with = "pairs")]
+    pub happened: BTreeMap<Happening, Timestamp>,
+    /// How it stands before the gates of the policy, as told last; those it keeps are left out.
+    pub gates: BTreeMap<String, Gated>,
+}
+
+/// How an instance stands before a gate that it does not keep.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gated {
+    /// What follows from it.
+    pub status: GateStatus,
+    /// What it did.
+    pub why: String,
+    /// Since when it stands so.
+    pub since: Timestamp,
 }
 
 /// An agent's start.
@@ -312,7 +329,7 @@ impl Agent {
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 14] = [
+    const KINDS: [&str; 17] = [
         "trust.store_changed",
         "collector.started",
         "clock.tick",
@@ -324,6 +341,9 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "token.created",
         "identity.revoked",
         "identity.restored",
+        "quarantine.changed",
+        "quarantine.released",
+        "policy.applied",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",
@@ -333,7 +353,7 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
 
 /// Kinds whose body is read here; those of all others is left alone, which is most of the work saved.
 fn changes_state(kind: &str) -> bool {
-    const KINDS: [&str; 10] = [
+    const KINDS: [&str; 12] = [
         "trust.changed",
         "agent.started",
         "agent.stopping",
@@ -344,6 +364,8 @@ fn changes_state(kind: &str) -> bool {
         "connections.summary",
         "identity.renewed",
         "identity.renewal_failed",
+        "process.entered",
+        "process.shell",
     ];
     KINDS.contains(&kind)
 }
@@ -468,7 +490,12 @@ impl State {
             Body::TrustChanged(b) => agent.trust = Some(bounded_trust(b)),
             Body::IdentityRenewed(_) => agent.renewal_failed = None,
             Body::IdentityRenewalFailed(b) => agent.renewal_failed = Some(short(b.error)),
-            _ => {}
+            other => {
+                for what in Happening::of(&other) {
+                    let last = agent.happened.entry(what).or_default();
+                    *last = (*last).max(at);
+                }
+            }
         }
     }
 
@@ -491,6 +518,15 @@ impl State {
                 let agent = self.agent(&AgentId { workload: b.workload, instance });
                 agent.version = b.version;
                 agent.session = Session::Live { since: stamp.received, source: b.source, transport: b.transport };
+            }
+            Body::QuarantineChanged(b) => {
+                let Ok(instance) = b.instance.parse() else { return };
+                let agent = self.agent(&AgentId { workload: b.workload, instance });
+                agent.gates.remove(&b.gate);
+                if b.status != GateStatus::Clear {
+                    let (status, why, since) = (b.status, short(b.why), stamp.received);
+                    agent.gates.insert(b.gate, Gated { status, why, since });
+                }
             }
             Body::AgentDisconnected(b) => {
                 let Ok(instance) = b.instance.parse() else { return };

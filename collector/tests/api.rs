@@ -267,3 +267,41 @@ async fn revoking_over_the_api_needs_the_token_a_reason_and_for_many_a_confirmat
     assert!(scene.app.core.directives.now().directive.deny.is_empty());
     scene.app.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_is_checked_before_it_is_in_force_and_its_version_only_grows() {
+    let scene = start("").await;
+    let apply = "/api/v1/policy/apply";
+    let document = |text: &str| serde_json::json!({"text": text, "why": "x", "by": "alice"}).to_string();
+    let gate = "[[gate]]\nname = 'g'\nchecks = ['privileged']\n";
+    let rows = [
+        (document("[[gate]]\nname = 'g'\nhold = 'soon'\n"), 400, "`gate[0].hold`"),
+        (document("[[gates]]\n"), 400, "`gate`?"),
+        (serde_json::json!({"text": gate, "why": ""}).to_string(), 400, "a reason"),
+        ("{}".to_owned(), 400, "text"),
+    ];
+    for (body, status, expected) in rows {
+        let (got, answer) = post(&scene.app, apply, &body).await;
+        assert_eq!(got, status, "{body}: {answer}");
+        assert!(answer["error"].as_str().unwrap().contains(expected), "{body}: {answer}");
+    }
+    assert_eq!(ask(&scene.app, "/api/v1/policy").await["version"], 0);
+    let versions = [(gate, 1), (gate, 1), ("", 2), (gate, 3)];
+    for (text, version) in versions {
+        let (status, answer) = post(&scene.app, apply, &document(text)).await;
+        assert_eq!((status, answer["policy"].as_u64()), (200, Some(version)), "{answer}");
+    }
+    assert_eq!(ask(&scene.app, "/api/v1/policy").await["text"], gate);
+    let told = &ask(&scene.app, "/api/v1/events?kind=policy.applied").await["events"][0];
+    assert_eq!((told["body"]["version"].as_u64(), told["body"]["by"].as_str()), (Some(3), Some("alice")), "{told}");
+    let release = "/api/v1/quarantine/release";
+    let body = |seconds: u64| {
+        let workload = "spiffe://sidewarden.internal/shop/web";
+        serde_json::json!({"workload": workload, "instance": "web-1", "seconds": seconds, "why": "x"}).to_string()
+    };
+    for (seconds, status) in [(0, 400), (8 * 24 * 3600, 400), (60, 200)] {
+        assert_eq!(post(&scene.app, release, &body(seconds)).await.0, status, "{seconds}");
+    }
+    assert_eq!(ask(&scene.app, "/api/v1/quarantine").await["released"][0]["instance"], "web-1");
+    scene.app.stop().await;
+}

@@ -294,3 +294,26 @@ fn roots_are_imported_listed_and_removed_beside_a_running_collector() {
     assert!(!list().contains("partner.example") && list().contains("DNS names"), "{}", list());
     assert_eq!(trust(&["remove", "ffff"]).status.code(), Some(1));
 }
+
+#[test]
+fn a_policy_is_checked_applied_and_shown_and_an_instance_let_in() {
+    let dir = tempdir().unwrap();
+    let (good, bad) = (dir.path().join("good.toml"), dir.path().join("bad.toml"));
+    std::fs::write(&good, "[[gate]]\nname = 'g'\nchecks = ['privileged']\n").unwrap();
+    std::fs::write(&bad, "[[gate]]\nname = 'G'\nhold = 'soon'\n").unwrap();
+    let (good, bad) = (good.to_str().unwrap(), bad.to_str().unwrap());
+    let refused = run(&["policy", "check", bad]);
+    let told = text(&refused.stderr);
+    assert!(!refused.status.success() && told.contains("gate[0].name") && told.contains("gate[0].hold"), "{told}");
+    assert!(run(&["policy", "check", good]).status.success());
+    let data = dir.path().join("data");
+    let (_server, url) = Server::with_api(&data);
+    let at = ["--data-dir", data.to_str().unwrap(), "--url", &url];
+    let ask = |arguments: &[&str]| run(&[arguments, &at[..]].concat());
+    let applied = ask(&["policy", "apply", good, "--reason", "first"]);
+    assert!(text(&applied.stdout).contains("Policy 1 is in force"), "{}", text(&applied.stderr));
+    assert!(text(&ask(&["policy", "show"]).stdout).contains("checks = ['privileged']"));
+    assert!(ask(&["quarantine", "release", "shop/web#web-1", "--reason", "needed"]).status.success());
+    let list = text(&ask(&["quarantine", "list"]).stdout);
+    assert!(list.starts_with("INSTANCE") && list.contains("Let in until"), "{list}");
+}

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::enrol::Der;
 use crate::identity::{AgentId, InstanceId, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage};
+use crate::policy::Applied;
 use crate::time::Timestamp;
 use crate::tls::{self, Credential, Trust};
 
@@ -19,9 +20,9 @@ const CONTEXT: &[u8] = b"sidewarden directive 1\0";
 const MAX_DOCUMENT: usize = 700 << 10;
 /// What this version understands of a directive; agents tell it in their hello.
 ///
-/// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. A collector keeps `deny` such that an agent of 1 misses
+/// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. 3: `quarantined`, `released` and `policy`. A collector keeps `deny` such that an agent of 1 misses
 /// as little as possible, and shows which agents run a directive without understanding all of it.
-pub const UNDERSTANDS: u32 = 2;
+pub const UNDERSTANDS: u32 = 3;
 
 /// What is in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +35,8 @@ pub struct Directive {
     pub issued_us: Timestamp,
     /// The roots of the trust domain.
     pub bundle: Vec<Der>,
-    /// Who is not let in, whatever the certificate says. Follows from `revoked`; all that the first agents look at.
+    /// Who is not let in, whatever the certificate says. Follows from `revoked` and `quarantined`; all that the first agents
+    /// look at.
     #[serde(default)]
     pub deny: Vec<Deny>,
     /// What was revoked, in full.
@@ -43,6 +45,46 @@ pub struct Directive {
     /// Whom else agents trust.
     #[serde(default, skip_serializing_if = "ForeignRoots::is_empty")]
     pub foreign: ForeignRoots,
+    /// Who is off the data plane, and stays in touch with its collector.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quarantined: Vec<Quarantine>,
+    /// Who was let in again although a gate says otherwise, for a while.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub released: Vec<Release>,
+    /// What all agents go by, in addition to their own settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Applied>,
+}
+
+/// An instance that is quarantined by a gate of the policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    /// Of which workload.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: InstanceId,
+    /// By which gate.
+    pub gate: String,
+    /// What it did.
+    pub why: String,
+    /// Since when.
+    pub at_us: Timestamp,
+    /// Its public keys (SHA-256 of the SPKI).
+    #[serde(default)]
+    pub keys: Vec<Sha256>,
+}
+
+/// An instance that no gate quarantines for a while, because an operator says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Of which workload.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: InstanceId,
+    /// The reason given.
+    pub why: String,
+    /// Until when.
+    pub until_us: Timestamp,
 }
 
 /// The roots of those who are not of the trust domain.
@@ -178,16 +220,29 @@ impl Revocation {
 
 /// Why somebody is not let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Denied<'a> {
-    /// What of it was revoked.
-    pub noun: &'static str,
-    /// The reason given.
-    pub why: &'a str,
+pub enum Denied<'a> {
+    /// It was revoked.
+    Revoked {
+        /// What of it.
+        noun: &'static str,
+        /// The reason given.
+        why: &'a str,
+    },
+    /// It is quarantined, which ends.
+    Quarantined {
+        /// By which gate.
+        gate: &'a str,
+        /// What it did.
+        why: &'a str,
+    },
 }
 
 impl fmt::Display for Denied<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "its {} is on the deny list: {}", self.noun, self.why)
+        match self {
+            Denied::Revoked { noun, why } => write!(f, "its {noun} is on the deny list: {why}"),
+            Denied::Quarantined { gate, why } => write!(f, "it is quarantined by the gate {gate}: {why}"),
+        }
     }
 }
 
@@ -212,46 +267,86 @@ pub enum Deny {
 }
 
 impl Directive {
-    /// Why `peer` is denied, if it is.
+    /// Why `peer` is denied on the data plane, if it is.
     pub fn denies(&self, peer: &Peer) -> Option<Denied<'_>> {
-        let revoked = self.revoked.iter().find(|revocation| revocation.is_met_by(peer));
-        let by_revocation = revoked.map(|found| Denied { noun: found.what.noun(), why: &found.why });
-        by_revocation.or_else(|| self.deny.iter().find_map(|deny| deny.meets(peer)))
+        let by_list = || self.deny.iter().find_map(|deny| deny.meets(peer));
+        self.revokes(peer).or_else(|| self.quarantines(peer.spki)).or_else(by_list)
     }
 
-    /// Why `agent` is denied whatever its key, if it is. Only its collector knows instances by name.
-    pub fn denies_agent(&self, agent: &AgentId) -> Option<Denied<'_>> {
+    /// Why `peer` is revoked, if it is: then its collector has nothing to do with it either.
+    pub fn revokes(&self, peer: &Peer) -> Option<Denied<'_>> {
+        let revoked = self.revoked.iter().find(|revocation| revocation.is_met_by(peer));
+        revoked.map(|found| Denied::Revoked { noun: found.what.noun(), why: &found.why })
+    }
+
+    /// Why the holder of a key is quarantined, if it is.
+    pub fn quarantines(&self, spki: Sha256) -> Option<Denied<'_>> {
+        let found = self.quarantined.iter().find(|quarantine| quarantine.keys.contains(&spki));
+        found.map(|quarantine| Denied::Quarantined { gate: &quarantine.gate, why: &quarantine.why })
+    }
+
+    /// Whether an operator has `agent` let in at `now`, whatever gates say.
+    pub fn releases(&self, agent: &AgentId, now: Timestamp) -> bool {
+        let is_it = |release: &Release| release.workload == agent.workload && release.instance == agent.instance;
+        self.released.iter().any(|release| is_it(release) && now < release.until_us)
+    }
+
+    /// Why `agent` is revoked whatever its key, if it is. Only its collector knows instances by name.
+    pub fn revokes_agent(&self, agent: &AgentId) -> Option<Denied<'_>> {
         let is_it = |what: &Target| match what {
             Target::Workload { id } => *id == agent.workload,
             Target::Instance { workload, instance } => *workload == agent.workload && *instance == agent.instance,
             _ => false,
         };
         let revoked = self.revoked.iter().find(|revocation| is_it(&revocation.what));
-        let by_list = || self.deny.iter().find_map(|deny| deny.meets_workload(&agent.workload));
-        revoked.map(|found| Denied { noun: found.what.noun(), why: &found.why }).or_else(by_list)
+        revoked.map(|found| Denied::Revoked { noun: found.what.noun(), why: &found.why })
     }
 
-    /// The same directive with these revocations, and the deny list that follows from them.
+    /// The same directive with these revocations, and the deny list that follows.
     pub fn with_revoked(self, revoked: Vec<Revocation>) -> Directive {
+        Directive { revoked, ..self }.with_deny_list()
+    }
+
+    /// The same with these instances quarantined.
+    pub fn with_quarantined(self, quarantined: Vec<Quarantine>) -> Directive {
+        Directive { quarantined, ..self }.with_deny_list()
+    }
+
+    fn with_deny_list(self) -> Directive {
         let mut deny: Vec<Deny> = Vec::new();
-        for line in revoked.iter().flat_map(Revocation::denials) {
+        let quarantined = self.quarantined.iter().flat_map(Quarantine::denials);
+        for line in self.revoked.iter().flat_map(Revocation::denials).chain(quarantined) {
             if !deny.iter().any(|known| known.is_about_the_same(&line)) {
                 deny.push(line);
             }
         }
-        Directive { deny, revoked, ..self }
+        Directive { deny, ..self }
     }
 
     /// What an agent must understand to do all that is said here.
     pub fn needs(&self) -> u32 {
-        self.revoked.iter().map(|revocation| revocation.what.needs()).max().unwrap_or(1)
+        let revoked = self.revoked.iter().map(|revocation| revocation.what.needs()).max().unwrap_or(1);
+        let is_gated = self.policy.is_some() || !self.quarantined.is_empty();
+        if is_gated { revoked.max(3) } else { revoked }
+    }
+}
+
+impl Quarantine {
+    /// Whether it is of this instance.
+    pub fn is_of(&self, agent: &AgentId) -> bool {
+        self.workload == agent.workload && self.instance == agent.instance
+    }
+
+    fn denials(&self) -> Vec<Deny> {
+        let why = format!("quarantined by the gate {}: {}", self.gate, self.why);
+        self.keys.iter().map(|spki| Deny::Key { spki: *spki, why: why.clone() }).collect()
     }
 }
 
 impl Deny {
     fn meets(&self, peer: &Peer) -> Option<Denied<'_>> {
         match (self, &peer.name) {
-            (Deny::Key { spki, why }, _) if *spki == peer.spki => Some(Denied { noun: "key", why }),
+            (Deny::Key { spki, why }, _) if *spki == peer.spki => Some(Denied::Revoked { noun: "key", why }),
             (_, PeerName::Spiffe(name)) => self.meets_workload(name),
             _ => None,
         }
@@ -259,7 +354,7 @@ impl Deny {
 
     fn meets_workload(&self, workload: &SpiffeId) -> Option<Denied<'_>> {
         match self {
-            Deny::Workload { id, why } if id == workload => Some(Denied { noun: "workload", why }),
+            Deny::Workload { id, why } if id == workload => Some(Denied::Revoked { noun: "workload", why }),
             _ => None,
         }
     }
@@ -372,6 +467,9 @@ mod tests {
             ],
             revoked: Vec::new(),
             foreign: ForeignRoots::default(),
+            quarantined: Vec::new(),
+            released: Vec::new(),
+            policy: None,
         }
     }
 
@@ -421,8 +519,6 @@ mod tests {
         assert!(directive.denies(&peer("spiffe://td/shop/orders", 4)).is_some());
         assert!(directive.denies(&peer("spiffe://td/shop/old", 1)).is_some());
         assert!(directive.denies(&peer("spiffe://td/shop/orders", 1)).is_none());
-        assert!(directive.denies_agent(&"spiffe://td/shop/old#a".parse().unwrap()).is_some());
-        assert!(directive.denies_agent(&"spiffe://td/shop/orders#a".parse().unwrap()).is_none());
     }
 
     fn revoked(what: Target, keys: &[u8]) -> Directive {
@@ -457,9 +553,36 @@ mod tests {
         ];
         for (what, keys, denied, old) in rows {
             let directive = revoked(what, &keys);
-            let found = (directive.denies(&peer(web, 3)).is_some(), directive.denies_agent(&agent).is_some());
+            let found = (directive.denies(&peer(web, 3)).is_some(), directive.revokes_agent(&agent).is_some());
             assert_eq!((found, directive.deny.len()), (denied, old), "{directive:?}");
         }
+    }
+
+    #[test]
+    fn the_quarantined_is_denied_by_peers_and_not_by_its_collector() {
+        let agent: AgentId = "spiffe://td/shop/web#1".parse().unwrap();
+        let (workload, instance) = (agent.workload.clone(), agent.instance.clone());
+        let keys = vec![Sha256([3; 32])];
+        let quarantine = Quarantine {
+            workload: workload.clone(),
+            instance: instance.clone(),
+            gate: "g".into(),
+            why: "privileged".into(),
+            at_us: Timestamp(1),
+            keys,
+        };
+        let directive = directive("td").with_quarantined(vec![quarantine]);
+        let web = peer(agent.workload.as_str(), 3);
+        assert_eq!(directive.denies(&web).unwrap().to_string(), "it is quarantined by the gate g: privileged");
+        assert!(directive.revokes(&web).is_none() && directive.revokes_agent(&agent).is_none());
+        assert!(
+            matches!(&directive.deny[..], [Deny::Key { why, .. }] if why.contains("quarantined")),
+            "for old agents"
+        );
+        assert_eq!(directive.needs(), 3);
+        let release = Release { workload, instance, why: "x".into(), until_us: Timestamp(5) };
+        let directive = Directive { released: vec![release], ..directive };
+        assert!(directive.releases(&agent, Timestamp(4)) && !directive.releases(&agent, Timestamp(5)));
     }
 
     #[test]

@@ -259,6 +259,14 @@ kinds! {
     IdentityRestored = "identity.restored",
     /// Somebody has imported roots of others, or removed them.
     TrustStoreChanged = "trust.store_changed",
+    /// An instance stands differently before a gate of the policy than it did.
+    QuarantineChanged = "quarantine.changed",
+    /// An agent took its workload off the data plane, or let it back, without the collector's word.
+    QuarantineAlone = "quarantine.alone",
+    /// An operator has an instance let in for a while, whatever gates say.
+    QuarantineReleased = "quarantine.released",
+    /// A policy came into force.
+    PolicyApplied = "policy.applied",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -437,6 +445,8 @@ pub enum RefusalReason {
     NameUnresolved,
     /// The upstream proxy did not connect us.
     UpstreamRefused,
+    /// This instance, or its peer, is quarantined by a gate of the policy.
+    Quarantined,
 }
 
 impl RefusalReason {
@@ -472,6 +482,7 @@ impl RefusalReason {
             RefusalReason::RequestTimeout => "request_timeout",
             RefusalReason::NameUnresolved => "name_unresolved",
             RefusalReason::UpstreamRefused => "upstream_refused",
+            RefusalReason::Quarantined => "quarantined",
         }
     }
 
@@ -543,6 +554,9 @@ impl RefusalReason {
             }
             RefusalReason::NameUnresolved => {
                 "the name has no address: is it spelt right, does the agent's DNS know it?"
+            }
+            RefusalReason::Quarantined => {
+                "a gate of the policy took an instance off the data plane: see `sidewarden-collector quarantine list`"
             }
             RefusalReason::UpstreamRefused => {
                 "the upstream proxy did not connect us: look at `egress.upstream_credentials_file` and at the proxy's own rules"
@@ -951,6 +965,84 @@ pub struct TokenCreated {
     pub expires_us: Timestamp,
 }
 
+/// How an instance stands before a gate, as the collector decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateStatus {
+    /// It keeps the gate, or has kept it for long enough again, or an operator lets it in.
+    Clear,
+    /// It breaks the gate, which only tells.
+    DryRun,
+    /// It breaks the gate, and too many of its workload are quarantined already.
+    Capped,
+    /// It is off the data plane.
+    Quarantined,
+}
+
+/// Body of `quarantine.changed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuarantineChanged {
+    /// Of which workload.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: String,
+    /// The gate.
+    pub gate: String,
+    /// How it stands now.
+    pub status: GateStatus,
+    /// What it did, or why it is let in again.
+    pub why: String,
+}
+
+/// Body of `quarantine.alone`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuarantineAlone {
+    /// The gate.
+    pub gate: String,
+    /// Whether the workload is off the data plane now.
+    pub on: bool,
+    /// What it did, or why it is let back.
+    pub why: String,
+}
+
+/// Body of `quarantine.released`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuarantineReleased {
+    /// Of which workload.
+    pub workload: SpiffeId,
+    /// Which instance.
+    pub instance: String,
+    /// Until when no gate quarantines it.
+    pub until_us: Timestamp,
+    /// The reason given.
+    pub why: String,
+    /// Who did it, by their own account.
+    #[serde(default)]
+    pub by: String,
+    /// The address it came from.
+    #[serde(default)]
+    pub source: String,
+}
+
+/// Body of `policy.applied`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PolicyApplied {
+    /// Its version.
+    pub version: u64,
+    /// The directive that carries it.
+    pub directive: u64,
+    /// SHA-256 of its text.
+    pub hash: Sha256,
+    /// The reason given.
+    pub why: String,
+    /// Who did it, by their own account.
+    #[serde(default)]
+    pub by: String,
+    /// The address it came from.
+    #[serde(default)]
+    pub source: String,
+}
+
 /// Body of `identity.revoked`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct IdentityRevoked(pub RevocationChanged);
@@ -1058,6 +1150,7 @@ mod tests {
             RefusalReason::RequestTimeout,
             RefusalReason::NameUnresolved,
             RefusalReason::UpstreamRefused,
+            RefusalReason::Quarantined,
         ] {
             assert_eq!(serde_json::to_string(&reason).unwrap(), format!("\"{}\"", reason.word()));
         }

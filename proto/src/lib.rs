@@ -10,6 +10,7 @@ pub mod enrol;
 pub mod event;
 pub mod finding;
 pub mod identity;
+pub mod policy;
 pub mod secret;
 pub mod session;
 pub mod time;

@@ -287,9 +287,18 @@ pub mod made_up {
         /// A directive signed by the collector.
         pub fn directive(&self, version: u64, deny: Vec<Deny>, issued_us: Timestamp) -> Signed {
             let bundle = vec![Der(self.root.to_vec())];
-            let (trust_domain, revoked) = (self.domain.parse().unwrap(), Vec::new());
-            let foreign = ForeignRoots::default();
-            let directive = Directive { version, trust_domain, issued_us, bundle, deny, revoked, foreign };
+            let directive = Directive {
+                version,
+                trust_domain: self.domain.parse().unwrap(),
+                issued_us,
+                bundle,
+                deny,
+                revoked: Vec::new(),
+                foreign: ForeignRoots::default(),
+                quarantined: Vec::new(),
+                released: Vec::new(),
+                policy: None,
+            };
             Signed::sign(&directive, &self.collector()).unwrap()
         }
     }

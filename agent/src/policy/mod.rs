@@ -6,7 +6,7 @@
 pub mod address;
 pub mod egress;
 
-use sidewarden_proto::directive::Directive;
+use sidewarden_proto::directive::{Denied, Directive};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, PeerName, SpiffeId};
 use sidewarden_proto::time::Timestamp;
@@ -43,7 +43,11 @@ pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Ti
         return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
     }
     if let Some(denied) = directive.and_then(|directive| directive.denies(peer)) {
-        return Decision::Refuse(RefusalReason::Revoked, denied.to_string());
+        let reason = match denied {
+            Denied::Revoked { .. } => RefusalReason::Revoked,
+            Denied::Quarantined { .. } => RefusalReason::Quarantined,
+        };
+        return Decision::Refuse(reason, denied.to_string());
     }
     match rules {
         Rules::Inbound { allow, allow_dns } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
@@ -103,9 +107,9 @@ mod tests {
     }
 
     fn directive(deny: Vec<Deny>) -> Directive {
-        let trust_domain = "td".parse().unwrap();
-        let (revoked, foreign) = (Vec::new(), Default::default());
-        Directive { version: 1, trust_domain, issued_us: NOW, bundle: Vec::new(), deny, revoked, foreign }
+        let trust_domain: sidewarden_proto::identity::TrustDomain = "td".parse().unwrap();
+        let json = serde_json::json!({"version": 1, "trust_domain": trust_domain, "issued_us": NOW, "bundle": []});
+        Directive { deny, ..serde_json::from_value(json).unwrap() }
     }
 
     fn check(rules: &Rules, peer: &Peer, deny: Vec<Deny>, expected: Option<RefusalReason>) {

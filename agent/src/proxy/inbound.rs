@@ -10,6 +10,7 @@ use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::accounting::{Pair, Plaintext, Refusal, Secured};
 use super::channel::Channel;
@@ -148,6 +149,13 @@ fn beyond(header: &Header) -> Option<SocketAddr> {
     header.source().filter(|source| !source.ip().is_loopback() && !source.ip().is_unspecified())
 }
 
+/// Has `ended` end with `over`.
+async fn ends_with(over: CancellationToken, ended: CancellationToken) -> std::convert::Infallible {
+    over.cancelled().await;
+    ended.cancel();
+    std::future::pending().await
+}
+
 impl Listener {
     /// Of the blocks that share the listener at `address`.
     pub fn new(shared: Arc<Shared>, address: SocketAddr, blocks: Vec<Inbound>) -> Listener {
@@ -252,12 +260,18 @@ impl Listener {
         tcp: Replayed<TcpStream>,
         plaintext: Plaintext,
     ) -> Result<(), Refused> {
+        let (unjudged, over) = (self.shared.unjudged(), leniency.over());
+        self.shared.held().map_err(Refused::new)?;
         let destination = tcp.inner().local_addr().unwrap_or(plaintext.source);
         let guest = Guest { source: plaintext.source, destination, proven: None };
         let workload = self.dial(way, &guest).await?;
         self.shared.ledger.plaintext(plaintext);
-        let bounds = self.shared.plaintext_bounds(leniency, way.pacing.begin());
-        let outcome = relay(&mut copying(workload, tcp), bounds, || {}).await;
+        let bounds = self.shared.plaintext_bounds(leniency, unjudged.clone(), way.pacing.begin());
+        let mut mover = copying(workload, tcp);
+        let outcome = tokio::select! {
+            outcome = relay(&mut mover, bounds, || {}) => outcome,
+            never = ends_with(over, unjudged) => match never {},
+        };
         self.shared.settle_plaintext(leniency, &outcome);
         Ok(())
     }

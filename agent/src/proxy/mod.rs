@@ -44,7 +44,7 @@ use sidewarden_proto::event::{Direction, Event, RefusalReason};
 use sidewarden_proto::identity::Peer;
 use sidewarden_proto::time::Timestamp;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -55,6 +55,7 @@ use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
 use crate::policy::{self, Decision};
+use crate::respond::Holding;
 use accounting::{Books, Pair, Plaintext, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
 use limits::{Over, Pace, Source, SourceLimits, Sources};
@@ -91,6 +92,10 @@ pub struct Shared {
     waiting: Arc<Mutex<Waiting<Occupied>>>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Whether this workload is quarantined.
+    pub holding: Holding,
+    /// Ends what is live and has no peer that could be judged: egress, and plaintext that was let in.
+    unjudged: Mutex<CancellationToken>,
     /// Randomness.
     pub random: Random,
     /// The start of the agent was told: what its listeners have to tell comes after it.
@@ -121,6 +126,7 @@ impl Shared {
         metrics: Arc<Metrics>,
         random: Random,
     ) -> Shared {
+        let cut = CancellationToken::new();
         Shared {
             identity,
             registry: Arc::default(),
@@ -133,11 +139,13 @@ impl Shared {
             sources: sources(&config.limits),
             waiting: Arc::default(),
             metrics,
+            holding: watch::Sender::default().subscribe(),
+            unjudged: Mutex::new(cut.child_token()),
             random,
             begun: CancellationToken::new(),
             reviewed: Mutex::default(),
             stop: CancellationToken::new(),
-            cut: CancellationToken::new(),
+            cut,
         }
     }
 }
@@ -350,9 +358,11 @@ impl Listeners {
 /// Tells what is due, and judges live connections when an answer could have changed.
 async fn keep_books(shared: Arc<Shared>, leniencies: Vec<Arc<Leniency>>) {
     let mut identity = shared.identity.clone();
+    let mut holding = shared.holding.clone();
     let (mut ticks, mut crowd) = (0u32, Crowd::default());
     loop {
         tokio::select! {
+            Ok(()) = holding.changed() => shared.review(),
             changed = identity.changed() => match changed {
                 Ok(()) => shared.review(),
                 // Nobody makes identities any more: the agent ends.
@@ -414,8 +424,25 @@ fn memory_is_given_back_once_after_each_burst_that_was_worth_it() {
 }
 
 impl Shared {
+    /// Why nothing may pass now, if that is so.
+    fn held(&self) -> Result<(), (RefusalReason, String)> {
+        match &*self.holding.borrow() {
+            Some(held) => {
+                let detail = format!("this instance is quarantined by the gate {}: {}", held.gate, held.why);
+                Err((RefusalReason::Quarantined, detail))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The end of what has no peer that could be judged; asked for before [`Shared::held`], so that none slips through.
+    fn unjudged(&self) -> CancellationToken {
+        self.unjudged.lock().unwrap_or_else(PoisonError::into_inner).child_token()
+    }
+
     /// The identity, if it can be used now.
     fn usable_identity(&self) -> Result<Arc<Identity>, (RefusalReason, String)> {
+        self.held()?;
         let identity = self.identity.borrow().clone();
         let identity = identity.ok_or((RefusalReason::NoIdentity, "this agent has not enrolled yet".to_owned()))?;
         identity.usable(Timestamp::now()).map_err(|fault| (RefusalReason::NoIdentity, fault.to_string()))?;
@@ -424,6 +451,10 @@ impl Shared {
 
     /// Judges every live connection by what is true now.
     fn review(&self) {
+        if self.held().is_err() {
+            let mut unjudged = self.unjudged.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *unjudged, self.cut.child_token()).cancel();
+        }
         let identity = self.identity.borrow().clone();
         let directive = identity.as_ref().and_then(|identity| identity.directive.clone());
         let now = Timestamp::now();
@@ -433,15 +464,24 @@ impl Shared {
             let before = std::mem::replace(&mut *last, Arc::downgrade(identity));
             !std::ptr::eq(before.as_ptr(), Arc::as_ptr(identity))
         });
-        self.registry.review(|live| match policy::decide(&live.rules, &live.peer, directive.as_deref(), now) {
-            Decision::Allow => trust_changed.map_or(Decision::Allow, |identity| identity.judge_again(live, now)),
-            refused => refused,
+        let held = self.held();
+        self.registry.review(|live| {
+            match (&held, policy::decide(&live.rules, &live.peer, directive.as_deref(), now)) {
+                (Err((reason, detail)), _) => Decision::Refuse(*reason, detail.clone()),
+                (Ok(()), Decision::Allow) => {
+                    trust_changed.map_or(Decision::Allow, |identity| identity.judge_again(live, now))
+                }
+                (Ok(()), refused) => refused,
+            }
         });
     }
 
     /// Asks policy about a connection that has registered, with the newest directive; and judges its chain again if
     /// whom we trust has changed since the handshake with `identity`.
     fn decide(&self, live: &Live, identity: &Arc<Identity>) -> Decision {
+        if let Err((reason, detail)) = self.held() {
+            return Decision::Refuse(reason, detail);
+        }
         let newest = self.identity.borrow().clone().unwrap_or_else(|| identity.clone());
         let now = Timestamp::now();
         match policy::decide(&live.rules, &live.peer, newest.directive.as_deref(), now) {
@@ -466,17 +506,18 @@ impl Shared {
         Bounds { cancelled: live.cancel.clone(), deadline: Instant::now().checked_add(life), idle, half_closed, pace }
     }
 
-    fn plaintext_bounds(&self, leniency: &Leniency, pace: Option<Box<Pace>>) -> Bounds {
+    fn plaintext_bounds(&self, leniency: &Leniency, cancelled: CancellationToken, pace: Option<Box<Pace>>) -> Bounds {
         let (lasts, age) = (leniency.until().since(Timestamp::now()), self.timeouts.max_connection_age);
         let life = if age.is_zero() { lasts } else { lasts.min(age) };
         let Timeouts { idle, half_closed, .. } = self.timeouts;
-        Bounds { cancelled: leniency.over(), deadline: Instant::now().checked_add(life), idle, half_closed, pace }
+        Bounds { cancelled, deadline: Instant::now().checked_add(life), idle, half_closed, pace }
     }
 
     /// Books the end of a relay without TLS.
     fn settle_plaintext(&self, leniency: &Leniency, outcome: &Outcome) {
         let reason = match outcome.end {
             End::Cancelled if self.cut.is_cancelled() => Some("agent_stopping"),
+            End::Cancelled if leniency.is_on(Timestamp::now()) => Some(RefusalReason::Quarantined.word()),
             End::Cancelled => Some("permissive_over"),
             End::Deadline if !leniency.is_on(Timestamp::now()) => Some("permissive_over"),
             End::Deadline => Some("maximum_age"),

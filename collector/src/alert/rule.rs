@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use sidewarden_proto::event::{
-    Body, ConnectionRefused, Direction, IdentityRestored, IdentityRevoked, KINDS, ListenerExposed, ProcessInfo,
-    Protocol, RefusalReason, Severity,
+    Body, ConnectionRefused, Direction, GateStatus, IdentityRestored, IdentityRevoked, KINDS, ListenerExposed,
+    ProcessInfo, Protocol, RefusalReason, Severity,
 };
 use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
@@ -436,6 +436,9 @@ pub const RULES: &[Rule] = &[
             "token.created",
             "identity.revoked",
             "identity.restored",
+            "quarantine.changed",
+            "quarantine.released",
+            "policy.applied",
             "alert.firing",
             "alert.resolved",
         ],
@@ -462,6 +465,26 @@ pub const RULES: &[Rule] = &[
         meaning: "an agent cannot renew its certificate; the old one is still in use",
         what_to_do: "the error says why; the certificate in use holds until the time given",
         read: renewal,
+    },
+    Rule {
+        name: "WorkloadQuarantined",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["quarantine.changed", "quarantine.alone"],
+        meaning: "an instance breaks a gate of the policy: it is off the data plane, or would be if the gate or its limits allowed that",
+        what_to_do: "mend what the gate names, and it comes back by itself; or `sidewarden-collector quarantine release` lets it in for a while",
+        read: quarantined,
+    },
+    Rule {
+        name: "PolicyChanged",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["policy.applied", "quarantine.released"],
+        meaning: "somebody with the admin token changed the policy of all agents, or had a quarantined instance let in",
+        what_to_do: "if nobody of yours did this, replace the collector's admin token and apply the policy that should hold",
+        read: policy_changed,
     },
     Rule {
         name: "IdentityRevoked",
@@ -574,7 +597,9 @@ fn refusal_rule(reason: RefusalReason) -> Option<&'static str> {
         | RefusalReason::ProxyHeaderBroken
         | RefusalReason::UnknownServerName
         | RefusalReason::NameUnresolved
-        | RefusalReason::UpstreamRefused => return None,
+        | RefusalReason::UpstreamRefused
+        // The quarantine has an alert of its own.
+        | RefusalReason::Quarantined => return None,
     })
 }
 
@@ -917,6 +942,50 @@ pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
 }
 
 /// What was asked for is not verified, so it stays out of the labels.
+fn quarantined(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (who, gate, status, why) = match seen.body {
+        Some(Body::QuarantineChanged(body)) => {
+            (subject(&body.workload, &body.instance), &body.gate, body.status, &body.why)
+        }
+        Some(Body::QuarantineAlone(body)) => {
+            let status = if body.on { GateStatus::Quarantined } else { GateStatus::Clear };
+            (Subject::from(seen.agent), &body.gate, status, &body.why)
+        }
+        _ => return Vec::new(),
+    };
+    let (severity, what) = match status {
+        GateStatus::Clear => return vec![Signal::Clear(Some(who), Some(word(gate)))],
+        GateStatus::Quarantined => (Severity::Critical, "is quarantined by"),
+        GateStatus::Capped => (Severity::Critical, "breaks, and is let be because of the limits of,"),
+        GateStatus::DryRun => (Severity::Warning, "would be quarantined by"),
+    };
+    let mut case = case(seen, rule, format!("it {what} the gate {}: {why}", word(gate)));
+    case.subject = Some(who);
+    case.severity = Some(severity);
+    case.apart = Some(("gate", word(gate)));
+    case.evidence = lines([("gate", gate), ("broken", why)]);
+    vec![Signal::Raise(case)]
+}
+
+fn policy_changed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (what, text, by, source, why) = match seen.body {
+        Some(Body::PolicyApplied(body)) => {
+            ("policy", format!("policy {} was applied", body.version), &body.by, &body.source, &body.why)
+        }
+        Some(Body::QuarantineReleased(body)) => {
+            let text = format!("{}#{} is let in until {}", body.workload, body.instance, body.until_us);
+            ("release", text, &body.by, &body.source, &body.why)
+        }
+        _ => return Vec::new(),
+    };
+    let mut case = case(seen, rule, format!("{text} by {by}: {why}"));
+    case.subject = None;
+    case.apart = Some(("change", what.to_owned()));
+    case.source = host_of(source).to_owned();
+    case.evidence = lines([("reason", why), ("by", by)]);
+    vec![Signal::Raise(case)]
+}
+
 fn revoked(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let (what, body) = match seen.body {
         Some(Body::IdentityRevoked(IdentityRevoked(body))) => ("revoked", body),
@@ -1161,6 +1230,7 @@ mod tests {
             (RefusalReason::RequestTimeout, Some("ConnectionsLimited[request_timeout]")),
             (RefusalReason::NameUnresolved, None),
             (RefusalReason::UpstreamRefused, None),
+            (RefusalReason::Quarantined, None),
         ];
         for (reason, expected) in rows {
             let expected: Vec<String> = expected.iter().map(|name| name.to_string()).collect();

@@ -8,6 +8,7 @@ pub mod answers;
 pub mod auth;
 mod error;
 pub mod events;
+mod policies;
 mod revocations;
 pub mod routes;
 pub mod serve;
@@ -117,6 +118,10 @@ fn handler(operation: Operation) -> MethodRouter<Arc<Api>> {
         Operation::Revocations => get(revocations::list),
         Operation::Revoke => post(revocations::revoke),
         Operation::Unrevoke => post(revocations::undo),
+        Operation::Quarantine => get(policies::quarantine),
+        Operation::Release => post(policies::release),
+        Operation::Policy => get(policies::policy),
+        Operation::ApplyPolicy => post(policies::apply),
         Operation::OpenApi => get(|| async { Json(routes::openapi()) }),
     }
 }

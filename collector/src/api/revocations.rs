@@ -50,12 +50,12 @@ impl From<RevokeError> for ApiError {
             RevokeError::Already { .. } => ApiError::conflict(text, "nothing is left to do"),
             RevokeError::Unknown(_) => ApiError::not_found(text, "see what is revoked: /api/v1/revocations"),
             RevokeError::Full => ApiError::conflict(text, "see what is revoked: /api/v1/revocations"),
-            RevokeError::Directive(_) | RevokeError::Register(_) => ApiError::internal("revoking", &text),
+            RevokeError::Directive(_) | RevokeError::Register(_) => ApiError::internal("changing the directive", &text),
         }
     }
 }
 
-fn body<T>(sent: Result<Json<T>, JsonRejection>) -> Result<T, ApiError> {
+pub(super) fn body<T>(sent: Result<Json<T>, JsonRejection>) -> Result<T, ApiError> {
     let wrong = |fault: JsonRejection| ApiError::bad_request(fault.body_text(), "see /api/v1/openapi.json");
     sent.map(|Json(body)| body).map_err(wrong)
 }
@@ -109,17 +109,17 @@ pub async fn undo(
 }
 
 /// The register and the directive are on disk.
-async fn off_the_runtime(
+pub(super) async fn off_the_runtime<T: Send + 'static>(
     core: &Core,
-    act: impl FnOnce(Core) -> Result<Done, RevokeError> + Send + 'static,
-) -> Result<Done, ApiError> {
+    act: impl FnOnce(Core) -> Result<T, RevokeError> + Send + 'static,
+) -> Result<T, ApiError> {
     let core = core.clone();
     let done = tokio::task::spawn_blocking(move || act(core)).await;
-    Ok(done.map_err(|error| ApiError::internal("revoking", &error))??)
+    Ok(done.map_err(|error| ApiError::internal("changing the directive", &error))??)
 }
 
 /// Who does it, by their own account: all who have the token are equal before us.
-fn name(by: &str) -> Result<String, ApiError> {
+pub(super) fn name(by: &str) -> Result<String, ApiError> {
     let by = by.trim();
     if by.chars().count() > MAX_BY || by.chars().any(char::is_control) {
         let wrong = format!("`by` is one line of at most {MAX_BY} characters");
@@ -133,7 +133,7 @@ fn changed(done: &Done, why: String, by: String, Source(source): Source) -> Revo
     RevocationChanged { revocation, version, why, by, source: source.to_string() }
 }
 
-async fn tell(core: &Core, severity: Severity, summary: String, body: Body) -> Result<(), ApiError> {
+pub(super) async fn tell(core: &Core, severity: Severity, summary: String, body: Body) -> Result<(), ApiError> {
     let event = Event::new((core.clock)(), severity, summary, &body);
     core.commits.own(event).await.map_err(|error| ApiError::internal("telling of it", &error))
 }

@@ -29,6 +29,14 @@ pub enum Operation {
     Revoke,
     /// Undoes it.
     Unrevoke,
+    /// Who is quarantined.
+    Quarantine,
+    /// Lets somebody in.
+    Release,
+    /// The policy.
+    Policy,
+    /// Puts one in force.
+    ApplyPolicy,
     /// This table.
     OpenApi,
 }
@@ -178,6 +186,38 @@ pub const ROUTES: &[Route] = &[
         access: Access::Token,
         parameters: &[],
         takes: Some("{id, why, by}"),
+    },
+    Route {
+        operation: Operation::Quarantine,
+        path: "/api/v1/quarantine",
+        summary: "Who is quarantined by a gate of the policy, who would be, and who was let in by an operator.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::Release,
+        path: "/api/v1/quarantine/release",
+        summary: "Lets an instance in for a while, whatever gates say.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{workload, instance, seconds, why, by}"),
+    },
+    Route {
+        operation: Operation::Policy,
+        path: "/api/v1/policy",
+        summary: "The policy in force, and which agents run it.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::ApplyPolicy,
+        path: "/api/v1/policy/apply",
+        summary: "Puts a policy in force; 400 with everything that is wrong with it.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{text, why, by, confirmed}; text: the document, TOML"),
     },
     Route {
         operation: Operation::OpenApi,

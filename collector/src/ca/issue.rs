@@ -188,7 +188,7 @@ impl Issuer {
         now: Timestamp,
     ) -> Result<Grant, Refused> {
         let (key, spki) = read_request(csr)?;
-        if let Some(deny) = directive.denies(peer) {
+        if let Some(deny) = directive.revokes(peer) {
             return Err(refuse("revoked", deny.to_string(), false));
         }
         check_denied(directive, agent, spki, now)?;
@@ -312,7 +312,7 @@ fn judge_token(token: &TokenInfo, now: Timestamp) -> Result<(), Refused> {
 fn check_denied(directive: &Directive, agent: &AgentId, spki: Sha256, now: Timestamp) -> Result<(), Refused> {
     let (name, issuers) = (PeerName::Spiffe(agent.workload.clone()), Arc::default());
     let peer = Peer { name, spki, serial: String::new(), issuers, not_before: now, not_after: now };
-    match directive.denies(&peer).or_else(|| directive.denies_agent(agent)) {
+    match directive.revokes(&peer).or_else(|| directive.revokes_agent(agent)) {
         Some(denied) => Err(refuse("revoked", denied.to_string(), false)),
         None => Ok(()),
     }

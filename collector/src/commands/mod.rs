@@ -1,5 +1,7 @@
 //! The commands that change something, each with its arguments.
 
+pub mod policy;
+pub mod quarantine;
 pub mod revoke;
 
 use std::time::Duration;

@@ -69,6 +69,9 @@ impl Directives {
                 deny: Vec::new(),
                 revoked: Vec::new(),
                 foreign: ForeignRoots::default(),
+                quarantined: Vec::new(),
+                released: Vec::new(),
+                policy: None,
             },
         };
         write(path, &directive)?;

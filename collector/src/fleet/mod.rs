@@ -4,6 +4,9 @@
 //! process: live sessions, one for each instance, and the way to end them.
 
 mod directive;
+mod gatekeeper;
+mod policies;
+mod quarantine;
 mod reach;
 mod revocations;
 
@@ -16,8 +19,11 @@ use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 pub use directive::{Directives, DirectivesError, InForce};
+pub use gatekeeper::keep;
+pub use policies::apply;
+pub use quarantine::{agent_of, release};
 pub use reach::Reach;
-pub use revocations::{Asked, Done, RevokeError, reason, refresh, revoke, undo};
+pub use revocations::{Asked, Done, RevokeError, hand_out, reason, refresh, revoke, undo};
 
 /// A session that is live.
 #[derive(Clone, Debug)]

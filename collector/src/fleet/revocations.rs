@@ -4,11 +4,13 @@
 //! so that no key issued in the same moment slips through.
 
 use sidewarden_proto::directive::{Directive, Revocation, Target};
+use sidewarden_proto::enrol::Refused;
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256};
 use sidewarden_proto::time::Timestamp;
 
+use super::quarantine::agent_of;
 use super::{Directives, DirectivesError, Fleet};
-use crate::ca::{CaError, Holder, Issuer, MAX_KEYS};
+use crate::ca::{CaError, Grant, Holder, Issuer, MAX_KEYS};
 
 /// Most revocations in force: each is told to every agent.
 const MAX_REVOKED: usize = 2_000;
@@ -112,11 +114,11 @@ pub fn undo(issuer: &Issuer, directives: &Directives, id: &str, now: Timestamp) 
     Ok(Done { revocation, version, notes: vec![asks_again] })
 }
 
-/// Looks the keys of revoked instances up again; the new version if any have come or gone.
+/// Looks the keys of revoked and quarantined instances up again; the new version if any have come or gone.
 pub fn refresh(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Result<Option<u64>, RevokeError> {
     let is_instance = |revocation: &Revocation| matches!(revocation.what, Target::Instance { .. });
     let before = directives.now();
-    if !before.directive.revoked.iter().any(is_instance) {
+    if !before.directive.revoked.iter().any(is_instance) && before.directive.quarantined.is_empty() {
         return Ok(None);
     }
     let own = issuer.authority().own().borrow().clone();
@@ -127,9 +129,31 @@ pub fn refresh(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Resu
                 revocation.keys = issuer.keys_of(&agent, now)?;
             }
         }
-        Ok::<_, RevokeError>(if revoked == directive.revoked { directive } else { directive.with_revoked(revoked) })
+        let mut quarantined = directive.quarantined.clone();
+        for quarantine in &mut quarantined {
+            quarantine.keys = issuer.keys_of(&agent_of(quarantine), now)?;
+        }
+        let same = revoked == directive.revoked && quarantined == directive.quarantined;
+        Ok::<_, RevokeError>(if same {
+            directive
+        } else {
+            Directive { revoked, ..directive }.with_quarantined(quarantined)
+        })
     })?;
     Ok(Some(version).filter(|version| *version != before.directive.version))
+}
+
+/// What was just issued, if it may be handed out: peers of an instance that is quarantined know its new key before.
+pub fn hand_out(issuer: &Issuer, directives: &Directives, grant: Grant, now: Timestamp) -> Result<Grant, Refused> {
+    let grant = issuer.still_allowed(grant, &directives.now().directive, now)?;
+    if directives.now().directive.quarantined.iter().any(|quarantine| quarantine.is_of(&grant.agent)) {
+        refresh(issuer, directives, now).map_err(|error| {
+            tracing::error!(%error, agent = %grant.agent, "the new key of a quarantined instance cannot be told to its peers");
+            let detail = "the collector could not issue a certificate: see its log".into();
+            Refused { reason: "internal".into(), detail, retry: true }
+        })?;
+    }
+    Ok(grant)
 }
 
 fn instance_of(what: &Target) -> Option<AgentId> {

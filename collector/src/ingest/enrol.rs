@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use super::Shared;
 use crate::ca::Grant;
+use crate::fleet;
 
 /// Why there was no request to answer.
 #[derive(Debug, thiserror::Error)]
@@ -49,13 +50,13 @@ async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Request, NoRequest
 }
 
 async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> Answer {
-    let (issuer, fleet, directives, now) =
+    let (issuer, sessions, directives, now) =
         (shared.issuer.clone(), shared.fleet.clone(), shared.directives.clone(), (shared.clock)());
     let workload = request.workload.as_ref().map(ToString::to_string).unwrap_or_default();
     let decided = tokio::task::spawn_blocking(move || {
-        let live = |agent: &AgentId| fleet.live(agent).map(|live| live.spki);
+        let live = |agent: &AgentId| sessions.live(agent).map(|live| live.spki);
         let grant = issuer.enrol(&request, &directives.now().directive, &live, now)?;
-        issuer.still_allowed(grant, &directives.now().directive, now)
+        fleet::hand_out(&issuer, &directives, grant, now)
     })
     .await;
     match decided {

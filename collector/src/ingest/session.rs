@@ -22,7 +22,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::Shared;
 use crate::ca::KeyState;
 use crate::commit::{Fault, Progress};
-use crate::fleet::{InForce, Place};
+use crate::fleet::{self, InForce, Place};
 use crate::state::is_collector_path;
 
 /// Read at once; small, because ten thousand sessions each hold one.
@@ -227,7 +227,7 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
         return Err(not_admitted("not_allowed", "a collector's certificate is not an agent's", false));
     }
     let in_force = shared.directives.now();
-    if let Some(denied) = in_force.directive.denies(&peer).or_else(|| in_force.directive.denies_agent(&agent)) {
+    if let Some(denied) = in_force.directive.revokes(&peer).or_else(|| in_force.directive.revokes_agent(&agent)) {
         return Err(not_admitted("revoked", format!("{agent}: {denied}"), false));
     }
     let follows = check_key(shared, &agent, &peer).await?;
@@ -467,7 +467,7 @@ impl<'a> Session<'a> {
         let in_force = self.directive.borrow_and_update().clone();
         wire.send(&Frame::Directive(in_force.signed.to_bytes())).await?;
         let directive = &in_force.directive;
-        match directive.denies(&self.peer).or_else(|| directive.denies_agent(&self.agent)) {
+        match directive.revokes(&self.peer).or_else(|| directive.revokes_agent(&self.agent)) {
             Some(denied) => Err(End::Denied(denied.to_string())),
             None => Ok(()),
         }
@@ -486,7 +486,7 @@ impl<'a> Session<'a> {
         let (directives, at) = (self.shared.directives.clone(), (self.shared.clock)());
         let issued = tokio::task::spawn_blocking(move || {
             let grant = issuer.renew(&agent, &peer, &csr, &directives.now().directive, at)?;
-            issuer.still_allowed(grant, &directives.now().directive, at)
+            fleet::hand_out(&issuer, &directives, grant, at)
         })
         .await;
         match issued {

@@ -168,6 +168,9 @@ mod tests {
             bundle: vec![der(&own)],
             deny: vec![],
             revoked: vec![],
+            quarantined: vec![],
+            released: vec![],
+            policy: None,
             foreign: ForeignRoots { domains, dns: vec![der(&host)] },
         };
         let all = [

@@ -75,6 +75,11 @@ impl World {
     }
 
     pub async fn agent_without_token(&self, name: &str, rules: &str) -> Agent {
+        self.agent_below(name, rules, None).await
+    }
+
+    /// The same, watching a machine whose /proc and /sys are below `root`.
+    pub async fn agent_below(&self, name: &str, rules: &str, root: Option<PathBuf>) -> Agent {
         let home = self.dir.path().join(name);
         let text = format!(
             "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = ['{}']\n\
@@ -84,7 +89,7 @@ impl World {
             self.dir.path().join(format!("{name}.token")).display(),
         );
         let config = AgentConfig::parse(&text, &|_| None).unwrap();
-        let setup = Setup { mode: Mode::Sidecar, config, root: None, shares_user: false, random: backoff::random };
+        let setup = Setup { mode: Mode::Sidecar, config, root, shares_user: false, random: backoff::random };
         Agent { app: agent::start(setup).await.unwrap(), home }
     }
 

@@ -20,6 +20,7 @@ use sidewarden_proto::event::{Direction, RefusalReason};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::accounting::{Pair, Refusal, Secured, Traffic};
 use super::handshake::{Opening, Replayed, classify, part_soon, shown};
@@ -112,6 +113,8 @@ struct There {
     address: String,
     /// The head to send in place of the client's, if not the usual one.
     head: Option<Vec<u8>>,
+    /// Ends it when the workload is quarantined, or the agent ends.
+    ended: CancellationToken,
     _known: Known,
 }
 
@@ -132,7 +135,7 @@ impl Refused {
     fn new(reason: RefusalReason, detail: impl Into<String>) -> Refused {
         use RefusalReason as R;
         let answer = match reason {
-            R::EgressNotListed | R::EgressPrivateAddress => Answer::NotAllowed,
+            R::EgressNotListed | R::EgressPrivateAddress | R::Quarantined => Answer::NotAllowed,
             R::NameUnresolved | R::Unreachable => Answer::HostUnreachable,
             _ => Answer::Failure,
         };
@@ -150,7 +153,7 @@ impl Refused {
     fn status(&self) -> u16 {
         use RefusalReason as R;
         match self.reason {
-            R::EgressNotListed | R::EgressPrivateAddress => 403,
+            R::EgressNotListed | R::EgressPrivateAddress | R::Quarantined => 403,
             R::BadRequest => 400,
             R::RequestTimeout => 408,
             _ => 502,
@@ -274,7 +277,7 @@ impl Door {
 
     async fn relay(&self, mut tcp: TcpStream, source: SocketAddr, tongue: Tongue, wanted: Wanted, there: There) {
         let Wanted { target, request, rest } = wanted;
-        let There { stream, address, head, _known } = there;
+        let There { stream, address, head, ended, _known } = there;
         let shared = &self.gate.shared;
         let pair = Pair { direction: Direction::Egress, peer: target.to_string(), listener: self.name.clone() };
         let how = Secured { address, ..Secured::default() };
@@ -299,7 +302,7 @@ impl Door {
             tell();
         }
         let mut mover = mover(Replayed::new(rest, tcp), stream, request, head, refused.clone());
-        let outcome = relay(&mut *mover, self.gate.bounds(), tell).await;
+        let outcome = relay(&mut *mover, self.gate.bounds(ended), tell).await;
         if !told.load(Relaxed) && refused.get().is_some() {
             let words = "the upstream proxy wants other credentials";
             return self.book(&Refused::new(RefusalReason::UpstreamRefused, words).to(&target), source);
@@ -326,16 +329,17 @@ fn mover(
 }
 
 impl Gate {
-    fn bounds(&self) -> Bounds {
+    fn bounds(&self, cancelled: CancellationToken) -> Bounds {
         let config::Timeouts { idle, half_closed, max_connection_age: age, .. } = self.shared.timeouts;
         let deadline = if age.is_zero() { None } else { Instant::now().checked_add(age) };
-        Bounds { cancelled: self.shared.cut.child_token(), deadline, idle, half_closed, pace: None }
+        Bounds { cancelled, deadline, idle, half_closed, pace: None }
     }
 
     fn settle(&self, pair: &Pair, outcome: &Outcome) {
         let Outcome { bytes_in, bytes_out, end } = outcome;
         let ended_by_us = match end {
-            End::Cancelled => Some("agent_stopping"),
+            End::Cancelled if self.shared.cut.is_cancelled() => Some("agent_stopping"),
+            End::Cancelled => Some(RefusalReason::Quarantined.word()),
             End::Deadline => Some("maximum_age"),
             End::Idle => Some("idle"),
             _ => None,
@@ -354,7 +358,10 @@ impl Gate {
     async fn reach(&self, wanted: &Wanted) -> Result<There, Refused> {
         let within = self.shared.timeouts.connect;
         let late = || Refused::new(RefusalReason::Unreachable, format!("no answer within {within:?}"));
-        timeout(within, self.go(wanted, within)).await.unwrap_or_else(|_| Err(late()))
+        let ended = self.shared.unjudged();
+        self.shared.held().map_err(|(reason, detail)| Refused::new(reason, detail))?;
+        let there = timeout(within, self.go(wanted, within)).await.unwrap_or_else(|_| Err(late()))?;
+        Ok(There { ended, ..there })
     }
 
     async fn go(&self, wanted: &Wanted, within: Duration) -> Result<There, Refused> {
@@ -367,14 +374,26 @@ impl Gate {
             Some(upstream) => {
                 let addresses = self.allowed(target).await?;
                 let (address, (stream, known)) = self.through_to_any(upstream, &addresses, within).await?;
-                Ok(There { stream, address: format!("{address} through {}", upstream.to), head: None, _known: known })
+                Ok(There {
+                    stream,
+                    address: format!("{address} through {}", upstream.to),
+                    head: None,
+                    ended: CancellationToken::new(),
+                    _known: known,
+                })
             }
             None => {
                 let addresses = self.allowed(target).await?;
                 let dial = |address| async move { Ok((address, self.own.connect(address).await?)) };
                 let (address, (tcp, known)) = connect_first(&addresses, within, dial).await?;
                 let stream = Replayed::new(Vec::new(), tcp);
-                Ok(There { stream, address: address.to_string(), head: None, _known: known })
+                Ok(There {
+                    stream,
+                    address: address.to_string(),
+                    head: None,
+                    ended: CancellationToken::new(),
+                    _known: known,
+                })
             }
         }
     }
@@ -389,12 +408,18 @@ impl Gate {
         match &wanted.request {
             None => {
                 let (stream, known) = self.through(upstream, &wanted.target, within).await?;
-                Ok(There { stream, address, head: None, _known: known })
+                Ok(There { stream, address, head: None, ended: CancellationToken::new(), _known: known })
             }
             Some(request) => {
                 let (tcp, known) = self.dial_upstream(upstream, within).await?;
                 let head = request.forwarded_to_proxy(upstream.credentials()?.as_ref());
-                Ok(There { stream: Replayed::new(Vec::new(), tcp), address, head: Some(head), _known: known })
+                Ok(There {
+                    stream: Replayed::new(Vec::new(), tcp),
+                    address,
+                    head: Some(head),
+                    ended: CancellationToken::new(),
+                    _known: known,
+                })
             }
         }
     }

@@ -1,0 +1,120 @@
+//! Asks the gates whenever an answer could have changed: after events of the kinds that they read, after a change of the
+//! directive, and every second for what only time changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sidewarden_proto::event::{Body, Event, GateStatus, QuarantineChanged, Severity};
+use sidewarden_proto::policy::{Applied, Policy};
+use sidewarden_proto::time::Timestamp;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::MissedTickBehavior;
+
+use super::quarantine::{Decided, decide, enforce};
+use crate::app::Core;
+use crate::commit::{Closed, Committed};
+
+const EVERY: Duration = Duration::from_secs(1);
+/// The least time between two looks, each of which goes over all instances.
+const PAUSE: Duration = Duration::from_millis(100);
+/// The kinds of event that gates read.
+const KINDS: [&str; 4] = ["posture.baseline", "verdict.changed", "process.entered", "process.shell"];
+
+/// The policy of the directive, read once for each version.
+#[derive(Default)]
+struct Reading {
+    of: Option<Applied>,
+    policy: Arc<Policy>,
+}
+
+impl Reading {
+    fn of(&mut self, applied: Option<&Applied>) -> Arc<Policy> {
+        if self.of.as_ref() != applied {
+            match Policy::parse(applied.map_or("", |applied| &applied.text)) {
+                Ok(policy) => self.policy = Arc::new(policy),
+                // What was in force stays so: nobody comes free by a text that this version cannot read.
+                Err(error) => tracing::error!(%error, "the policy in force cannot be read by this collector"),
+            }
+            self.of = applied.cloned();
+        }
+        self.policy.clone()
+    }
+}
+
+/// Keeps the gates until the shutdown.
+pub async fn keep(core: Core) {
+    let mut commits = core.commits.subscribe();
+    let mut directive = core.directives.subscribe();
+    let mut beat = tokio::time::interval(EVERY);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reading = Reading::default();
+    loop {
+        tokio::select! {
+            () = core.shutdown.cancelled() => return,
+            _ = beat.tick() => {}
+            is_due = next(&mut commits) => if !is_due { continue },
+            changed = directive.changed() => if changed.is_err() { return },
+        }
+        if let Err(Closed) = look(&core, &mut reading).await {
+            return;
+        }
+        // A burst of events is looked at once.
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Waits for the next link; whether gates read something in it, or may have missed it.
+async fn next(commits: &mut broadcast::Receiver<Arc<Committed>>) -> bool {
+    match commits.recv().await {
+        Ok(link) => link.events().iter().any(|event| KINDS.contains(&event.kind.as_ref())),
+        Err(RecvError::Lagged(_)) => true,
+        // The shutdown ends the loop; until then there is nothing to wait for.
+        Err(RecvError::Closed) => std::future::pending().await,
+    }
+}
+
+async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
+    let (in_force, now) = (core.directives.now(), (core.clock)());
+    let policy = reading.of(in_force.directive.policy.as_ref());
+    let decided = decide(&policy, &in_force.directive, &core.commits.state(), now);
+    let is_over = in_force.directive.released.iter().any(|release| release.until_us <= now);
+    if (decided.quarantined != in_force.directive.quarantined || is_over) && !put_in_force(core, &decided, now).await {
+        return Ok(());
+    }
+    let is_any = !decided.changes.is_empty();
+    for change in decided.changes {
+        core.commits.own(event(change, now)).await?;
+    }
+    // What was told must be in the state before the next look, or it would be told twice.
+    if is_any { core.commits.flush().await } else { Ok(()) }
+}
+
+async fn put_in_force(core: &Core, decided: &Decided, now: Timestamp) -> bool {
+    let (issuer, directives, decided) = (core.issuer.clone(), core.directives.clone(), decided.clone());
+    match tokio::task::spawn_blocking(move || enforce(&issuer, &directives, &decided, now)).await {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "a quarantine cannot be put in force; it is tried again");
+            false
+        }
+        Err(error) => {
+            tracing::error!(%error, "putting a quarantine in force ended by a panic");
+            false
+        }
+    }
+}
+
+fn event(change: QuarantineChanged, now: Timestamp) -> Event {
+    let who = format!("{}#{}", change.workload, change.instance);
+    let QuarantineChanged { gate, why, .. } = &change;
+    let (severity, summary) = match change.status {
+        GateStatus::Quarantined => (Severity::Critical, format!("{who} was quarantined by the gate {gate}: {why}")),
+        GateStatus::Capped => {
+            (Severity::Critical, format!("{who} breaks the gate {gate} and runs on, for too few others would: {why}"))
+        }
+        GateStatus::DryRun => (Severity::Warning, format!("{who} would be quarantined by the gate {gate}: {why}")),
+        GateStatus::Clear => (Severity::Notice, format!("{who} passes the gate {gate} again: {why}")),
+    };
+    Event::new(now, severity, summary, &Body::from(change))
+}

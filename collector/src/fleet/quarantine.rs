@@ -1,0 +1,363 @@
+//! Who is off the data plane by a gate of the policy: a pure decision over the state, and what follows from it.
+//!
+//! The state is a fold of events, and so is what was told of a gate; the directive says who is quarantined. Whatever is
+//! interrupted between the two is found and finished by the next look.
+
+use std::collections::BTreeMap;
+
+use sidewarden_proto::directive::{Directive, Quarantine, Release};
+use sidewarden_proto::event::{GateStatus, QuarantineChanged};
+use sidewarden_proto::identity::{AgentId, SpiffeId};
+use sidewarden_proto::policy::Policy;
+use sidewarden_proto::policy::gate::{Gate, Known, Seen, Stand};
+use sidewarden_proto::time::Timestamp;
+
+use super::{Directives, RevokeError, refresh};
+use crate::ca::Issuer;
+use crate::state::{Agent, State, Status, is_collector_path};
+
+/// Most instances that are quarantined at a time: each is told to every agent.
+const MAX_QUARANTINED: usize = 1_000;
+/// Most releases in force.
+const MAX_RELEASED: usize = 1_000;
+
+/// What is to be so.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Decided {
+    /// Who is quarantined; without keys where somebody is new.
+    pub quarantined: Vec<Quarantine>,
+    /// What has changed since it was told last.
+    pub changes: Vec<QuarantineChanged>,
+}
+
+/// How many more of a workload may be quarantined.
+struct Room {
+    /// Instances that are quarantined now, by whatever gate.
+    held: usize,
+    /// Connected ones that are not.
+    running: usize,
+}
+
+/// Decides over every instance.
+pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timestamp) -> Decided {
+    let mut decided = Decided::default();
+    let is_told = || state.agents.values().any(|agent| !agent.gates.is_empty());
+    if policy.gates.is_empty() && directive.quarantined.is_empty() && !is_told() {
+        return decided;
+    }
+    let mut rooms = rooms(directive, state, now);
+    for (id, agent) in state.agents.iter().filter(|(id, _)| !is_collector_path(id)) {
+        let gates: Vec<&Gate> = policy.gates_of(&id.workload).collect();
+        if gates.is_empty() && agent.gates.is_empty() {
+            continue;
+        }
+        let (known, mut left) = (known(agent, &gates), agent.gates.clone());
+        for gate in gates {
+            let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
+            let (status, why) = stand(gate, id, agent, &known, directive, room, now);
+            left.remove(&gate.name);
+            if status == GateStatus::Quarantined {
+                decided.quarantined.push(entry(directive, id, gate, &why, now));
+            }
+            change(&mut decided.changes, id, agent, &gate.name, status, why);
+        }
+        // Gates that the policy has no longer, or not for this workload.
+        for name in left.into_keys() {
+            change(&mut decided.changes, id, agent, &name, GateStatus::Clear, "the policy has no such gate".into());
+        }
+    }
+    decided.quarantined.truncate(MAX_QUARANTINED);
+    decided
+}
+
+fn rooms<'a>(directive: &Directive, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
+    let mut rooms = BTreeMap::new();
+    for (id, agent) in &state.agents {
+        let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
+        if directive.quarantined.iter().any(|quarantine| quarantine.is_of(id)) {
+            room.held += 1;
+        } else if state.status(agent, now) == Status::Live {
+            room.running += 1;
+        }
+    }
+    rooms
+}
+
+/// What these gates ask of the state.
+fn known(agent: &Agent, gates: &[&Gate]) -> Known {
+    let is_asked = |check: &String| gates.iter().any(|gate| gate.checks.contains(check));
+    let verdicts = agent
+        .findings
+        .iter()
+        .filter(|(check, _)| is_asked(check))
+        .map(|(check, standing)| (check.clone(), (Seen::from(&standing.finding.verdict), standing.since)));
+    Known { verdicts: verdicts.collect(), happened: agent.happened.clone() }
+}
+
+fn stand(
+    gate: &Gate,
+    id: &AgentId,
+    agent: &Agent,
+    known: &Known,
+    directive: &Directive,
+    room: &mut Room,
+    now: Timestamp,
+) -> (GateStatus, String) {
+    let before = directive.quarantined.iter().find(|q| q.is_of(id) && q.gate == gate.name);
+    let told = agent.gates.get(&gate.name);
+    if directive.releases(id, now) {
+        return (GateStatus::Clear, "an operator lets it in".into());
+    }
+    let stand = gate.judge(known, now);
+    match (stand, before) {
+        (Stand::Broken { why }, _) if !gate.enforce => (GateStatus::DryRun, why),
+        (_, Some(_)) if !gate.enforce => (GateStatus::Clear, "the gate only tells now".into()),
+        (Stand::Broken { why }, Some(_)) => (GateStatus::Quarantined, why),
+        (stand, Some(before)) if !gate.opens(&stand, now) => (GateStatus::Quarantined, before.why.clone()),
+        (Stand::Broken { why }, None) => (enter(gate, id, directive, room), why),
+        // What cannot be told changes nothing.
+        (Stand::Unclear, None) => told.map_or((GateStatus::Clear, String::new()), |told| match told.status {
+            GateStatus::Quarantined => (GateStatus::Clear, "it is quarantined no longer".into()),
+            status => (status, told.why.clone()),
+        }),
+        (Stand::Kept { .. } | Stand::Unclear, _) => (GateStatus::Clear, "it keeps the gate".into()),
+    }
+}
+
+/// Takes the room for one more, if there is some.
+fn enter(gate: &Gate, id: &AgentId, directive: &Directive, room: &mut Room) -> GateStatus {
+    // Held by another gate already: it takes no more room.
+    if directive.quarantined.iter().any(|quarantine| quarantine.is_of(id)) {
+        return GateStatus::Quarantined;
+    }
+    if room.held >= gate.max_per_workload || room.running <= gate.leave {
+        return GateStatus::Capped;
+    }
+    (room.held, room.running) = (room.held + 1, room.running - 1);
+    GateStatus::Quarantined
+}
+
+fn entry(directive: &Directive, id: &AgentId, gate: &Gate, why: &str, now: Timestamp) -> Quarantine {
+    let before = directive.quarantined.iter().find(|q| q.is_of(id) && q.gate == gate.name).cloned();
+    let (workload, instance) = (id.workload.clone(), id.instance.clone());
+    // The first reason stays: another one is no reason to tell every agent anew.
+    before.unwrap_or_else(|| {
+        let (gate, why, keys) = (gate.name.clone(), why.to_owned(), Vec::new());
+        Quarantine { workload, instance, gate, why, at_us: now, keys }
+    })
+}
+
+fn change(
+    changes: &mut Vec<QuarantineChanged>,
+    id: &AgentId,
+    agent: &Agent,
+    gate: &str,
+    status: GateStatus,
+    why: String,
+) {
+    let told = agent.gates.get(gate).map_or(GateStatus::Clear, |told| told.status);
+    if told != status {
+        let (workload, instance) = (id.workload.clone(), id.instance.to_string());
+        changes.push(QuarantineChanged { workload, instance, gate: gate.to_owned(), status, why });
+    }
+}
+
+/// Puts what was decided into the directive, with the keys that it takes; releases whose time is over leave it.
+pub fn enforce(issuer: &Issuer, directives: &Directives, decided: &Decided, now: Timestamp) -> Result<(), RevokeError> {
+    let own = issuer.authority().own().borrow().clone();
+    directives.change(&own, now, |directive| {
+        let mut quarantined = decided.quarantined.clone();
+        // An operator may have let somebody in since this was decided.
+        quarantined.retain(|quarantine| !directive.releases(&agent_of(quarantine), now));
+        for quarantine in &mut quarantined {
+            quarantine.keys = issuer.keys_of(&agent_of(quarantine), now)?;
+        }
+        let released = directive.released.iter().filter(|release| now < release.until_us).cloned().collect();
+        Ok::<_, RevokeError>(Directive { released, ..directive }.with_quarantined(quarantined))
+    })?;
+    refresh(issuer, directives, now).map(drop)
+}
+
+/// The instance that is quarantined.
+pub fn agent_of(quarantine: &Quarantine) -> AgentId {
+    AgentId { workload: quarantine.workload.clone(), instance: quarantine.instance.clone() }
+}
+
+/// Has an instance let in until a moment, whatever gates say.
+pub fn release(issuer: &Issuer, directives: &Directives, release: Release, now: Timestamp) -> Result<u64, RevokeError> {
+    let own = issuer.authority().own().borrow().clone();
+    directives.change(&own, now, |directive| {
+        let is_other = |other: &Release| other.workload != release.workload || other.instance != release.instance;
+        let mut released: Vec<Release> =
+            directive.released.iter().filter(|other| now < other.until_us && is_other(other)).cloned().collect();
+        if released.len() >= MAX_RELEASED {
+            return Err(RevokeError::Wrong(format!("{MAX_RELEASED} releases are in force: wait until some are over")));
+        }
+        let id = AgentId { workload: release.workload.clone(), instance: release.instance.clone() };
+        let quarantined = directive.quarantined.iter().filter(|quarantine| !quarantine.is_of(&id)).cloned().collect();
+        released.push(release);
+        Ok(Directive { released, ..directive }.with_quarantined(quarantined))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use sidewarden_proto::event::Severity;
+    use sidewarden_proto::finding::{CisIds, Finding, Remedy, Vantage, Verdict};
+    use sidewarden_proto::identity::Sha256;
+
+    use super::*;
+    use crate::state::{Session, Standing};
+
+    const NOW: Timestamp = Timestamp::from_secs(10_000);
+
+    fn policy(more: &str) -> Policy {
+        Policy::parse(&format!("[[gate]]\nname = 'g'\nchecks = ['privileged']\nhold = '60s'\n{more}")).unwrap()
+    }
+
+    fn directive() -> Directive {
+        let json = r#"{"version":1,"trust_domain":"x","issued_us":1,"bundle":[]}"#;
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn id(name: &str) -> AgentId {
+        format!("spiffe://x/{name}").parse().unwrap()
+    }
+
+    fn agent(verdict: Verdict, since: i64) -> Agent {
+        let finding = Finding {
+            check: "privileged".into(),
+            ids: CisIds::default(),
+            title: String::new(),
+            severity: Severity::Critical,
+            verdict,
+            evidence: Vec::new(),
+            remedy: Remedy::default(),
+            vantage: Vantage::Open,
+        };
+        let standing = Standing { finding, since: Timestamp::from_secs(since) };
+        let session = Session::Live { since: NOW, source: String::new(), transport: "quic".into() };
+        Agent { findings: [("privileged".to_owned(), standing)].into(), session, ..Agent::default() }
+    }
+
+    fn state(agents: &[(&str, Verdict, i64)]) -> State {
+        let agents = agents.iter().map(|(name, verdict, since)| (id(name), agent(verdict.clone(), *since)));
+        State { agents: agents.collect(), ..State::default() }
+    }
+
+    /// The status of every instance that was told of.
+    fn told(decided: &Decided) -> Vec<(&str, GateStatus)> {
+        decided.changes.iter().map(|change| (change.instance.as_str(), change.status)).collect()
+    }
+
+    fn unknown() -> Verdict {
+        Verdict::Unknown { grant: String::new() }
+    }
+
+    /// Takes a decision as carried out and told.
+    fn carried_out(state: &mut State, directive: Directive, decided: &Decided) -> Directive {
+        for change in &decided.changes {
+            let agent = state.agents.get_mut(&id(&format!("{}#{}", change.workload.path(), change.instance))).unwrap();
+            agent.gates.remove(&change.gate);
+            if change.status != GateStatus::Clear {
+                let gated = crate::state::Gated { status: change.status, why: change.why.clone(), since: NOW };
+                agent.gates.insert(change.gate.clone(), gated);
+            }
+        }
+        directive.with_quarantined(decided.quarantined.clone())
+    }
+
+    #[test]
+    fn a_dry_run_tells_and_does_nothing() {
+        let state =
+            state(&[("shop/web#1", Verdict::Fail, 1), ("shop/web#2", Verdict::Pass, 1), ("shop/db#1", unknown(), 1)]);
+        let decided = decide(&policy(""), &directive(), &state, NOW);
+        assert_eq!((told(&decided), decided.quarantined.len()), (vec![("1", GateStatus::DryRun)], 0));
+    }
+
+    #[test]
+    fn one_rule_never_stops_all_of_a_workload() {
+        use GateStatus::{Capped, Quarantined};
+        let three =
+            [("shop/web#1", Verdict::Fail, 1), ("shop/web#2", Verdict::Fail, 1), ("shop/web#3", Verdict::Fail, 1)];
+        let rows: [(&str, usize, &[GateStatus]); 5] = [
+            ("", 3, &[Quarantined, Capped, Capped]),
+            ("max_per_workload = 9", 3, &[Quarantined, Quarantined, Capped]),
+            ("max_per_workload = 9\nleave = 0", 3, &[Quarantined, Quarantined, Quarantined]),
+            ("", 1, &[Capped]),
+            ("leave = 0", 1, &[Quarantined]),
+        ];
+        for (more, count, expected) in rows {
+            let mut state = state(&three[..count]);
+            let policy = policy(&format!("enforce = true\n{more}"));
+            let decided = decide(&policy, &directive(), &state, NOW);
+            let got: Vec<GateStatus> = decided.changes.iter().map(|change| change.status).collect();
+            assert_eq!(got, expected, "{more}");
+            // And nothing more at the next look.
+            let directive = carried_out(&mut state, directive(), &decided);
+            let again = decide(&policy, &directive, &state, NOW);
+            assert_eq!((again.changes, again.quarantined), (vec![], decided.quarantined), "{more}");
+        }
+    }
+
+    #[test]
+    fn who_was_quarantined_comes_back_when_it_has_passed_for_the_hold_and_unknown_is_no_pass() {
+        let policy = policy("enforce = true\nleave = 0");
+        let mut state = state(&[("shop/web#1", Verdict::Fail, 1)]);
+        let decided = decide(&policy, &directive(), &state, NOW);
+        let held = carried_out(&mut state, directive(), &decided);
+        let secs = NOW.as_secs();
+        for (verdict, since, stays) in [
+            (unknown(), 1, true),
+            (Verdict::Pass, secs - 59, true),
+            (Verdict::Fail, 1, true),
+            (Verdict::Pass, secs - 60, false),
+        ] {
+            let gates = state.agents[&id("shop/web#1")].gates.clone();
+            state.agents.insert(id("shop/web#1"), Agent { gates, ..agent(verdict.clone(), since) });
+            let decided = decide(&policy, &held, &state, NOW);
+            assert_eq!(
+                (decided.quarantined.len(), decided.changes.len()),
+                (usize::from(stays), usize::from(!stays)),
+                "{verdict:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_operators_release_a_dry_run_and_a_gate_that_is_gone_end_a_quarantine() {
+        let enforced = policy("enforce = true\nleave = 0");
+        let mut state = state(&[("shop/web#1", Verdict::Fail, 1)]);
+        let decided = decide(&enforced, &directive(), &state, NOW);
+        let held = carried_out(&mut state, directive(), &decided);
+        assert_eq!(held.quarantined.len(), 1);
+        let agent = id("shop/web#1");
+        let until_us = NOW.plus(Duration::from_secs(60));
+        let release = Release { workload: agent.workload, instance: agent.instance, why: "x".into(), until_us };
+        let released = Directive { released: vec![release], ..held.clone() };
+        for (policy, directive, now, status) in [
+            (&enforced, &released, NOW, Some(GateStatus::Clear)),
+            (&enforced, &released, until_us, None),
+            (&policy(""), &held, NOW, Some(GateStatus::DryRun)),
+            (&Policy::default(), &held, NOW, Some(GateStatus::Clear)),
+        ] {
+            let decided = decide(policy, directive, &state, now);
+            assert_eq!(decided.changes.first().map(|change| change.status), status);
+            assert_eq!(decided.quarantined.is_empty(), status.is_some());
+        }
+    }
+
+    #[test]
+    fn a_crash_between_the_directive_and_the_event_is_made_good() {
+        let policy = policy("enforce = true\nleave = 0");
+        let state = state(&[("shop/web#1", Verdict::Fail, 1)]);
+        let decided = decide(&policy, &directive(), &state, NOW);
+        let mut written = directive().with_quarantined(decided.quarantined.clone());
+        written.quarantined[0].keys = vec![Sha256([1; 32])];
+        let again = decide(&policy, &written, &state, NOW);
+        assert_eq!(told(&again), [("1", GateStatus::Quarantined)]);
+        assert_eq!(again.quarantined, written.quarantined);
+    }
+}

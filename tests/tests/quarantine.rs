@@ -1,0 +1,198 @@
+//! A workload that breaks a gate of the policy is off the data plane, in touch with its collector, and comes back.
+
+#[allow(dead_code)]
+mod world;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+
+use sidewarden_collector::fleet;
+use sidewarden_proto::directive::Release;
+use sidewarden_proto::event::{Body, GateStatus};
+use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::time::Timestamp;
+use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+
+use world::{Agent, World, echo, eventually, hook, inbound, outbound, says};
+
+/// What an agent sees of a made-up machine: itself, and a workload that may gain privileges or not.
+struct Machine(TempDir);
+
+impl Machine {
+    fn new() -> Machine {
+        let machine = Machine(TempDir::new().unwrap());
+        machine.put("proc/sys/net/core/somaxconn", "4096");
+        machine.put("proc/meminfo", "MemTotal: 1000 kB\n");
+        machine.put("proc/filesystems", "nodev\tproc\n");
+        machine.put("proc/loadavg", "0.1 0.1 0.1 1/2 9\n");
+        fs::create_dir_all(machine.0.path().join("sys/module")).unwrap();
+        machine.process(9, "/docker/us", "sidewarden-agen", true);
+        symlink("9", machine.0.path().join("proc/self")).unwrap();
+        machine.process(1, "/docker/w", "nginx", true);
+        machine
+    }
+
+    fn put(&self, path: &str, text: &str) {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // A reader sees the old or the new text, never half of one.
+        let new = path.with_extension("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, path).unwrap();
+    }
+
+    fn process(&self, pid: i32, cgroup: &str, name: &str, no_new_privs: bool) {
+        let at = format!("proc/{pid}");
+        let stat = format!("{pid} ({name}) S 0 {pid} {pid} 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {pid} 0 0");
+        self.put(&format!("{at}/stat"), &stat);
+        self.put(&format!("{at}/status"), &status(pid, name, no_new_privs));
+        self.put(&format!("{at}/cgroup"), &format!("4:memory:{cgroup}\n0::{cgroup}\n"));
+        self.put(&format!("{at}/cmdline"), &format!("/bin/{name}\0--x\0"));
+        self.put(&format!("{at}/mountinfo"), "72 48 0:39 / / ro,relatime master:2 - overlay overlay rw\n");
+        let net = self.0.path().join("net-dev");
+        if !net.exists() {
+            fs::write(&net, "Inter-|\n face |\n    lo: 0\n").unwrap();
+        }
+        fs::create_dir_all(self.0.path().join(format!("{at}/net"))).unwrap();
+        fs::hard_link(&net, self.0.path().join(format!("{at}/net/dev"))).unwrap();
+    }
+
+    /// From now on the workload may gain privileges, or no more.
+    fn lets_gain_privileges(&self, so: bool) {
+        self.put("proc/1/status", &status(1, "nginx", !so));
+    }
+}
+
+fn status(pid: i32, name: &str, no_new_privs: bool) -> String {
+    format!(
+        "Name:\t{name}\nUmask:\t0022\nState:\tS (sleeping)\nTgid:\t{pid}\nNgid:\t0\nPid:\t{pid}\nPPid:\t0\n\
+         TracerPid:\t0\nUid:\t10001\t10001\t10001\t10001\nGid:\t10001\t10001\t10001\t10001\nFDSize:\t64\n\
+         Groups:\t10001 \nNSpid:\t{pid}\nThreads:\t1\nSigQ:\t0/96343\nSigPnd:\t0\nShdPnd:\t0\nSigBlk:\t0\nSigIgn:\t0\nSigCgt:\t0\nCapInh:\t0\nCapPrm:\t0\nCapEff:\t0\n\
+         CapBnd:\t00000000a80405fb\nCapAmb:\t0\nNoNewPrivs:\t{}\nSeccomp:\t2\n",
+        u8::from(no_new_privs)
+    )
+}
+
+fn gate(more: &str) -> String {
+    format!(
+        "[[gate]]\nname = 'no-gain'\nworkloads = ['shop/orders']\nchecks = ['no-new-privileges']\nhold = '2s'\n{more}\n"
+    )
+}
+
+fn apply(world: &World, text: &str) -> u64 {
+    let core = &world.collector().core;
+    fleet::apply(&core.issuer, &core.directives, &core.fleet, text, false, Timestamp::now()).unwrap().1
+}
+
+async fn runs(agent: &Agent, version: u64) {
+    let mut identity = agent.app.identity.clone();
+    let newest = identity.wait_for(|identity| identity.as_ref().is_some_and(|i| i.directive_version() >= version));
+    tokio::time::timeout(Duration::from_secs(60), newest).await.expect("the directive in time").unwrap();
+}
+
+/// web → orders, which watches a machine of its own.
+async fn shop(world: &World) -> (Agent, Agent, Machine) {
+    let machine = Machine::new();
+    let rules = format!("watch.posture_interval = '1s'\n{}", inbound(echo().await, "shop/web"));
+    world.hand_token("orders-1", &world.token("shop/orders", 1, Duration::from_secs(600)));
+    let orders = world.agent_below("orders-1", &rules, Some(machine.0.path().to_owned())).await;
+    let web = world.agent("web-1", "shop/web", &outbound(orders.inbound(), "shop/orders")).await;
+    orders.enrolled().await;
+    web.enrolled().await;
+    world.event("posture.baseline", |record| record.agent.workload.path() == "shop/orders").await;
+    (web, orders, machine)
+}
+
+async fn gets_through(web: &Agent) -> bool {
+    let Ok(mut socket) = TcpStream::connect(web.app.addresses.outbound[0]).await else { return false };
+    says(&mut socket, b"hello").await.is_ok_and(|answer| answer == b"hello")
+}
+
+async fn comes_back(web: &Agent) {
+    let again = async || gets_through(web).await.then_some(());
+    eventually(|| "it does not come back".into(), again).await;
+}
+
+/// Waits until the collector has told that `orders-1` stands so.
+async fn told(world: &World, status: GateStatus) {
+    world
+        .event("quarantine.changed", |record| {
+            matches!(Body::from_raw(&record.kind, &record.body), Ok(Some(Body::QuarantineChanged(c))) if c.status == status)
+        })
+        .await;
+}
+
+async fn is_cut(mut live: TcpStream) {
+    let end = tokio::time::timeout(Duration::from_secs(60), live.read(&mut [0; 1])).await.expect("an end in time");
+    assert!(matches!(end, Err(_) | Ok(0)), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_that_breaks_a_gate_is_off_the_data_plane_until_it_has_kept_it_for_the_hold() {
+    let (hook, bodies) = hook().await;
+    let world = World::start_with(&format!("[[alerts.webhooks]]\nurl = 'http://{hook}/'")).await;
+    let (web, orders, machine) = shop(&world).await;
+    let version = apply(&world, &gate(""));
+    runs(&orders, version).await;
+    machine.lets_gain_privileges(true);
+    told(&world, GateStatus::DryRun).await;
+    let mut live = web.dial().await;
+    assert_eq!(says(&mut live, b"hello").await.unwrap(), b"hello", "a dry run stops nobody");
+    apply(&world, &gate("enforce = true"));
+    told(&world, GateStatus::Capped).await;
+    assert_eq!(says(&mut live, b"still").await.unwrap(), b"still", "the only instance is let be");
+    apply(&world, &gate("enforce = true\nleave = 0"));
+    told(&world, GateStatus::Quarantined).await;
+    is_cut(live).await;
+    assert!(!gets_through(&web).await);
+    let refused = world.event("connection.refused", |record| record.summary.contains("quarantined")).await;
+    assert!(refused.body.get().contains("no-gain"), "{}", refused.body.get());
+    let agent: AgentId = "spiffe://sidewarden.internal/shop/orders#orders-1".parse().unwrap();
+    assert!(world.collector().core.fleet.live(&agent).is_some(), "its way to the collector is never cut");
+    let alert = async || bodies.lock().unwrap().iter().find(|body| body.contains("WorkloadQuarantined")).cloned();
+    let alert = eventually(|| format!("no alert among {:#?}", bodies.lock().unwrap()), alert).await;
+    assert!(alert.contains("no-new-privileges") && alert.contains("quarantine release"), "{alert}");
+    machine.lets_gain_privileges(false);
+    told(&world, GateStatus::Clear).await;
+    comes_back(&web).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_lets_a_quarantined_instance_in_for_a_while() {
+    let world = World::start().await;
+    let (web, _orders, machine) = shop(&world).await;
+    apply(&world, &gate("enforce = true\nleave = 0"));
+    machine.lets_gain_privileges(true);
+    told(&world, GateStatus::Quarantined).await;
+    let gone = async || (!gets_through(&web).await).then_some(());
+    eventually(|| "it is still let in".into(), gone).await;
+    let agent: AgentId = "spiffe://sidewarden.internal/shop/orders#orders-1".parse().unwrap();
+    let until_us = Timestamp::now().plus(Duration::from_secs(3_600));
+    let release = Release { workload: agent.workload, instance: agent.instance, why: "needed now".into(), until_us };
+    let core = &world.collector().core;
+    fleet::release(&core.issuer, &core.directives, release, Timestamp::now()).unwrap();
+    told(&world, GateStatus::Clear).await;
+    comes_back(&web).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_without_collector_goes_by_the_last_policy() {
+    let mut world = World::start().await;
+    let (web, orders, machine) = shop(&world).await;
+    let version = apply(&world, &gate("enforce = true\nleave = 0"));
+    runs(&orders, version).await;
+    runs(&web, version).await;
+    world.stop_collector().await;
+    assert!(gets_through(&web).await, "a dead collector is no outage");
+    machine.lets_gain_privileges(true);
+    let gone = async || (!gets_through(&web).await).then_some(());
+    eventually(|| "it is still let in".into(), gone).await;
+    machine.lets_gain_privileges(false);
+    comes_back(&web).await;
+    world.start_collector_again().await;
+    world.event("quarantine.alone", |record| record.summary.contains("without a collector's word by the gate")).await;
+    world.event("quarantine.alone", |record| record.summary.contains("let back in")).await;
+}
