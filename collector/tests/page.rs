@@ -68,17 +68,18 @@ fn assert_shows(document: &str, wanted: &[&str]) {
     }
 }
 
+/// Waits until there is one of this name: alerts are judged after what they come from is acknowledged.
+async fn alert(app: &App, name: &str) {
+    until(name, async || scene::ask(app, "/api/v1/alerts").await.to_string().contains(name).then_some(())).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_sees_the_state_of_the_shop() {
     let Some(browser) = browser() else { return };
     let scene = start("").await;
     let agents = shop(&scene.app).await;
     agents[2].disconnect(&scene.app, true).await;
-    until("the alerts", async || {
-        let alerts = scene::ask(&scene.app, "/api/v1/alerts").await;
-        alerts.to_string().contains("ForeignCertificate").then_some(())
-    })
-    .await;
+    alert(&scene.app, "ForeignCertificate").await;
     let key = token(&scene.app);
     let at = |place: &str| format!("#token={key}&{place}");
 
@@ -168,6 +169,7 @@ async fn where_a_workload_goes_is_shown_apart_from_whom_it_talks_to() {
         refused.into(),
     ];
     orders.send(&scene.app, told.into_iter().map(|body| scene::event(Severity::Info, "told", body)).collect()).await;
+    alert(&scene.app, "EgressToPrivateAddress").await;
     let place = "/workload/spiffe%3A%2F%2Fsidewarden.internal%2Fshop%2Forders";
     let page = browser.look(&scene.app, "egress", &format!("#token={}&{place}", token(&scene.app))).await;
     assert_shows(&page, &["<b>Talks to </b>shop/web<", "<b>Goes to </b>api.example.com:443<"]);
