@@ -16,7 +16,7 @@ use sidewarden_proto::identity::{InstanceId, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
-use crate::cis::{Declared, Plaintext};
+use crate::cis::{Declared, Images, Plaintext, Promise};
 use crate::identity::files::Files;
 use crate::identity::foreign::ForeignFiles;
 use crate::identity::keeper::Elsewhere;
@@ -57,6 +57,8 @@ pub struct Config {
     pub watch: Watch,
     /// What the operator intends, for the checks.
     pub declared: Declared,
+    /// How a node agent finds the containers of its host.
+    pub node: Node,
     /// How many.
     pub limits: Limits,
     /// How long.
@@ -362,6 +364,19 @@ pub struct Watch {
     pub normal: Normal,
 }
 
+/// `[node]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// The container engine's socket.
+    pub socket: PathBuf,
+}
+
+impl Default for Node {
+    fn default() -> Node {
+        Node { socket: "/run/docker.sock".into() }
+    }
+}
+
 /// `[limits]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -414,6 +429,7 @@ impl Default for Config {
             intercept: Intercept::default(),
             watch: Watch::default(),
             declared: Declared::default(),
+            node: Node::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
         }
@@ -500,6 +516,21 @@ fn text_of(path: Option<&Path>) -> Result<String, ConfigError> {
     std::fs::read_to_string(path).map_err(|error| ConfigError::File { path: path.to_owned(), error })
 }
 
+impl Config {
+    /// Reads no more than what the checks need, for one look at the host: `[node]`, `[declared]`, `[images]` and the lists of
+    /// waivers and attestations.
+    pub fn load_for_checks(path: Option<&Path>, env: Env<'_>) -> Result<Config, ConfigError> {
+        let read = |r: &mut Reader<'_>| {
+            let config = Config { declared: whole_declared(r), node: r.section("node", node), ..Config::default() };
+            for fault in config.declared.faults() {
+                r.fault("declared", fault);
+            }
+            config
+        };
+        Ok(config::load_part(&text_of(path)?, env, read)?)
+    }
+}
+
 impl Admin {
     /// Reads no more than this part, for whoever asks a running agent.
     pub fn load(path: Option<&Path>, env: Env<'_>) -> Result<Admin, ConfigError> {
@@ -527,7 +558,8 @@ fn read(r: &mut Reader<'_>) -> Config {
         exec: r.section("exec", |r| Exec { user: r.optional("user") }),
         intercept: r.section("intercept", intercept),
         watch: r.section("watch", watch),
-        declared: r.section("declared", declared),
+        declared: whole_declared(r),
+        node: r.section("node", node),
         limits: r.section("limits", limits),
         timeouts: r.section("timeouts", timeouts),
     };
@@ -536,6 +568,34 @@ fn read(r: &mut Reader<'_>) -> Config {
         r.fault(key, wrong);
     }
     config
+}
+
+fn node(r: &mut Reader<'_>) -> Node {
+    Node { socket: r.value("socket", Node::default().socket) }
+}
+
+fn whole_declared(r: &mut Reader<'_>) -> Declared {
+    Declared {
+        images: r.section("images", images),
+        waivers: r.list("waiver", promise).into_iter().flatten().collect(),
+        attestations: r.list("attestation", promise).into_iter().flatten().collect(),
+        ..r.section("declared", declared)
+    }
+}
+
+fn images(r: &mut Reader<'_>) -> Images {
+    Images {
+        trusted: r.value("trusted", Vec::new()),
+        max_age: r.optional("max_age"),
+        unwanted_packages: r.value("unwanted_packages", Vec::new()),
+        setuid: r.value("setuid", Vec::new()),
+    }
+}
+
+fn promise(r: &mut Reader<'_>) -> Option<Promise> {
+    let (check, by, why) = (r.required("check"), r.required("by"), r.required("why"));
+    let (container, until) = (r.optional("container"), r.required::<Until>("until"));
+    Some(Promise { check: check?, container, by: by?, why: why?, until: until?.0 })
 }
 
 fn instance(r: &mut Reader<'_>, name: &str) -> Option<InstanceId> {
@@ -825,6 +885,8 @@ fn declared(r: &mut Reader<'_>) -> Declared {
         mounts: r.value("mounts", Vec::new()),
         devices: r.value("devices", Vec::new()),
         cgroup_parent: r.optional("cgroup_parent"),
+        swarm: r.value("swarm", false),
+        ..Declared::default()
     }
 }
 
@@ -1334,6 +1396,36 @@ mod tests {
         let locked = "[intercept]\ninbound = \"lock\"\ngid = 13100\n";
         let both = permissive(r#"reason = "x", until = "2027-01-31""#) + locked;
         check(&both, &["lock once every client is moved"]);
+    }
+
+    #[test]
+    fn what_images_may_be_and_who_answers_for_what_is_read() {
+        let promises = "[images]\ntrusted = [\"r.example/\"]\nmax_age = \"90d\"\n[declared]\nswarm = true\n\
+            [[waiver]]\ncheck = \"user\"\ncontainer = \"db*\"\nby = \"me\"\nwhy = \"it must\"\nuntil = \"2027-01-31\"\n\
+            [[attestation]]\ncheck = \"swarm-planes\"\nby = \"me\"\nwhy = \"seen\"\nuntil = \"2027-01-31\"\n";
+        let declared = Config::parse(&format!("{GOOD}{promises}"), &no_env).unwrap().declared;
+        assert_eq!((declared.images.trusted.len(), declared.swarm), (1, true));
+        assert_eq!(declared.images.max_age, Some(Duration::from_secs(90 * 86_400)));
+        assert_eq!(
+            (declared.waivers[0].check.as_str(), declared.waivers[0].container.as_deref()),
+            ("user", Some("db*"))
+        );
+        assert_eq!(declared.attestations.len(), 1);
+        check(&format!("{GOOD}{}", promises.replace("\"user\"", "\"usr\"")), &["there is no check `usr`"]);
+        check(&format!("{GOOD}{}", promises.replacen("\"it must\"", "\" \"", 1)), &["who answers for it"]);
+        check(&format!("{GOOD}[[waiver]]\ncheck = \"user\"\n"), &["waiver.0.by", "waiver.0.why", "waiver.0.until"]);
+    }
+
+    #[test]
+    fn one_look_needs_no_collector() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "[node]\nsocket = \"/x.sock\"\n[declared]\nports = [8443]\n").unwrap();
+        let config = Config::load_for_checks(Some(&path), &no_env).unwrap();
+        assert_eq!((config.node.socket.as_path(), config.declared.ports), (Path::new("/x.sock"), vec![8443]));
+        assert!(Config::load_for_checks(None, &no_env).is_ok());
+        std::fs::write(&path, "[declared]\ncapabilities = [\"CAP_EVERYTHING\"]\n").unwrap();
+        assert!(Config::load_for_checks(Some(&path), &no_env).is_err());
     }
 
     #[test]

@@ -233,6 +233,18 @@ kinds! {
     TrustCrls = "trust.crls",
     /// The workload that `exec` wraps came to its end.
     WorkloadExited = "workload.exited",
+    /// The whole posture of one container of the host: when it came, after a start, and after events were lost.
+    ContainerPosture = "container.posture",
+    /// A verdict about one container of the host changed.
+    ContainerVerdictChanged = "container.verdict_changed",
+    /// A container of the host is gone.
+    ContainerGone = "container.gone",
+    /// Somebody had a program run in a container (docker exec).
+    ContainerExec = "container.exec",
+    /// The engine of the host does not answer: nothing is known of its containers.
+    EngineLost = "engine.lost",
+    /// It answers again.
+    EngineBack = "engine.back",
     /// Part of the spool was unreadable and set aside.
     SpoolDamaged = "spool.damaged",
     /// Events were dropped on the agent, counted here.
@@ -281,6 +293,8 @@ pub enum Mode {
     Sidecar,
     /// PID 1 of the workload's container, or the parent of its command.
     Exec,
+    /// One for each host, with the engine's API: judges every container, guards none.
+    Node,
 }
 
 impl Mode {
@@ -289,6 +303,7 @@ impl Mode {
         match self {
             Mode::Sidecar => "sidecar",
             Mode::Exec => "exec",
+            Mode::Node => "node",
         }
     }
 }
@@ -317,10 +332,99 @@ pub struct AgentStopping {
 }
 
 /// Body of `posture.baseline`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PostureBaseline {
     /// One finding for each check.
     pub findings: Vec<Finding>,
+    /// The host that the agent runs on, as a hash that all containers of a host agree on; empty where it cannot be told.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub host: String,
+    /// The ids of the workload's containers, as far as they can be told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<String>,
+}
+
+/// A container, as the engine of its host calls it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerRef {
+    /// Its id, 64 hex digits.
+    pub id: String,
+    /// Its name.
+    #[serde(default)]
+    pub name: String,
+    /// Its image as it was asked for, for example `nginx:1.29`.
+    #[serde(default)]
+    pub image: String,
+    /// Its state in the engine's word, for example `running`.
+    #[serde(default)]
+    pub state: String,
+}
+
+/// Body of `container.posture`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerPosture {
+    /// Which one.
+    pub container: ContainerRef,
+    /// The host, as in [`PostureBaseline::host`].
+    #[serde(default)]
+    pub host: String,
+    /// One finding for each check about containers.
+    pub findings: Vec<Finding>,
+}
+
+/// Body of `container.verdict_changed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerVerdictChanged {
+    /// Which one.
+    pub container: ContainerRef,
+    /// The word of the verdict before; empty if there was none.
+    #[serde(default)]
+    pub before: String,
+    /// What is true now.
+    pub finding: Finding,
+}
+
+/// Body of `container.gone`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerGone {
+    /// Which one.
+    pub container: ContainerRef,
+}
+
+/// Body of `container.exec`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ContainerExec {
+    /// In which container.
+    pub container: ContainerRef,
+    /// The engine's id of the exec.
+    pub exec: String,
+    /// With all privileges.
+    #[serde(default)]
+    pub privileged: bool,
+    /// As whom; empty for the container's own user.
+    #[serde(default)]
+    pub user: String,
+    /// What was run, masked.
+    #[serde(default)]
+    pub command: String,
+    /// The engine no longer knew how it was run: it was gone before it could be asked.
+    #[serde(default)]
+    pub unread: bool,
+}
+
+/// Body of `engine.lost`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineLost {
+    /// Why.
+    pub why: String,
+}
+
+/// Body of `engine.back`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineBack {
+    /// Its version.
+    #[serde(default)]
+    pub version: String,
 }
 
 /// Body of `verdict.changed`.

@@ -519,6 +519,12 @@ pub fn spki_of(cert: &CertificateDer<'_>) -> Result<Sha256, LeafFault> {
     Ok(Sha256::of(&[parse(cert)?.public_key().raw]))
 }
 
+/// When a certificate begins to be valid.
+pub fn not_before(cert: &CertificateDer<'_>) -> Result<crate::time::Timestamp, LeafFault> {
+    let (_, cert) = X509Certificate::from_der(cert).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    Ok(crate::time::Timestamp::from_secs(cert.validity().not_before.timestamp()))
+}
+
 /// A server whose clients must show a certificate that `trust` verifies.
 pub fn server_config(
     credential: &Credential,

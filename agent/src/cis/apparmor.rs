@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "apparmor",
@@ -18,6 +21,25 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, host: &Host, _: &Case<'_>) -> Answer {
+    if host.info.security("apparmor").is_none() {
+        let evidence = vec![api("SecurityOptions", host.info.security_options.join("; "))];
+        return Ok(Judgement::not_applicable("AppArmor is off on this host", evidence));
+    }
+    let inspect = &told.inspect;
+    let asked = inspect.host_config.security_opt.iter().find(|o| o.starts_with("apparmor"));
+    let free = inspect.app_armor_profile == "unconfined"
+        || asked.is_some_and(|option| option.ends_with("unconfined"))
+        || (inspect.app_armor_profile.is_empty() && inspect.runs())
+        || inspect.host_config.privileged;
+    let evidence = vec![api("AppArmorProfile", format!("`{}`", inspect.app_armor_profile))];
+    Ok(if free { Judgement::fail(evidence) } else { Judgement::pass(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (on, source) = case.facts.apparmor.needs(DOCKER_API)?;
     if !on {
         let evidence = vec![Evidence::new(source, "this kernel runs without AppArmor")];
@@ -48,5 +70,17 @@ mod tests {
             ("cannot tell whether it is on", |s| s.facts.apparmor = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_the_profile() {
+        check_rows(
+            &CHECK,
+            &[
+                ("Docker's own", |s| s.asked(), "pass"),
+                ("unconfined", |s| s.told().app_armor_profile = "unconfined".into(), "fail"),
+                ("none", |s| s.told().app_armor_profile.clear(), "fail"),
+            ],
+        );
     }
 }

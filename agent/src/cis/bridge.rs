@@ -4,8 +4,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen};
-use crate::facts::Container;
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, api, network_owner};
+
+use crate::facts::engine::Host;
+use crate::facts::{Container, Told};
 
 pub const CHECK: Check = Check {
     slug: "default-bridge",
@@ -22,6 +24,22 @@ pub const CHECK: Check = Check {
 const DOCKER_DNS: [u8; 4] = [127, 0, 0, 11];
 
 fn judge(case: &Case<'_>) -> Answer {
+    // From the host nobody sees into the container's own network: the engine's word stands alone.
+    case.told().map_or_else(|_| seen(case), |(container, host)| told(container, host, case))
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let owner = network_owner(told)?;
+    let names: Vec<&str> = owner.network_settings.networks.keys().map(String::as_str).collect();
+    let evidence = vec![api("NetworkSettings.Networks", names.join(", "))];
+    match owner.host_config.network_mode.as_str() {
+        "host" => Ok(Judgement::not_applicable("the host's network namespace is shared: see host-network", evidence)),
+        _ if names.contains(&"bridge") => Ok(Judgement::fail(evidence)),
+        _ => Ok(Judgement::pass(evidence)),
+    }
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (listeners, source) = case.facts.listeners.needs(DOCKER_API)?;
     if listeners.iter().any(|l| l.address.ip() == std::net::Ipv4Addr::from(DOCKER_DNS)) {
         return Ok(Judgement::pass(vec![Evidence::new(
@@ -93,5 +111,17 @@ mod tests {
             ("sockets hidden", |s| s.facts.listeners = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_the_networks() {
+        check_rows(
+            &CHECK,
+            &[
+                ("its own network", |s| s.asked(), "pass"),
+                ("the bridge", |s| s.told_bridge(), "fail"),
+                ("the bridge of another container", |s| s.told_network_of(super::super::sample::bridge), "fail"),
+            ],
+        );
     }
 }

@@ -3,7 +3,10 @@
 use sidewarden_proto::event::{Mode, Severity};
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, api, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "cgroup-parent",
@@ -21,6 +24,18 @@ pub const CHECK: Check = Check {
 const DEFAULTS: [&str; 4] = ["/docker", "/system.slice", "/kubepods", "/kubepods.slice"];
 
 fn judge(case: &Case<'_>) -> Answer {
+    // Where the daemon puts containers by itself is its own affair: what was asked for decides.
+    case.told().map_or_else(|_| seen(case), |(container, host)| told(container, host, case))
+}
+
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
+    let parent = &told.inspect.host_config.cgroup_parent;
+    let evidence = vec![api("HostConfig.CgroupParent", format!("`{parent}`"))];
+    let expected = parent.is_empty() || case.declared.cgroup_parent.as_ref() == Some(parent);
+    Ok(if expected { Judgement::pass(evidence) } else { Judgement::fail(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let path = container.cgroup.path();
         let source = container
@@ -86,5 +101,24 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_what_was_asked_for() {
+        check_rows(
+            &CHECK,
+            &[
+                ("nothing", |s| s.asked(), "pass"),
+                ("a parent", |s| s.told().host_config.cgroup_parent = "/mine".into(), "fail"),
+                (
+                    "declared",
+                    |s| {
+                        s.told().host_config.cgroup_parent = "/mine".into();
+                        s.declared.cgroup_parent = Some("/mine".into());
+                    },
+                    "pass",
+                ),
+            ],
+        );
     }
 }

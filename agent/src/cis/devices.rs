@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, PTRACE, each_container};
+use super::{Answer, Case, Check, Judgement, PTRACE, api, both, each_container};
 use crate::facts::{Device, Seen};
+
+use crate::facts::Told;
+use crate::facts::engine::{DeviceMapping, Host, MountPoint};
 
 pub const CHECK: Check = Check {
     slug: "devices",
@@ -26,6 +29,35 @@ const PTS: u64 = 136;
 const ORDINARY_RULES: [&str; 4] = ["b *:* m", "c *:* m", "c 10:200 rwm", "c 136:* rwm"];
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
+    let config = &told.inspect.host_config;
+    let mut violations = Vec::new();
+    if config.privileged {
+        violations.push(api("HostConfig.Privileged", "true: every device of the host"));
+    }
+    let foreign = |d: &&DeviceMapping| !case.declared.devices.contains(&d.path_in_container);
+    let devices = config.devices.iter().filter(foreign);
+    violations
+        .extend(devices.map(|d| api("HostConfig.Devices", format!("{} as {}", d.path_on_host, d.path_in_container))));
+    let rules = config.device_cgroup_rules.iter().filter(|rule| !is_ordinary_rule(rule));
+    violations.extend(rules.map(|rule| api("HostConfig.DeviceCgroupRules", rule)));
+    violations
+        .extend(config.device_requests.iter().map(|r| api("HostConfig.DeviceRequests", format!("`{}`", r.driver))));
+    let directory = |m: &&MountPoint| m.source == "/dev" || m.source.starts_with("/dev/");
+    violations.extend(
+        told.inspect
+            .mounts
+            .iter()
+            .filter(directory)
+            .map(|m| api("Mounts", format!("{} at {}", m.source, m.destination))),
+    );
+    Ok(Judgement::none_of(violations, vec![api("HostConfig.Devices", "none")]))
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (devices, source) = container.devices.needs(PTRACE)?;
         let foreign = |d: &&Device| !is_ordinary(d) && !case.declared.devices.contains(&d.path);
@@ -94,5 +126,18 @@ mod tests {
     fn where_the_kernel_has_no_rules_the_nodes_decide() {
         check_rows(&CHECK, &[("cgroup v2", |s| s.container().device_rules = hidden(), "pass")]);
         check_rows(&CHECK, &[("privileged", |s| rule(s, "a *:* rwm"), "fail")]);
+    }
+
+    #[test]
+    fn the_engine_tells_what_was_given() {
+        check_rows(
+            &CHECK,
+            &[
+                ("none", |s| s.asked(), "pass"),
+                ("a rule", |s| s.told().host_config.device_cgroup_rules = vec!["b 8:* rwm".into()], "fail"),
+                ("all", |s| s.told().host_config.privileged = true, "fail"),
+                ("a mounted node", |s| s.told_mount("/dev/fuse", "/dev/fuse"), "fail"),
+            ],
+        );
     }
 }

@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::host_path::{Exposure, HostMount, is_below};
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container};
+use super::host_path::{Exposure, HostMount, is_below, plain_path};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "docker-socket",
@@ -42,6 +45,18 @@ const HOLDERS: [&str; 9] = [
 ];
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let mounts = told.inspect.mounts.iter().filter(|m| m.kind != "volume" && m.kind != "tmpfs" && !m.source.is_empty());
+    let shown = mounts.map(|m| HostMount { host: plain_path(&m.source), point: m.destination.clone() });
+    let violations = shown.filter(holds_socket).map(|m| m.evidence("Docker API: Mounts")).collect();
+    let proof = format!("none of {} mounts is a runtime's socket or its directory", told.inspect.mounts.len());
+    Ok(Judgement::none_of(violations, vec![api("Mounts", proof)]))
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (mounts, source) = container.mounts.needs(DOCKER_API)?;
         let exposure = Exposure::of(container, mounts);
@@ -109,6 +124,20 @@ mod tests {
                 },
                 "fail",
             )],
+        );
+    }
+
+    #[test]
+    fn the_engine_tells_of_the_socket() {
+        check_rows(
+            &CHECK,
+            &[
+                ("a volume", |s| s.asked(), "pass"),
+                ("the socket", |s| s.told_mount("/var/run/docker.sock", "/x"), "fail"),
+                ("its directory", |s| s.told_mount("/run", "/x"), "fail"),
+                ("containerd's", |s| s.told_mount("/run/containerd/containerd.sock", "/x"), "fail"),
+                ("something else", |s| s.told_mount("/srv", "/x"), "pass"),
+            ],
         );
     }
 }

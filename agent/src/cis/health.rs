@@ -2,7 +2,8 @@
 
 use sidewarden_proto::event::Severity;
 
-use super::{Answer, Case, Check, DOCKER_API, Unseen};
+use super::{Answer, Case, Check, Judgement, Unseen, api};
+use crate::facts::engine::Healthcheck;
 
 pub const CHECK: Check = Check {
     slug: "health",
@@ -16,9 +17,20 @@ pub const CHECK: Check = Check {
     judge,
 };
 
-/// Nothing inside of the container shows it.
-fn judge(_: &Case<'_>) -> Answer {
-    Err(Unseen::new(DOCKER_API))
+const FIRST_ANSWER: &str = "the first answer of its health check, which is still to come";
+
+fn judge(case: &Case<'_>) -> Answer {
+    let inspect = &case.told()?.0.inspect;
+    let says = |word: &str| vec![api("State.Health", word)];
+    if !inspect.config.healthcheck.as_ref().is_some_and(Healthcheck::is_on) {
+        return Ok(Judgement::fail(vec![api("Config.Healthcheck", "none")]));
+    }
+    match inspect.state.health.as_ref().map(|h| h.status.as_str()) {
+        Some("healthy") => Ok(Judgement::pass(says("healthy"))),
+        Some("starting") => Err(Unseen::new(FIRST_ANSWER).with(says("starting"))),
+        None if !inspect.runs() => Err(Unseen::new(FIRST_ANSWER)),
+        other => Ok(Judgement::fail(says(other.unwrap_or("none")))),
+    }
 }
 
 #[cfg(test)]
@@ -27,7 +39,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_unknown_without_the_api_whatever_is_seen() {
-        check_rows(&CHECK, &[("sound", |_| (), "unknown"), ("hidden", |s| s.hide_everything(), "unknown")]);
+    fn only_healthy_passes() {
+        check_rows(
+            &CHECK,
+            &[
+                ("without the API", |_| (), "unknown"),
+                ("healthy", |s| s.asked(), "pass"),
+                ("unhealthy", |s| s.health("unhealthy"), "fail"),
+                ("starting", |s| s.health("starting"), "unknown"),
+                ("no check", |s| s.told().config.healthcheck = None, "fail"),
+                ("switched off", |s| s.told().config.healthcheck.as_mut().unwrap().test = vec!["NONE".into()], "fail"),
+            ],
+        );
     }
 }

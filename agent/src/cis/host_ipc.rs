@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, PTRACE, Unseen, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, PTRACE, Unseen, both, each_container, resolved};
 use crate::facts::{Container, Seen};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "host-ipc",
@@ -19,6 +22,14 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    resolved(&told.inspect, &told.ipc, "HostConfig.IpcMode", |h| &h.ipc_mode)
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| match &container.ipc {
         Seen::Known(namespace, source) => {
             let told = format!(
@@ -80,5 +91,16 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_whose_it_is() {
+        check_rows(
+            &CHECK,
+            &[
+                ("its own", |s| s.asked(), "pass"),
+                ("the host's", |s| s.told().host_config.ipc_mode = "host".into(), "fail"),
+            ],
+        );
     }
 }

@@ -3,9 +3,12 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::host_path::{Exposure, HostMount, is_below};
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container};
+use super::host_path::{Exposure, HostMount, is_below, plain_path};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container};
 use crate::facts::Mount;
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "host-mounts",
@@ -20,6 +23,21 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
+    let mounts = &told.inspect.mounts;
+    let declared = |point: &str| case.declared.mounts.iter().any(|allowed| is_below(point, allowed));
+    let shown = mounts.iter().filter(|m| !m.source.is_empty() && m.kind != "volume" && m.kind != "tmpfs");
+    let shown = shown.map(|m| HostMount { host: plain_path(&m.source), point: m.destination.clone() });
+    let violates = |m: &HostMount| is_sensitive(&m.host) && !is_init(m) && !declared(&m.point);
+    let violations = shown.filter(violates).map(|m| m.evidence("Docker API: Mounts")).collect();
+    let proof = format!("{} mounts, none of a sensitive directory of the host", mounts.len());
+    Ok(Judgement::none_of(violations, vec![api("Mounts", proof)]))
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (mounts, source) = container.mounts.needs(DOCKER_API)?;
         let exposure = Exposure::of(container, mounts);
@@ -157,5 +175,20 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_what_was_mounted() {
+        check_rows(
+            &CHECK,
+            &[
+                ("a volume", |s| s.asked(), "pass"),
+                ("/etc", |s| s.told_mount("/etc", "/x"), "fail"),
+                ("below /etc, with detours", |s| s.told_mount("/srv/..//etc/./ssl", "/x"), "fail"),
+                ("/", |s| s.told_mount("/", "/x"), "fail"),
+                ("a directory of data", |s| s.told_mount("/srv/data", "/x"), "pass"),
+                ("the socket in /run", |s| s.told_mount("/run/docker.sock", "/x"), "fail"),
+            ],
+        );
     }
 }

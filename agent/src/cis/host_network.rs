@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, both, resolved};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "host-network",
@@ -19,6 +22,14 @@ pub const CHECK: Check = Check {
 
 /// The workload shares our network namespace, or it would not have been found, so ours answers for it.
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    resolved(&told.inspect, &told.network, "HostConfig.NetworkMode", |h| &h.network_mode)
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (host, source) = case.facts.host_net.needs(DOCKER_API)?;
     let told = if *host {
         "is there, as in the host's network namespace only"
@@ -43,5 +54,21 @@ mod tests {
             ("cannot tell", |s| s.facts.host_net = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_whose_network_it_is() {
+        check_rows(
+            &CHECK,
+            &[
+                ("its own", |s| s.asked(), "pass"),
+                ("the host's", |s| s.told().host_config.network_mode = "host".into(), "fail"),
+                (
+                    "that of one with the host's",
+                    |s| s.told_network_of(|owner| owner.host_config.network_mode = "host".into()),
+                    "fail",
+                ),
+            ],
+        );
     }
 }

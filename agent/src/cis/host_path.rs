@@ -159,6 +159,19 @@ fn host_base(mounts: &[Mount]) -> Option<(&str, &str)> {
     Some((&m.device, prefix))
 }
 
+/// `path` without empty parts, `.` and `..`.
+pub(super) fn plain_path(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    format!("/{}", parts.join("/"))
+}
+
 /// Whether `path` is `dir` or below it.
 pub(super) fn is_below(path: &str, dir: &str) -> bool {
     path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || rest.starts_with(' '))

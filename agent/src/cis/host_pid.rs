@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, PTRACE, each_container};
+use super::{Answer, Case, Check, Judgement, PTRACE, both, each_container, resolved};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "host-pid",
@@ -18,6 +21,14 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    resolved(&told.inspect, &told.pid, "HostConfig.PidMode", |h| &h.pid_mode)
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (namespace, source) = container.pid.needs(PTRACE)?;
         let told = match (namespace.host, namespace.inode) {
@@ -48,5 +59,16 @@ mod tests {
             ("cannot tell", |s| s.container().pid = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_whose_it_is() {
+        check_rows(
+            &CHECK,
+            &[
+                ("its own", |s| s.asked(), "pass"),
+                ("the host's", |s| s.told().host_config.pid_mode = "host".into(), "fail"),
+            ],
+        );
     }
 }

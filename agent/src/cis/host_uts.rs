@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, PTRACE, each_container};
+use super::{Answer, Case, Check, Judgement, PTRACE, api, both, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "host-uts",
@@ -18,6 +21,16 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let mode = &told.inspect.host_config.uts_mode;
+    let evidence = vec![api("HostConfig.UTSMode", format!("`{mode}`"))];
+    Ok(if mode == "host" { Judgement::fail(evidence) } else { Judgement::pass(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (namespace, source) = container.uts.needs(PTRACE)?;
         let told =
@@ -45,5 +58,16 @@ mod tests {
             ("hidden", |s| s.container().uts = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_it() {
+        check_rows(
+            &CHECK,
+            &[
+                ("its own", |s| s.asked(), "pass"),
+                ("the host's", |s| s.told().host_config.uts_mode = "host".into(), "fail"),
+            ],
+        );
     }
 }

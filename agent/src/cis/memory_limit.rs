@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, PTRACE, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, PTRACE, api, both, each_container};
 use crate::facts::Limit;
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "memory-limit",
@@ -19,6 +22,17 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, host: &Host, _: &Case<'_>) -> Answer {
+    let (limit, total) = (told.inspect.host_config.memory, host.info.mem_total);
+    let evidence = vec![api("HostConfig.Memory", format!("{limit} bytes; the machine has {total}"))];
+    let limited = u64::try_from(limit).is_ok_and(|limit| limit > 0 && limit < total);
+    Ok(if limited { Judgement::pass(evidence) } else { Judgement::fail(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (total, _) = case.facts.total_memory.needs(DOCKER_API)?;
     each_container(case, |container| {
         let (limit, source) = container.memory.needs(PTRACE)?;
@@ -53,5 +67,18 @@ mod tests {
             ("machine unknown", |s| s.facts.total_memory = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_the_limit() {
+        check_rows(
+            &CHECK,
+            &[
+                ("limited", |s| s.asked(), "pass"),
+                ("none", |s| s.told().host_config.memory = 0, "fail"),
+                ("more than the machine has", |s| s.told().host_config.memory = 900 << 30, "fail"),
+                ("nonsense", |s| s.told().host_config.memory = -1, "fail"),
+            ],
+        );
     }
 }

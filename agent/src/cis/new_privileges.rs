@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, Unseen, each_container, status_of};
+use super::{Answer, Case, Check, Judgement, Unseen, api, both, each_container, short_list, status_of};
 use crate::facts::Process;
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "no-new-privileges",
@@ -19,6 +22,21 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, host: &Host, _: &Case<'_>) -> Answer {
+    let asked =
+        told.inspect.host_config.security_opt.iter().filter_map(|option| option.strip_prefix("no-new-privileges"));
+    // The last one counts, and `no-new-privileges` alone means that it is on.
+    let mut asked = asked
+        .map(|value| matches!(value.trim_start_matches([':', '=']), "" | "true" | "1" | "t" | "T" | "TRUE" | "True"));
+    let on = asked.next_back().unwrap_or(host.info.security("no-new-privileges").is_some());
+    let evidence = vec![api("HostConfig.SecurityOpt", short_list(&told.inspect.host_config.security_opt))];
+    Ok(if on { Judgement::pass(evidence) } else { Judgement::fail(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         if container.own_processes().any(|p| p.no_new_privs.is_none()) {
             return Err(Unseen::new("a kernel of 4.10 or newer, which tells NoNewPrivs in /proc/<pid>/status"));
@@ -54,5 +72,23 @@ mod tests {
             ("an old kernel", |s| s.first().no_new_privs = None, "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_what_was_asked_for() {
+        check_rows(
+            &CHECK,
+            &[
+                ("on", |s| s.asked(), "pass"),
+                ("not asked for", |s| s.told().host_config.security_opt.clear(), "fail"),
+                (
+                    "asked for, and off",
+                    |s| s.told().host_config.security_opt = vec!["no-new-privileges:false".into()],
+                    "fail",
+                ),
+                ("off, spelt 0", |s| s.told().host_config.security_opt = vec!["no-new-privileges=0".into()], "fail"),
+                ("the short form", |s| s.told().host_config.security_opt = vec!["no-new-privileges".into()], "pass"),
+            ],
+        );
     }
 }

@@ -3,8 +3,11 @@
 use sidewarden_proto::event::{Protocol, Severity};
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Declared, Judgement, Unseen};
+use super::{Answer, Case, Check, DOCKER_API, Declared, Judgement, Unseen, api, network_owner};
 use crate::facts::{Listener, Lock, Speech};
+
+use crate::facts::Told;
+use crate::facts::engine::{Host, PortBinding};
 
 pub const CHECK: Check = Check {
     slug: "open-ports",
@@ -61,6 +64,36 @@ pub fn standing(listener: &Listener, declared: &Declared, lock: Lock) -> Standin
 }
 
 fn judge(case: &Case<'_>) -> Answer {
+    // From the host nobody sees into the container's own network: the engine's word stands alone.
+    case.told().map_or_else(|_| seen(case), |(container, host)| told(container, host, case))
+}
+
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
+    let owner = network_owner(told)?;
+    if owner.host_config.network_mode == "host" {
+        return Err(Unseen::new(
+            "a network of the container's own: what it opens is open on the host (see host-network)",
+        ));
+    }
+    let line =
+        |port: &str, b: &PortBinding| api("NetworkSettings.Ports", format!("{port} at {}:{}", b.host_ip, b.host_port));
+    let number = |port: &str| port.split('/').next().and_then(|n| n.parse::<u16>().ok());
+    let is_declared = |port: &str| {
+        number(port)
+            .is_some_and(|n| case.declared.ports.contains(&n) || case.declared.plaintext.iter().any(|p| p.port == n))
+    };
+    let (listed, others): (Vec<_>, Vec<_>) = owner.mappings().partition(|(port, _)| is_declared(port));
+    let others: Vec<Evidence> = others.into_iter().map(|(port, b)| line(port, b)).collect();
+    match (others.is_empty(), case.declared.ports.is_empty() && case.declared.plaintext.is_empty()) {
+        (true, _) => {
+            Ok(Judgement::pass(vec![api("NetworkSettings.Ports", format!("{} mapped, all declared", listed.len()))]))
+        }
+        (false, true) => Err(Unseen::new(DECLARE).with(others)),
+        (false, false) => Ok(Judgement::fail(others)),
+    }
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (listeners, source) = case.facts.listeners.needs(DOCKER_API)?;
     let line = |l: &Listener, how: &str| Evidence::new(source, format!("{l}: {how}"));
     let (mut broken, mut unsure, mut undeclared, mut fine) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -219,8 +252,35 @@ mod tests {
         let listener = sample.listen("0.0.0.0:80");
         listener.speech = Some(Speech::Plain("`HTTP/1.1 400`".into()));
         listener.owner = crate::facts::Owner::Process { pid: 7, name: "nginx".into() };
-        let case = Case { facts: &sample.facts, declared: &sample.declared, history: &sample.history };
+        let case = sample.case();
         let told = CHECK.judge(&case).evidence[0].line.clone();
         assert_eq!(told, "0.0.0.0:80/tcp of nginx (pid 7), uid 10001: it answered a TLS hello with `HTTP/1.1 400`");
+    }
+
+    #[test]
+    fn the_engine_tells_the_mappings() {
+        check_rows(
+            &CHECK,
+            &[
+                ("mapped, nothing declared", |s| s.asked(), "unknown"),
+                (
+                    "declared",
+                    |s| {
+                        s.told();
+                        s.declared.ports = vec![8443];
+                    },
+                    "pass",
+                ),
+                (
+                    "another one declared",
+                    |s| {
+                        s.told();
+                        s.declared.ports = vec![1];
+                    },
+                    "fail",
+                ),
+                ("none mapped", |s| s.told().network_settings.ports.clear(), "pass"),
+            ],
+        );
     }
 }

@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container, status_of};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container, status_of};
 use crate::facts::Mount;
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "privileged",
@@ -22,6 +25,16 @@ pub const CHECK: Check = Check {
 const MANY: u32 = 30;
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let privileged = told.inspect.host_config.privileged;
+    let evidence = vec![api("HostConfig.Privileged", privileged.to_string())];
+    Ok(if privileged { Judgement::fail(evidence) } else { Judgement::pass(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let Some(p) = container.own_processes().next() else {
             return Ok(Judgement::pass(vec![Evidence::new(&container.anchor, "no process of its own is left")]));
@@ -77,5 +90,13 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_it() {
+        check_rows(
+            &CHECK,
+            &[("not", |s| s.asked(), "pass"), ("privileged", |s| s.told().host_config.privileged = true, "fail")],
+        );
     }
 }

@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::{Host, MountPoint};
 
 pub const CHECK: Check = Check {
     slug: "mount-propagation",
@@ -18,6 +21,20 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let mounts = &told.inspect.mounts;
+    let shared = mounts.iter().filter(|m| matches!(m.propagation.as_str(), "shared" | "rshared"));
+    let line = |m: &MountPoint| api("Mounts", format!("{} is {}", m.destination, m.propagation));
+    Ok(Judgement::none_of(
+        shared.map(line).collect(),
+        vec![api("Mounts", format!("{} mounts, none shared", mounts.len()))],
+    ))
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (mounts, source) = container.mounts.needs(DOCKER_API)?;
         let shared = mounts.iter().filter_map(|m| m.shared.map(|group| (m, group)));
@@ -45,5 +62,17 @@ mod tests {
             ("mountinfo hidden", |s| s.container().mounts = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_it() {
+        check_rows(
+            &CHECK,
+            &[
+                ("none", |s| s.asked(), "pass"),
+                ("shared", |s| s.told().mounts[0].propagation = "rshared".into(), "fail"),
+                ("one way only", |s| s.told().mounts[0].propagation = "rslave".into(), "pass"),
+            ],
+        );
     }
 }

@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, api, both, each_container};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "read-only-root",
@@ -18,6 +21,16 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let read_only = told.inspect.host_config.readonly_rootfs;
+    let evidence = vec![api("HostConfig.ReadonlyRootfs", read_only.to_string())];
+    Ok(if read_only { Judgement::pass(evidence) } else { Judgement::fail(evidence) })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let (mounts, source) = container.mounts.needs(DOCKER_API)?;
         // What was mounted last on a point is what is seen there.
@@ -44,5 +57,16 @@ mod tests {
             ("mountinfo hidden", |s| s.container().mounts = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_it() {
+        check_rows(
+            &CHECK,
+            &[
+                ("read-only", |s| s.asked(), "pass"),
+                ("writable", |s| s.told().host_config.readonly_rootfs = false, "fail"),
+            ],
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use sidewarden_proto::event::Severity;
 
-use super::{Answer, Case, Check, DOCKER_API, Unseen};
+use super::{Answer, Case, Check, Judgement, api};
 
 pub const CHECK: Check = Check {
     slug: "restart-policy",
@@ -16,9 +16,16 @@ pub const CHECK: Check = Check {
     judge,
 };
 
-/// Nothing inside of the container shows it.
-fn judge(_: &Case<'_>) -> Answer {
-    Err(Unseen::new(DOCKER_API))
+fn judge(case: &Case<'_>) -> Answer {
+    let policy = &case.told()?.0.inspect.host_config.restart_policy;
+    let times = policy.maximum_retry_count;
+    let evidence = vec![api("HostConfig.RestartPolicy", format!("`{}`, at most {times} times", policy.name))];
+    Ok(match policy.name.as_str() {
+        "" | "no" => Judgement::pass(evidence),
+        // 0 stands for as often as it takes.
+        "on-failure" if (1..=5).contains(&times) => Judgement::pass(evidence),
+        _ => Judgement::fail(evidence),
+    })
 }
 
 #[cfg(test)]
@@ -27,7 +34,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_unknown_without_the_api_whatever_is_seen() {
-        check_rows(&CHECK, &[("sound", |_| (), "unknown"), ("hidden", |s| s.hide_everything(), "unknown")]);
+    fn only_a_few_restarts_pass() {
+        check_rows(
+            &CHECK,
+            &[
+                ("without the API", |_| (), "unknown"),
+                ("five", |s| s.asked(), "pass"),
+                ("none", |s| s.told().host_config.restart_policy.name = "no".into(), "pass"),
+                ("six", |s| s.told().host_config.restart_policy.maximum_retry_count = 6, "fail"),
+                ("as often as it takes", |s| s.told().host_config.restart_policy.maximum_retry_count = 0, "fail"),
+                ("always", |s| s.told().host_config.restart_policy.name = "always".into(), "fail"),
+                ("unless stopped", |s| s.told().host_config.restart_policy.name = "unless-stopped".into(), "fail"),
+            ],
+        );
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use sidewarden_proto::event::Mode;
 
 use super::*;
+use crate::facts::engine::{self, Image, ImageInspect, Layer, MountPoint, Network, PortBinding, Swarm};
 use crate::facts::parse::{self, Cgroup};
 use crate::facts::{
     Device, FilterProbe, Hidden, Limit, Listener, Lock, Namespace, Process, ProcessId, Role, Speech, Why,
@@ -16,7 +17,12 @@ pub(crate) struct Sample {
     pub facts: Facts,
     pub declared: Declared,
     pub history: History,
+    /// Whose network the container has, where it is not its own.
+    joined: Option<Inspect>,
 }
+
+/// The time of the sample's judgements: 2026-11-22.
+pub(crate) const NOW: Timestamp = Timestamp::from_secs(1_795_305_600);
 
 /// The mounts of a container of Docker's with a read-only root.
 pub(crate) const MOUNTS: &str = "72 48 0:39 / / ro,relatime master:2 - overlay overlay rw\n\
@@ -99,9 +105,10 @@ impl Sample {
             own_limits: known(vec![("Max open files".into(), "1024".into(), "20000".into())]),
             own_cgroup: known(Cgroup::parse("4:memory:/docker/us\n").unwrap()),
             filter: known(FilterProbe { unshare_refused: true, setns_refused: true }),
+            engine: hidden(),
         };
         let history = History { unbroken: true, ..History::default() };
-        let mut sample = Sample { facts, declared: Declared::default(), history };
+        let mut sample = Sample { facts, declared: Declared::default(), history, joined: None };
         sample.listen("127.0.0.11:4711");
         sample
     }
@@ -128,6 +135,150 @@ impl Sample {
         mounts.extend(parse::mounts(&format!("99 72 {line}\n")).unwrap());
     }
 
+    fn engine(&mut self) -> &mut Engine {
+        if self.facts.engine.known().is_none() {
+            let (host, container) = (Arc::new(host()), Some(told()));
+            self.facts.engine = known(Engine { host, container });
+        }
+        let Seen::Known(engine, _) = &mut self.facts.engine else { panic!("it is known now") };
+        engine
+    }
+
+    fn told_all(&mut self) -> &mut Told {
+        self.engine().container.get_or_insert_with(told)
+    }
+
+    /// What the engine says of the container; from now on there is an engine.
+    pub fn told(&mut self) -> &mut Inspect {
+        Arc::make_mut(&mut self.told_all().inspect)
+    }
+
+    /// The engine tells of the container, as sound as it is.
+    pub fn asked(&mut self) {
+        self.told();
+    }
+
+    /// The host alone is judged, a manager of a swarm.
+    pub fn in_a_swarm(&mut self) {
+        self.told_swarm();
+    }
+
+    /// What it says of the image.
+    pub fn told_image(&mut self) -> &mut Image {
+        let Seen::Known(image, _) = &mut self.told_all().image else { panic!("the image is hidden") };
+        Arc::make_mut(image)
+    }
+
+    /// What it says of the host.
+    pub fn told_host(&mut self) -> &mut Host {
+        Arc::make_mut(&mut self.engine().host)
+    }
+
+    /// The host alone is judged.
+    pub fn only_the_host(&mut self) {
+        self.facts.containers.clear();
+        self.engine().container = None;
+    }
+
+    /// The same, with a swarm that it manages.
+    pub fn told_swarm(&mut self) -> &mut Swarm {
+        self.only_the_host();
+        let swarm = &mut self.told_host().info.swarm;
+        (swarm.local_node_state, swarm.control_available) = ("active".into(), true);
+        swarm
+    }
+
+    pub fn cluster(&mut self, json: &str) {
+        self.told_swarm().cluster = Some(serde_json::from_str(json).unwrap());
+    }
+
+    /// The swarm's root was made `days` ago.
+    pub fn swarm_root(&mut self, days: i64) {
+        let mut params = rcgen::CertificateParams::new(vec!["swarm-ca".into()]).unwrap();
+        let begun = Timestamp(NOW.0 - days * 86_400_000_000);
+        params.not_before = std::time::SystemTime::from(begun).into();
+        let pem = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
+        let text = serde_json::json!({"TLSInfo": {"TrustRoot": pem}}).to_string();
+        self.cluster(&text);
+    }
+
+    pub fn host_listens(&mut self, address: &str) {
+        self.told_host().listeners = known(vec![address.parse().unwrap()]);
+    }
+
+    pub fn networks(&mut self, overlays: &[(&str, &[(&str, &str)])]) {
+        let options = |all: &[(&str, &str)]| all.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let network = |(name, all): &(&str, &[(&str, &str)])| Network {
+            name: (*name).into(),
+            driver: "overlay".into(),
+            ingress: *name == "ingress",
+            options: options(all),
+        };
+        self.told_host().networks = known(overlays.iter().map(network).collect());
+    }
+
+    /// The container was made and not started.
+    pub fn before_its_start(&mut self) {
+        self.facts.containers.clear();
+        let state = &mut self.told().state;
+        (state.status, state.pid, state.health) = ("created".into(), 0, None);
+    }
+
+    /// The container joined the network of another one.
+    pub fn told_network_of(&mut self, change: fn(&mut Inspect)) {
+        let mut other: Inspect = serde_json::from_str(engine::tests::INSPECT).unwrap();
+        (other.id, other.name) = ("0".repeat(64), "/owner".into());
+        change(&mut other);
+        self.told().host_config.network_mode = "container:owner".into();
+        self.joined = Some(other);
+    }
+
+    pub fn told_bridge(&mut self) {
+        bridge(self.told());
+    }
+
+    pub fn told_mount(&mut self, source: &str, destination: &str) {
+        let (kind, propagation) = ("bind".into(), "rprivate".into());
+        let mount = MountPoint { kind, source: source.into(), destination: destination.into(), propagation };
+        self.told().mounts.push(mount);
+    }
+
+    pub fn told_port(&mut self, ip: &str, port: &str) {
+        map_port(self.told(), ip, port);
+    }
+
+    pub fn told_history(&mut self, line: &str) {
+        self.told_image().history.insert(0, Layer { created_by: line.into(), size: 0 });
+    }
+
+    pub fn told_label(&mut self, name: &str, value: &str) {
+        self.told_image().inspect.config.labels.insert(name.into(), value.into());
+    }
+
+    pub fn health(&mut self, word: &str) {
+        self.told().state.health = Some(engine::Health { status: word.into() });
+    }
+
+    /// Somebody answers for `check`, still or no longer.
+    pub fn attest(&mut self, check: &str, still: bool) {
+        let until = if still { NOW.plus(Duration::from_secs(9)) } else { NOW };
+        let promise = Promise { check: check.into(), container: None, by: "ops".into(), why: "seen".into(), until };
+        self.declared.attestations.push(promise);
+    }
+
+    /// Whose namespaces the container has, as a census would find out.
+    fn settle(&mut self) {
+        let joined = self.joined.clone().map(Arc::new);
+        let Seen::Known(Engine { container: Some(told), .. }, _) = &mut self.facts.engine else { return };
+        told.network = known(joined.unwrap_or_else(|| told.inspect.clone()));
+        (told.pid, told.ipc) = (known(told.inspect.clone()), known(told.inspect.clone()));
+    }
+
+    pub fn case(&mut self) -> Case<'_> {
+        self.settle();
+        Case { facts: &self.facts, declared: &self.declared, history: &self.history, now: NOW }
+    }
+
     pub fn hide_everything(&mut self) {
         let f = &mut self.facts;
         (f.host_net, f.apparmor, f.selinux) = (hidden(), hidden(), hidden());
@@ -142,8 +293,57 @@ impl Sample {
     }
 
     pub fn judge_all(&self) -> Vec<Finding> {
-        judge_all(&Case { facts: &self.facts, declared: &self.declared, history: &self.history })
+        judge_all(&self.clone().case())
     }
+}
+
+fn told() -> Told {
+    let inspect: Arc<Inspect> = Arc::new(serde_json::from_str(engine::tests::INSPECT).unwrap());
+    let image = ImageInspect {
+        id: "sha256:cf22".into(),
+        repo_digests: vec!["registry.example/shop/orders@sha256:aa".into()],
+        repo_tags: Vec::new(),
+        created: "2026-11-12T00:00:00Z".into(),
+        config: serde_json::from_str(r#"{"Env":["PATH=/usr/bin"],"User":"10001","Healthcheck":{"Test":["CMD","/h"]}}"#)
+            .unwrap(),
+    };
+    let line = |text: &str| Layer { created_by: text.into(), size: 1 };
+    let history = vec![
+        line("/bin/sh -c #(nop) CMD [\"app\"]"),
+        line("COPY app / # buildkit"),
+        line("ADD rootfs.tar / # buildkit"),
+    ];
+    Told {
+        network: known(inspect.clone()),
+        pid: known(inspect.clone()),
+        ipc: known(inspect.clone()),
+        image: known(Arc::new(Image { inspect: image, history, files: hidden() })),
+        inspect,
+    }
+}
+
+fn host() -> Host {
+    Host {
+        info: serde_json::from_str(engine::tests::INFO).unwrap(),
+        networks: hidden(),
+        secrets: hidden(),
+        listeners: hidden(),
+        pid_max: known(4_194_304),
+        selinux_enforcing: hidden(),
+    }
+}
+
+/// Puts a container on Docker's default bridge.
+pub(crate) fn bridge(inspect: &mut Inspect) {
+    let networks = &mut inspect.network_settings.networks;
+    networks.clear();
+    networks.insert("bridge".into(), serde::de::IgnoredAny);
+}
+
+/// Maps one port of a container.
+pub(crate) fn map_port(inspect: &mut Inspect, ip: &str, port: &str) {
+    let binding = PortBinding { host_ip: ip.into(), host_port: port.into() };
+    inspect.network_settings.ports = [("8443/tcp".to_owned(), Some(vec![binding]))].into();
 }
 
 pub(crate) fn hidden<T>() -> Seen<T> {
@@ -158,8 +358,8 @@ pub(crate) fn check_rows(check: &Check, rows: &[Row]) {
     for (what, spoil, expected) in rows {
         let mut sample = Sample::sound();
         spoil(&mut sample);
-        let case = Case { facts: &sample.facts, declared: &sample.declared, history: &sample.history };
-        let got = check.judge(&case);
+        let case = sample.case();
+        let got = check.promised(&case, check.judge(&case));
         assert_eq!(got.verdict.word(), *expected, "{}: {what}: {:?}", check.slug, got);
         if let Verdict::Unknown { grant } = &got.verdict {
             assert!(!grant.is_empty(), "{}: {what}: unknown without a grant", check.slug);

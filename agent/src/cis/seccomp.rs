@@ -5,8 +5,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, each_container, status_of};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, api, both, each_container, status_of};
 use crate::facts::{Container, Process, Seen};
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "seccomp",
@@ -24,6 +27,138 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 const FILTER: u32 = 2;
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, host: &Host, _: &Case<'_>) -> Answer {
+    let config = &told.inspect.host_config;
+    let mut options = config.security_opt.iter().filter_map(|o| o.strip_prefix("seccomp"));
+    let asked = options.next_back().map(|o| o.trim_start_matches([':', '=']).trim());
+    match (asked, host.info.security("seccomp")) {
+        _ if config.privileged => Ok(Judgement::fail(vec![api("HostConfig.Privileged", "true: no filter at all")])),
+        (_, None) => Ok(Judgement::fail(vec![api("SecurityOptions", "the daemon has no seccomp")])),
+        (Some("unconfined"), _) => Ok(Judgement::fail(vec![api("HostConfig.SecurityOpt", "seccomp=unconfined")])),
+        (Some(profile), _) if profile.starts_with('{') => by_profile(profile),
+        (Some("builtin"), _) | (None, Some("default" | "builtin" | "")) => {
+            Ok(Judgement::pass(vec![api("HostConfig.SecurityOpt", "Docker's own profile")]))
+        }
+        (_, Some(other)) => {
+            let evidence = vec![api("SecurityOptions", format!("the profile `{}`", asked.unwrap_or(other)))];
+            Err(Unseen::new(
+                "Docker's own profile, or one given to the container itself: that of the daemon is not told",
+            )
+            .with(evidence))
+        }
+    }
+}
+
+/// A profile is judged by what it lets through, not by being there.
+fn by_profile(text: &str) -> Answer {
+    let Ok(profile) = serde_json::from_str::<Profile>(text) else {
+        return Err(
+            Unseen::new("a seccomp profile that can be read").with(vec![api("HostConfig.SecurityOpt", "seccomp={…")])
+        );
+    };
+    let through = profile.lets_through();
+    let evidence = |line: String| vec![api("HostConfig.SecurityOpt: seccomp profile", line)];
+    Ok(match through.as_slice() {
+        [] => Judgement::pass(evidence(format!(
+            "default {}, and none of {} allowed",
+            profile.default_action,
+            DANGEROUS.len()
+        ))),
+        names => {
+            Judgement::fail(evidence(format!("default {}, lets through {}", profile.default_action, names.join(", "))))
+        }
+    })
+}
+
+/// Calls that Docker's profile refuses to every container without a capability for them.
+const DANGEROUS: [&str; 24] = [
+    "acct",
+    "add_key",
+    "bpf",
+    "delete_module",
+    "finit_module",
+    "fsmount",
+    "fsopen",
+    "init_module",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "lookup_dcookie",
+    "mount",
+    "move_mount",
+    "open_by_handle_at",
+    "perf_event_open",
+    "pivot_root",
+    "reboot",
+    "request_key",
+    "setns",
+    "swapon",
+    "umount2",
+    "unshare",
+    "userfaultfd",
+];
+
+/// Of a seccomp profile, what is needed to tell what it lets through.
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Profile {
+    default_action: String,
+    #[serde(default)]
+    syscalls: Option<Vec<Rule>>,
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Rule {
+    #[serde(default)]
+    names: Vec<String>,
+    #[serde(default)]
+    name: String,
+    action: String,
+    #[serde(default)]
+    args: Option<Vec<serde::de::IgnoredAny>>,
+    #[serde(default)]
+    includes: Option<Condition>,
+}
+
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct Condition {
+    caps: Vec<serde::de::IgnoredAny>,
+}
+
+impl Profile {
+    /// Dangerous calls that it allows whatever capabilities and arguments are.
+    fn lets_through(&self) -> Vec<&'static str> {
+        let by_default = is_open(&self.default_action);
+        let rules = |call: &str| -> Vec<&Rule> {
+            self.syscalls.iter().flatten().filter(|r| r.name == call || r.names.iter().any(|n| n == call)).collect()
+        };
+        let open = |call: &&str| {
+            let rules = rules(call);
+            let refused = rules.iter().any(|r| !is_open(&r.action) && r.is_unconditional());
+            let allowed = rules.iter().any(|r| is_open(&r.action) && r.is_unconditional());
+            if by_default { !refused } else { allowed }
+        };
+        DANGEROUS.iter().filter(|call| open(call)).copied().collect()
+    }
+}
+
+impl Rule {
+    fn is_unconditional(&self) -> bool {
+        let by_caps = self.includes.as_ref().is_some_and(|i| !i.caps.is_empty());
+        !by_caps && self.args.as_ref().is_none_or(Vec::is_empty)
+    }
+}
+
+fn is_open(action: &str) -> bool {
+    matches!(action, "SCMP_ACT_ALLOW" | "SCMP_ACT_LOG" | "SCMP_ACT_TRACE" | "SCMP_ACT_NOTIFY")
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let line = |p: &Process| {
             let mode = p.seccomp.map_or("not told".into(), |mode| mode.to_string());
@@ -83,5 +218,65 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn a_profile_is_judged_by_what_it_lets_through() {
+        check_rows(
+            &CHECK,
+            &[
+                ("Docker's own", |s| s.asked(), "pass"),
+                ("unconfined", |s| s.told().host_config.security_opt = vec!["seccomp=unconfined".into()], "fail"),
+                (
+                    "unconfined, spelt otherwise",
+                    |s| s.told().host_config.security_opt = vec!["seccomp:unconfined".into()],
+                    "fail",
+                ),
+                (
+                    "one that allows everything",
+                    |s| {
+                        s.told().host_config.security_opt = vec![r#"seccomp={"defaultAction":"SCMP_ACT_ALLOW"}"#.into()]
+                    },
+                    "fail",
+                ),
+                (
+                    "one that only logs",
+                    |s| {
+                        s.told().host_config.security_opt =
+                            vec![r#"seccomp={"defaultAction":"SCMP_ACT_LOG","syscalls":null}"#.into()]
+                    },
+                    "fail",
+                ),
+                (
+                    "one that allows mount",
+                    |s| {
+                        s.told().host_config.security_opt = vec![r#"seccomp={"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["read","mount"],"action":"SCMP_ACT_ALLOW"}]}"#.into()]
+                    },
+                    "fail",
+                ),
+                (
+                    "one that allows mount to those who may",
+                    |s| {
+                        s.told().host_config.security_opt = vec![r#"seccomp={"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["mount"],"action":"SCMP_ACT_ALLOW","includes":{"caps":["CAP_SYS_ADMIN"]}}]}"#.into()]
+                    },
+                    "pass",
+                ),
+                (
+                    "a strict one",
+                    |s| {
+                        s.told().host_config.security_opt = vec![r#"seccomp={"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["read"],"action":"SCMP_ACT_ALLOW"}]}"#.into()]
+                    },
+                    "pass",
+                ),
+                (
+                    "nonsense",
+                    |s| {
+                        s.told().host_config.security_opt = vec!["seccomp={".into()];
+                        s.facts.filter = super::super::sample::hidden();
+                    },
+                    "unknown",
+                ),
+            ],
+        );
     }
 }

@@ -3,7 +3,10 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, api, both, each_container};
+
+use crate::facts::engine::Host;
+use crate::facts::{Seen, Told};
 
 pub const CHECK: Check = Check {
     slug: "selinux",
@@ -21,6 +24,32 @@ pub const CHECK: Check = Check {
 const FREE: [&str; 3] = ["spc_t", "unconfined_t", "unconfined_service_t"];
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, host: &Host, _: &Case<'_>) -> Answer {
+    if host.info.security("selinux").is_none() {
+        // The kernel may have it on all the same: then containers run without a label, and their processes show it.
+        return Err(Unseen::new("dockerd with `selinux-enabled`"));
+    }
+    let label = &told.inspect.process_label;
+    let evidence = vec![api("ProcessLabel", format!("`{label}`"))];
+    match label.split(':').nth(2) {
+        Some(kind) if !FREE.contains(&kind) => match host.selinux_enforcing {
+            Seen::Known(true, _) => Ok(Judgement::pass(evidence)),
+            Seen::Known(false, ref source) => {
+                Ok(Judgement::fail(vec![Evidence::new(source, "0: SELinux tells, and refuses nothing")]))
+            }
+            Seen::Hidden(_) => {
+                Err(Unseen::new("/sys/fs/selinux of the host, where it says whether it refuses").with(evidence))
+            }
+        },
+        _ if told.inspect.runs() => Ok(Judgement::fail(evidence)),
+        _ => Err(Unseen::new("its start, which gives it a label").with(evidence)),
+    }
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     let (on, source) = case.facts.selinux.needs(DOCKER_API)?;
     if !on {
         let evidence = vec![Evidence::new(source, "this kernel knows no selinuxfs")];

@@ -3,8 +3,11 @@
 use sidewarden_proto::event::{Mode, Severity};
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, each_container};
+use super::{Answer, Case, Check, DOCKER_API, Judgement, Unseen, api, both, each_container};
 use crate::facts::parse::LimitRow;
+
+use crate::facts::Told;
+use crate::facts::engine::{Host, Ulimit};
 
 pub const CHECK: Check = Check {
     slug: "ulimits",
@@ -19,7 +22,42 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
-    if case.facts.mode == Mode::Exec {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
+    let declared =
+        |l: &&Ulimit| case.declared.ulimits.iter().any(|d| d == &l.name || kernel_name(&l.name) == Some(d.as_str()));
+    let limits = &told.inspect.host_config.ulimits;
+    let line = |l: &Ulimit| api("HostConfig.Ulimits", format!("{}: {}", l.name, l.hard));
+    let violations = limits.iter().filter(|l| !declared(l)).map(line).collect();
+    Ok(Judgement::none_of(violations, vec![api("HostConfig.Ulimits", format!("{} set, all declared", limits.len()))]))
+}
+
+/// What `/proc/<pid>/limits` calls a limit of `docker run --ulimit`.
+fn kernel_name(docker: &str) -> Option<&'static str> {
+    Some(match docker {
+        "core" => "Max core file size",
+        "cpu" => "Max cpu time",
+        "data" => "Max data size",
+        "fsize" => "Max file size",
+        "locks" => "Max file locks",
+        "memlock" => "Max locked memory",
+        "msgqueue" => "Max msgqueue size",
+        "nice" => "Max nice priority",
+        "nofile" => "Max open files",
+        "nproc" => "Max processes",
+        "rss" => "Max resident set",
+        "rtprio" => "Max realtime priority",
+        "rttime" => "Max realtime timeout",
+        "sigpending" => "Max pending signals",
+        "stack" => "Max stack size",
+        _ => return None,
+    })
+}
+
+fn seen(case: &Case<'_>) -> Answer {
+    if case.facts.mode != Mode::Sidecar {
         let why = "the agent's own limits are the container's: there is nothing to compare with";
         return Err(Unseen::new(DOCKER_API).with(vec![Evidence::new("/proc/self/limits", why)]));
     }
@@ -63,5 +101,28 @@ mod tests {
             ("hidden", |s| s.container().limits = hidden(), "unknown"),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn the_engine_tells_what_was_overridden() {
+        check_rows(
+            &CHECK,
+            &[
+                ("nothing", |s| s.asked(), "pass"),
+                (
+                    "open files",
+                    |s| s.told().host_config.ulimits = vec![Ulimit { name: "nofile".into(), hard: 99 }],
+                    "fail",
+                ),
+                (
+                    "declared",
+                    |s| {
+                        s.told().host_config.ulimits = vec![Ulimit { name: "nofile".into(), hard: 99 }];
+                        s.declared.ulimits = vec!["Max open files".into()];
+                    },
+                    "pass",
+                ),
+            ],
+        );
     }
 }

@@ -3,8 +3,11 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, each_container, status_of};
+use super::{Answer, Case, Check, Judgement, Unseen, api, both, each_container, status_of};
 use crate::facts::Process;
+
+use crate::facts::Told;
+use crate::facts::engine::Host;
 
 pub const CHECK: Check = Check {
     slug: "user",
@@ -19,6 +22,27 @@ pub const CHECK: Check = Check {
 };
 
 fn judge(case: &Case<'_>) -> Answer {
+    both(case, told, seen)
+}
+
+fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+    let user = &told.inspect.config.user;
+    let evidence = vec![api("Config.User", format!("`{user}`"))];
+    if told.inspect.runs() {
+        // Whom its processes run as decides: a name may stand for uid 0, and a root may have become somebody else.
+        return Err(Unseen::new("a look at the container's processes, in the host's /proc").with(evidence));
+    }
+    match user.split(':').next().unwrap_or_default() {
+        "" | "root" => Ok(Judgement::fail(evidence)),
+        name => match name.parse::<u32>() {
+            Ok(0) => Ok(Judgement::fail(evidence)),
+            Ok(_) => Ok(Judgement::pass(evidence)),
+            Err(_) => Err(Unseen::new("the container's start, which tells the number of this user").with(evidence)),
+        },
+    }
+}
+
+fn seen(case: &Case<'_>) -> Answer {
     each_container(case, |container| {
         let line = |p: &Process| {
             let [real, effective, saved, fs] = p.uids;
@@ -51,5 +75,48 @@ mod tests {
             ),
         ];
         check_rows(&CHECK, &rows);
+    }
+
+    #[test]
+    fn before_the_start_the_engine_tells_the_user() {
+        check_rows(
+            &CHECK,
+            &[
+                ("runs: its processes decide", |s| s.told().config.user = "0".into(), "pass"),
+                ("a number", |s| s.before_its_start(), "pass"),
+                (
+                    "none",
+                    |s| {
+                        s.before_its_start();
+                        s.told().config.user.clear();
+                    },
+                    "fail",
+                ),
+                (
+                    "root and a group",
+                    |s| {
+                        s.before_its_start();
+                        s.told().config.user = "0:0".into();
+                    },
+                    "fail",
+                ),
+                (
+                    "root, spelt with zeros",
+                    |s| {
+                        s.before_its_start();
+                        s.told().config.user = "00".into();
+                    },
+                    "fail",
+                ),
+                (
+                    "a name",
+                    |s| {
+                        s.before_its_start();
+                        s.told().config.user = "app".into();
+                    },
+                    "unknown",
+                ),
+            ],
+        );
     }
 }

@@ -5,6 +5,9 @@
 
 mod container;
 mod diag;
+pub mod engine;
+pub mod host;
+pub mod image;
 mod listeners;
 mod machine;
 pub mod parse;
@@ -19,6 +22,7 @@ use sidewarden_proto::finding::Vantage;
 
 pub(crate) use container::may_be_run;
 pub use container::{Container, Cpu, Device, Namespace};
+pub use engine::{Engine, Told};
 pub use listeners::{Listener, ListenerSight, Lock, Owner, Speech, reached_at};
 pub use machine::Machine;
 pub use parse::{Limit, Mount};
@@ -70,6 +74,8 @@ pub struct Facts {
     pub own_cgroup: Cgroups,
     /// In exec mode: what the filter of system calls, which is ours too, refuses.
     pub filter: Seen<FilterProbe>,
+    /// What the container engine says; known to a node agent only.
+    pub engine: Seen<Engine>,
 }
 
 /// See [`Facts::own_cgroup`].
@@ -109,6 +115,7 @@ pub fn observe(root: &Path, subject: &Subject, listening: &mut ListenerSight) ->
         own_limits: parsed(&machine, "/proc/self/limits", parse::limits),
         own_cgroup: parsed(&machine, "/proc/self/cgroup", parse::Cgroup::parse),
         filter: filter(subject.mode, root),
+        engine: Seen::Hidden(Hidden::missing("Docker API")),
         containers,
     }
 }

@@ -46,6 +46,15 @@ pub fn select(subject: &Subject, ourselves: &Ourselves, all: &[&Process]) -> Res
     Ok(members)
 }
 
+/// Tells the role of each of one container's processes, as the host sees them.
+pub fn give_roles(members: &mut [Process]) {
+    let ourselves = Ourselves { host_pids: true, ..Ourselves::default() };
+    let roles = roles(Mode::Node, &ourselves, members);
+    for (process, role) in members.iter_mut().zip(roles) {
+        process.role = role;
+    }
+}
+
 /// Whether `all` shows processes that are neither ours nor the workload's, so that a count of forks in the PID namespace
 /// says nothing about the workload.
 pub fn has_strangers(ourselves: &Ourselves, all: &[&Process], members: &[Process]) -> bool {
@@ -101,6 +110,7 @@ fn seed<'a>(subject: &'a Subject, ourselves: &'a Ourselves) -> Result<Rule<'a>, 
         }
         Mode::Sidecar => Box::new(move |p| p.same_net && !ours(p)),
         // Our cgroup is the root of everything: only our own children are surely the workload's.
+        Mode::Node => return Err("a node agent has no workload of its own".into()),
         Mode::Exec if ourselves.cgroup.is_root() && ourselves.host_pids => Box::new(move |p| p.ppid == ourselves.pid),
         Mode::Exec => Box::new(move |p| p.id.pid != ourselves.pid && (p.ppid == ourselves.pid || ours(p))),
     })
@@ -138,7 +148,7 @@ fn first(mode: Mode, container: &[&Process], outsider: &dyn Fn(&Process) -> bool
     match mode {
         // What we did not start ourselves came in later.
         Mode::Exec => oldest(false),
-        Mode::Sidecar => oldest(true).or_else(|| oldest(false)),
+        Mode::Sidecar | Mode::Node => oldest(true).or_else(|| oldest(false)),
     }
 }
 

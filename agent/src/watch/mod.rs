@@ -27,7 +27,7 @@ use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-pub use differ::differ;
+pub use differ::{Origin, differ, differ_container};
 pub use mask::{mask, plain};
 pub use tracker::Normal;
 
@@ -135,7 +135,7 @@ pub struct View {
 }
 
 impl View {
-    fn new() -> View {
+    pub(crate) fn new() -> View {
         let posture = Posture { at: Timestamp::default(), vantage: Vantage::Open, findings: Vec::new() };
         View {
             stats: WatchStats::default(),
@@ -153,6 +153,15 @@ impl View {
     /// The posture as it was last judged.
     pub fn posture(&self) -> Arc<Posture> {
         self.posture.load_full()
+    }
+
+    /// Whether the whole posture was asked for since this was last called.
+    pub(crate) fn take_baseline_wanted(&self) -> bool {
+        self.baseline_wanted.swap(false, Relaxed)
+    }
+
+    pub(crate) fn set_posture(&self, posture: Posture) {
+        self.posture.store(Arc::new(posture));
     }
 
     /// Asks for the whole posture as an event, for example after events were lost.
@@ -205,6 +214,7 @@ struct Watcher {
     lived: Vec<ProcessId>,
     told: Option<Vec<Finding>>,
     told_of_somebody: bool,
+    origin: Origin,
     nobody_since: Option<Instant>,
     judged: Option<Instant>,
     looked: Option<Instant>,
@@ -228,6 +238,7 @@ impl Watcher {
             lived: Vec::new(),
             told: None,
             told_of_somebody: false,
+            origin: Origin::default(),
             nobody_since: None,
             judged: None,
             looked: None,
@@ -391,7 +402,8 @@ impl Watcher {
         if let Seen::Known(listeners, _) = &mut facts.listeners {
             self.exposures.annotate(listeners);
         }
-        let case = Case { facts: &facts, declared: &self.config.declared, history: self.tracker.history() };
+        let (declared, history) = (&self.config.declared, self.tracker.history());
+        let case = Case { facts: &facts, declared, history, now: at };
         let findings = cis::judge_all(&case);
         let wanted = self.view.baseline_wanted.swap(false, Relaxed);
         if wanted {
@@ -400,10 +412,17 @@ impl Watcher {
         }
         // Somebody came or went: one event with everything, instead of one for each check.
         let somebody = !facts.containers.is_empty();
-        let baseline = wanted || somebody != self.told_of_somebody;
+        let mut ids: Vec<String> = facts.containers.iter().filter_map(facts::host::container_id).collect();
+        ids.sort();
+        let origin = Origin { host: facts::host::name_of_host(&self.machine), containers: ids };
+        let moved = somebody && origin != self.origin;
+        let baseline = wanted || somebody != self.told_of_somebody || moved;
         self.told_of_somebody = somebody;
         let then = self.told.as_deref().filter(|_| !baseline);
-        for event in differ(then, &findings, at) {
+        if somebody {
+            self.origin = origin.clone();
+        }
+        for event in differ(then, &findings, &origin, at) {
             (self.emit)(event);
         }
         self.view.posture.store(Arc::new(Posture { at, vantage: facts.vantage, findings: findings.clone() }));

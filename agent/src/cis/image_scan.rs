@@ -1,0 +1,57 @@
+//! 4.4: the image was scanned for vulnerabilities and rebuilt with the patches.
+
+use sidewarden_proto::event::Severity;
+
+use super::{Answer, Case, Check, Unseen};
+
+pub const CHECK: Check = Check {
+    slug: "image-scan",
+    v1_3_1: "4.4",
+    v1_6: "4.4",
+    title: "the image was scanned and has the security patches",
+    severity: Severity::Warning,
+    docker_run: "scan the image, rebuild it with the patches, and attest it",
+    compose: "scan the image, rebuild it with the patches, and attest it",
+    kubernetes: "scan the image, rebuild it with the patches, and attest it",
+    judge,
+};
+
+const GRANT: &str = "an attestation: `[[attestation]]` in the node agent's configuration, with who, why and until";
+
+fn judge(case: &Case<'_>) -> Answer {
+    case.image()?;
+    Err(Unseen::new(GRANT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::check_rows;
+    use super::*;
+
+    #[test]
+    fn it_is_unknown_until_somebody_answers_for_it() {
+        check_rows(
+            &CHECK,
+            &[
+                ("without the API", |_| (), "unknown"),
+                ("with it", |s| s.asked(), "unknown"),
+                (
+                    "attested",
+                    |s| {
+                        s.asked();
+                        s.attest(CHECK.slug, true);
+                    },
+                    "pass",
+                ),
+                (
+                    "attested once",
+                    |s| {
+                        s.asked();
+                        s.attest(CHECK.slug, false);
+                    },
+                    "unknown",
+                ),
+            ],
+        );
+    }
+}
