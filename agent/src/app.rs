@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
+use sidewarden_proto::finding::Vantage;
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::{mpsc, watch};
@@ -25,6 +26,7 @@ use crate::identity::keeper::{Elsewhere, Keeper, KeeperError, Parts, Renewal, So
 use crate::identity::{Current, Store, StoreError, Terms};
 use crate::intercept::{self, InterceptError};
 use crate::metrics::Metrics;
+use crate::node::{self, NodeConfig};
 use crate::proxy::egress::{CredentialsError, read_credentials};
 use crate::proxy::own::Own;
 use crate::proxy::{self, BindError, Listeners, Shared};
@@ -81,6 +83,11 @@ pub enum StartError {
     /// With the rules of `intercept` it would not work.
     #[error(transparent)]
     Intercept(#[from] InterceptError),
+    /// A node agent beside a proxy.
+    #[error(
+        "a node agent has the container engine's socket, and so never carries anybody's traffic: remove `{0}` from its configuration"
+    )]
+    NotBesideAProxy(&'static str),
     /// The watch's thread.
     #[error("the watch's thread cannot be started: {0}")]
     Watch(std::io::Error),
@@ -127,6 +134,9 @@ type Emit = Arc<dyn Fn(Event) + Send + Sync>;
 /// Starts the agent. On return it accepts connections, with the identity that was on disk.
 pub async fn start(setup: Setup) -> Result<App, StartError> {
     let Setup { mode, config, root, shares_user, random } = setup;
+    if mode == Mode::Node {
+        never_beside_a_proxy(&config)?;
+    }
     intercept::check_ourselves(&config, mode == Mode::Exec && config.exec.user.is_none())?;
     let instance = instance(&config)?;
     check_credentials(&config)?;
@@ -269,6 +279,21 @@ async fn join_thread(thread: std::thread::JoinHandle<()>) {
     }
 }
 
+/// Whoever breaks into a proxy must not find the engine's socket there.
+fn never_beside_a_proxy(config: &Config) -> Result<(), StartError> {
+    let carries = [
+        ("inbound", !config.inbound.is_empty()),
+        ("outbound", !config.outbound.is_empty()),
+        ("egress.listen", config.egress.listen.is_some()),
+        ("egress.transparent_listen", !config.egress.transparent_listen.is_empty()),
+        ("intercept", config.intercept.is_on()),
+    ];
+    match carries.iter().find(|(_, is_set)| *is_set) {
+        Some((key, _)) => Err(StartError::NotBesideAProxy(key)),
+        None => Ok(()),
+    }
+}
+
 fn instance(config: &Config) -> Result<InstanceId, StartError> {
     if let Some(instance) = &config.instance {
         return Ok(instance.clone());
@@ -351,7 +376,10 @@ fn start_watch(
 ) -> Result<Option<Watch>, StartError> {
     let subject = Subject { mode, cgroup: config.watch.subject.clone() };
     let seen_from = root.as_deref().unwrap_or(Path::new("/"));
-    let vantage = facts::observe(seen_from, &subject, &mut ListenerSight::new(Machine::new(seen_from))).vantage;
+    let vantage = match mode {
+        Mode::Node => Vantage::Node,
+        _ => facts::observe(seen_from, &subject, &mut ListenerSight::new(Machine::new(seen_from))).vantage,
+    };
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let body = AgentStarted { version, mode, vantage, clean: opened.clean, heartbeat_secs: HEARTBEAT_SECS };
     let after = if opened.clean { "" } else { ", after a run that did not end in order" };
@@ -359,6 +387,11 @@ fn start_watch(
     let severity = if opened.clean { Severity::Info } else { Severity::Notice };
     emit(Event::new(Timestamp::now(), severity, summary, &body.into()));
     let Some(root) = root else { return Ok(None) };
+    if mode == Mode::Node {
+        let emit = emit.clone();
+        let node = NodeConfig::new(config, root);
+        return node::start(node, move |event| emit(event), stop.clone()).map(Some).map_err(StartError::Watch);
+    }
     let watch = WatchConfig {
         root,
         tick: config.watch.tick,

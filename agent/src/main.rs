@@ -7,17 +7,24 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
+use sidewarden_agent::cis::{Case, Declared, History};
 use sidewarden_agent::config::{Admin, Config, Permissive};
+use sidewarden_agent::facts::{self, ListenerSight, Machine, Subject};
 use sidewarden_agent::intercept::{self, InterceptError};
+use sidewarden_agent::node::{self, NodeConfig};
+use sidewarden_agent::report::{self, Format, Target};
 use sidewarden_agent::{admin, backoff, cis, init};
 use sidewarden_proto::config::Env;
-use sidewarden_proto::event::Mode;
+use sidewarden_proto::event::{ContainerRef, Mode, Severity};
+use sidewarden_proto::time::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Could not start, or `health` says no.
 const FAILED: u8 = 1;
 /// Wrong arguments or settings.
 const USAGE: u8 = 2;
+/// `check` found a broken rule.
+const BROKEN: u8 = 3;
 /// In exec mode: the agent itself could not start. 126, 127 and everything else are the command's.
 const EXEC_FAILED: u8 = 125;
 
@@ -33,7 +40,8 @@ const RULES_WITHIN: Duration = Duration::from_secs(30);
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit codes: 0 ended in order; 1 it failed (the reason is the last line); 2 wrong arguments or settings.\n\
+    after_help = "Exit codes: 0 ended in order; 1 it failed (the reason is the last line); 2 wrong arguments or settings;\n\
+    3 `check` found a broken rule.\n\
     With `exec`: the command's own code, 128 and the signal's number if one ended it, 126 if it cannot be executed, 127 if it\n\
     was not found, 125 if the agent could not start.\n\
     Every setting outside the lists also comes from the environment: admin.listen is SIDEWARDEN_ADMIN_LISTEN."
@@ -70,6 +78,8 @@ enum Command {
         #[arg(required = true, last = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
+    /// Run once on each host, with the container engine's socket and the host's PID namespace: judge every container
+    Node,
     /// Ask the running agent whether it is ready; for probes in images without a shell. Of the settings it needs admin.listen
     /// alone, and looks for /etc/sidewarden/agent.toml if no file is named
     Health,
@@ -82,6 +92,25 @@ enum Command {
     },
     /// List the checks, with their CIS numbers
     Checks,
+    /// Tell what a check guards against and how to keep it
+    Explain {
+        /// As in `checks`: `docker-socket`, or 5.31
+        check: String,
+    },
+    /// Tell what this agent can see of its workload from here, and what each further grant would add
+    Vantage,
+    /// Judge the containers of this host and the host itself once, with the container engine's socket; needs no collector
+    Check {
+        /// Only these containers, by name or id; may be given several times
+        #[arg(long, value_name = "NAME")]
+        container: Vec<String>,
+        /// How the report looks
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+        /// The mildest severity of a broken rule that makes the exit code 3: info, notice, warning, critical
+        #[arg(long, value_name = "SEVERITY", default_value = "warning")]
+        fail_on: Severity,
+    },
 }
 
 #[derive(Clone, Copy, Subcommand)]
@@ -106,13 +135,27 @@ fn main() -> ExitCode {
     if let Err(error) = dumpable {
         return fail(FAILED, &format!("making the process non-dumpable: {error}"));
     }
-    if matches!(arguments.command, Command::Checks) {
-        print!("{}", cis::catalogue_table());
-        return ExitCode::SUCCESS;
+    match &arguments.command {
+        Command::Checks => {
+            print!("{}", cis::catalogue_table());
+            return ExitCode::SUCCESS;
+        }
+        Command::Explain { check } => return explain(check),
+        Command::Vantage => {
+            print!("{}", look_around());
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
     }
     let env = |name: &str| std::env::var(name).ok();
     if matches!(arguments.command, Command::Health) {
         return health(arguments.config.or_else(usual_config).as_deref(), &env);
+    }
+    if let Command::Check { container, format, fail_on } = &arguments.command {
+        return match Config::load_for_checks(arguments.config.as_deref(), &env) {
+            Ok(config) => on_runtime(FAILED, check_once(config, container, *format, *fail_on)),
+            Err(error) => fail(USAGE, &error.to_string()),
+        };
     }
     match Config::load(arguments.config.as_deref(), &env) {
         Ok(config) => run(arguments.command, config, arguments.config.as_deref()),
@@ -138,12 +181,56 @@ fn start_log(arguments: &Arguments) -> Result<(), String> {
 
 fn run(command: Command, config: Config, path: Option<&Path>) -> ExitCode {
     match command {
-        Command::Sidecar => on_runtime(FAILED, sidecar(config)),
+        Command::Sidecar => on_runtime(FAILED, until_told(Mode::Sidecar, config)),
+        Command::Node => on_runtime(FAILED, until_told(Mode::Node, config)),
         Command::Exec { command } => on_runtime(EXEC_FAILED, exec(config, command)),
         Command::CheckConfig => check_config(&config, path),
         Command::Intercept { action } => intercept(action, &config),
-        Command::Health | Command::Checks => ExitCode::SUCCESS,
+        Command::Health | Command::Checks | Command::Vantage | Command::Explain { .. } | Command::Check { .. } => {
+            ExitCode::SUCCESS
+        }
     }
+}
+
+/// As a sidecar that has just come.
+fn look_around() -> String {
+    let subject = Subject { mode: Mode::Sidecar, cgroup: None };
+    let facts = facts::observe(Path::new("/"), &subject, &mut ListenerSight::new(Machine::new("/")));
+    let (declared, history) = (Declared::default(), History::default());
+    let findings =
+        cis::judge_all(&Case { facts: &facts, declared: &declared, history: &history, now: Timestamp::now() });
+    cis::sight(facts.vantage, &findings)
+}
+
+fn explain(check: &str) -> ExitCode {
+    match cis::explain(check) {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(USAGE, &error),
+    }
+}
+
+async fn check_once(
+    config: Config,
+    only: &[String],
+    format: Format,
+    fail_on: Severity,
+) -> Result<ExitCode, (u8, String)> {
+    let survey = node::survey(&NodeConfig::new(&config, "/".into())).await;
+    let survey = survey.map_err(|e| (FAILED, format!("{e}: is the engine up, and is `node.socket` its socket?")))?;
+    let wanted = |c: &ContainerRef, name: &String| c.name == *name || (name.len() >= 12 && c.id.starts_with(name));
+    if let Some(name) = only.iter().find(|name| !survey.containers.iter().any(|(c, _)| wanted(c, name))) {
+        return Err((FAILED, format!("there is no running container `{name}`")));
+    }
+    let host = Target { name: "host".into(), image: String::new(), findings: survey.host };
+    let containers =
+        survey.containers.into_iter().filter(|(c, _)| only.is_empty() || only.iter().any(|n| wanted(c, n)));
+    let containers = containers.map(|(c, findings)| Target { name: c.name, image: c.image, findings });
+    let targets: Vec<Target> = only.is_empty().then_some(host).into_iter().chain(containers).collect();
+    print!("{}", report::render(&targets, format));
+    Ok(if report::broken(&targets, fail_on) == 0 { ExitCode::SUCCESS } else { ExitCode::from(BROKEN) })
 }
 
 /// One thread for all connections: measured faster than several that hand work to each other (research/performance.md).
@@ -159,11 +246,11 @@ fn setup(mode: Mode, config: Config, shares_user: bool) -> Setup {
     Setup { mode, config, root: Some("/".into()), shares_user, random: backoff::random }
 }
 
-async fn sidecar(config: Config) -> Result<ExitCode, (u8, String)> {
+async fn until_told(mode: Mode, config: Config) -> Result<ExitCode, (u8, String)> {
     let failed = |error: &dyn std::fmt::Display| (FAILED, error.to_string());
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed(&e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed(&e))?;
-    let app = app::start(setup(Mode::Sidecar, config, false)).await.map_err(|e| failed(&e))?;
+    let app = app::start(setup(mode, config, false)).await.map_err(|e| failed(&e))?;
     let reason = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",

@@ -44,6 +44,35 @@ fn help_teaches_the_commands_and_the_exit_codes() {
 }
 
 #[test]
+fn a_check_is_explained_and_a_sight_is_told_without_any_settings() {
+    let (code, out, _) = run(&["explain", "docker-socket"]);
+    assert!(code == 0 && out.contains("5.31") && out.contains("root on the host"), "{out}");
+    let (code, _, err) = run(&["explain", "socket"]);
+    assert!(code == 2 && err.contains("docker-socket"), "{err}");
+    let (code, out, _) = run(&["vantage"]);
+    assert!(code == 0 && out.contains("checks are answered from here"), "{out}");
+    assert_eq!(run(&["checks"]).1.lines().count(), 54);
+}
+
+#[test]
+fn one_look_without_an_engine_says_so() {
+    let config = file("[node]\nsocket = \"/nowhere/engine.sock\"\n");
+    let (code, out, err) = run(&["check", "--config", path(&config)]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("connecting to /nowhere/engine.sock") && err.contains("node.socket"), "{err}");
+}
+
+#[test]
+fn a_node_agent_never_stands_beside_a_proxy() {
+    let dir = tempfile::tempdir().unwrap();
+    let more = "[[outbound]]\nlisten = \"127.0.0.1:0\"\nto = \"db:8443\"\npeer = \"spiffe://td/shop/db\"\n";
+    let config = good(&dir, more);
+    let (code, _, err) = run(&["node", "--config", path(&config)]);
+    assert_eq!(code, 1);
+    assert!(err.contains("remove `outbound`"), "{err}");
+}
+
+#[test]
 fn a_wrong_command_line_is_told_with_code_2() {
     for arguments in [&["sidcar"][..], &[], &["exec"], &["sidecar", "--log-level", "a=b=c"]] {
         let (code, _, err) = run(arguments);
