@@ -11,6 +11,7 @@ pub mod config;
 pub mod commit;
 pub mod index;
 pub mod log;
+pub mod posture;
 pub mod state;
 
 pub mod ca;

@@ -10,7 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::batch::{Epoch, Tombstone};
 use sidewarden_proto::event::{
-    Body, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged, TrustedRoot,
+    Body, ContainerRef, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged,
+    TrustedRoot,
 };
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::identity::AgentId;
@@ -21,6 +22,9 @@ use sidewarden_proto::time::Timestamp;
 const MAX_PEERS: usize = 256;
 /// Findings kept for one agent: far more than there are checks.
 const MAX_FINDINGS: usize = 512;
+/// Containers of one host, and of one instance.
+const MAX_HOSTED: usize = 4_096;
+const MAX_CONTAINERS: usize = 64;
 /// Bytes of a text that an agent sent and the state keeps.
 const MAX_TEXT: usize = 2_048;
 /// Trust domains, and roots of each, kept for one agent: as many as can be imported.
@@ -116,6 +120,12 @@ pub struct Agent {
     pub stopping: Option<String>,
     /// Its posture, by check.
     pub findings: BTreeMap<String, Standing>,
+    /// The host it runs on, as a hash that everything there agrees on; empty when not known.
+    pub host: String,
+    /// The ids of the workload's containers.
+    pub containers: Vec<String>,
+    /// What a node agent says of the containers of its host, by id.
+    pub hosted: BTreeMap<String, Hosted>,
     /// Whom it talks to.
     #[serde(with = "pairs")]
     pub peers: BTreeMap<(Direction, String), PeerSeen>,
@@ -223,6 +233,16 @@ impl Status {
     }
 }
 
+/// What a node agent says of a container.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hosted {
+    /// Which one, as its engine calls it.
+    pub container: ContainerRef,
+    /// Its posture, by check.
+    pub findings: BTreeMap<String, Standing>,
+}
+
 /// A finding, and since when its verdict is what it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Standing {
@@ -298,20 +318,17 @@ impl Agent {
         self.renewal_failed = None;
     }
 
-    fn stand(&mut self, finding: Finding, at: Timestamp) {
-        let finding = bounded(finding);
-        let same = self.findings.get(&finding.check).filter(|s| s.finding.verdict.word() == finding.verdict.word());
-        let since = same.map_or(at, |s| s.since);
-        if self.findings.len() < MAX_FINDINGS || self.findings.contains_key(&finding.check) {
-            self.findings.insert(finding.check.clone(), Standing { finding, since });
+    /// What is known of a container of its host; `None` where there are too many.
+    fn hosted(&mut self, mut container: ContainerRef) -> Option<&mut Hosted> {
+        let texts = [&mut container.id, &mut container.name, &mut container.image, &mut container.state];
+        texts.into_iter().for_each(|text| *text = short(std::mem::take(text)));
+        let known = self.hosted.contains_key(&container.id);
+        if self.mode != Some(Mode::Node) || (!known && self.hosted.len() >= MAX_HOSTED) {
+            return None;
         }
-    }
-
-    /// A baseline is the whole posture: what it does not name is no longer judged.
-    fn baseline(&mut self, findings: Vec<Finding>, at: Timestamp) {
-        self.findings.retain(|check, _| findings.iter().any(|f| f.check == *check));
-        // Those named twice or too long are no work worth more than this.
-        findings.into_iter().take(2 * MAX_FINDINGS).for_each(|finding| self.stand(finding, at));
+        let hosted = self.hosted.entry(container.id.clone()).or_default();
+        hosted.container = container;
+        Some(hosted)
     }
 
     fn peer(&mut self, direction: Direction, peer: String) -> Option<&mut PeerSeen> {
@@ -325,6 +342,22 @@ impl Agent {
         }
         Some(self.peers.entry(key).or_default())
     }
+}
+
+fn stand(findings: &mut BTreeMap<String, Standing>, finding: Finding, at: Timestamp) {
+    let finding = bounded(finding);
+    let same = findings.get(&finding.check).filter(|s| s.finding.verdict.word() == finding.verdict.word());
+    let since = same.map_or(at, |s| s.since);
+    if findings.len() < MAX_FINDINGS || findings.contains_key(&finding.check) {
+        findings.insert(finding.check.clone(), Standing { finding, since });
+    }
+}
+
+/// A baseline is the whole posture: what it does not name is no longer judged.
+fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, at: Timestamp) {
+    standing.retain(|check, _| findings.iter().any(|f| f.check == *check));
+    // Those named twice or too long are no work worth more than this.
+    findings.into_iter().take(2 * MAX_FINDINGS).for_each(|finding| stand(standing, finding, at));
 }
 
 /// Kinds that change more than counters, and who may say them.
@@ -353,8 +386,11 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
 
 /// Kinds whose body is read here; those of all others is left alone, which is most of the work saved.
 fn changes_state(kind: &str) -> bool {
-    const KINDS: [&str; 12] = [
+    const KINDS: [&str; 15] = [
         "trust.changed",
+        "container.posture",
+        "container.verdict_changed",
+        "container.gone",
         "agent.started",
         "agent.stopping",
         "posture.baseline",
@@ -461,10 +497,27 @@ impl State {
                 agent.heartbeat_secs = b.heartbeat_secs.min(3600);
                 agent.started = Some(Started { at, clean: b.clean });
                 agent.stopping = None;
+                // Its host's containers are told anew: one that went while nobody looked is not.
+                agent.hosted.clear();
             }
             Body::AgentStopping(b) => agent.stopping = Some(short(b.reason)),
-            Body::PostureBaseline(b) => agent.baseline(b.findings, at),
-            Body::VerdictChanged(b) => agent.stand(b.finding, at),
+            Body::PostureBaseline(b) => {
+                agent.host = short(b.host);
+                agent.containers = b.containers.into_iter().take(MAX_CONTAINERS).map(short).collect();
+                stand_all(&mut agent.findings, b.findings, at);
+            }
+            Body::ContainerPosture(b) => {
+                if let Some(hosted) = agent.hosted(b.container) {
+                    stand_all(&mut hosted.findings, b.findings, at);
+                }
+            }
+            Body::ContainerVerdictChanged(b) => {
+                if let Some(hosted) = agent.hosted(b.container) {
+                    stand(&mut hosted.findings, b.finding, at);
+                }
+            }
+            Body::ContainerGone(b) => drop(agent.hosted.remove(&b.container.id)),
+            Body::VerdictChanged(b) => stand(&mut agent.findings, b.finding, at),
             Body::ConnectionRefused(b) => {
                 let counted = agent.refused.entry(b.reason).or_default();
                 (counted.count, counted.last) = (counted.count.saturating_add(b.count), received);
@@ -753,12 +806,18 @@ mod tests {
     fn posture_is_the_baseline_and_what_changed_since() {
         let mut told = Told::new();
         let (pass, fail) = (Verdict::Pass, Verdict::Fail);
-        told.by(WEB, PostureBaseline { findings: vec![finding("a", pass.clone()), finding("b", fail.clone())] });
+        told.by(
+            WEB,
+            PostureBaseline {
+                findings: vec![finding("a", pass.clone()), finding("b", fail.clone())],
+                ..Default::default()
+            },
+        );
         let since = |told: &Told, check: &str| told.web().findings[check].since;
         let (a, b) = (since(&told, "a"), since(&told, "b"));
         told.by(WEB, VerdictChanged { before: "pass".into(), finding: finding("a", fail.clone()) });
         assert!(since(&told, "a") > a);
-        told.by(WEB, PostureBaseline { findings: vec![finding("b", fail)] });
+        told.by(WEB, PostureBaseline { findings: vec![finding("b", fail)], ..Default::default() });
         assert_eq!(since(&told, "b"), b, "the same verdict stands since when it first did");
         assert_eq!((told.web().count("fail"), told.web().findings.len()), (1, 1), "what a baseline omits is gone");
     }
@@ -869,7 +928,7 @@ mod tests {
         let peer = "spiffe://x.example/shop/db".to_owned();
         let (tls_version, group) = (String::new(), String::new());
         told.by(COLLECTOR, connected()).by(WEB, started());
-        told.by(WEB, PostureBaseline { findings: vec![finding("a", Verdict::Fail)] });
+        told.by(WEB, PostureBaseline { findings: vec![finding("a", Verdict::Fail)], ..Default::default() });
         told.by(
             WEB,
             PeerFirstSeen { direction: Direction::Outbound, peer, address: String::new(), tls_version, group },

@@ -163,7 +163,7 @@ async fn where_a_workload_goes_is_shown_apart_from_whom_it_talks_to() {
         count: 3,
     };
     let told: [Body; 4] = [
-        PostureBaseline { findings }.into(),
+        PostureBaseline { findings, ..Default::default() }.into(),
         seen(Direction::Inbound, "spiffe://sidewarden.internal/shop/web").into(),
         seen(Direction::Egress, "api.example.com:443").into(),
         refused.into(),

@@ -610,7 +610,10 @@ mod tests {
 
     #[test]
     fn a_baseline_ends_what_it_does_not_mention() {
-        let baseline = Body::from(PostureBaseline { findings: vec![verdict("capabilities", Verdict::Fail)] });
+        let baseline = Body::from(PostureBaseline {
+            findings: vec![verdict("capabilities", Verdict::Fail)],
+            ..Default::default()
+        });
         play(vec![
             (1, Some(changed("docker-socket", Verdict::Fail)), &["+CheckFailed"]),
             (2, Some(baseline), &["-CheckFailed", "+CheckFailed"]),

@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use sidewarden_proto::event::{
-    Body, ConnectionRefused, Direction, GateStatus, IdentityRestored, IdentityRevoked, KINDS, ListenerExposed,
-    ProcessInfo, Protocol, RefusalReason, Severity,
+    Body, ConnectionRefused, ContainerRef, Direction, GateStatus, IdentityRestored, IdentityRevoked, KINDS,
+    ListenerExposed, ProcessInfo, Protocol, RefusalReason, Severity,
 };
 use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
@@ -379,6 +379,36 @@ pub const RULES: &[Rule] = &[
         meaning: "a CIS Docker rule of severity warning or above is broken; it fires until the verdict changes",
         what_to_do: "apply the remedy that stands with the check, or record a waiver with a reason and an end",
         read: checks,
+    },
+    Rule {
+        name: "ContainerCheckFailed",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["container.posture", "container.verdict_changed", "container.gone"],
+        meaning: "a container of a host breaks a CIS Docker rule of severity warning or above, as the node agent there sees it",
+        what_to_do: "apply the remedy that stands with the check, or record a waiver with a reason and an end",
+        read: container_checks,
+    },
+    Rule {
+        name: "ContainerExec",
+        severity: Severity::Critical,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["container.exec"],
+        meaning: "somebody had a program run in a container as root or with all privileges, and the engine of the host told it",
+        what_to_do: "find out who it was: the engine's log and the shells of the host tell; nothing should need this in production",
+        read: container_exec,
+    },
+    Rule {
+        name: "EngineLost",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["engine.lost", "engine.back", "agent.started"],
+        meaning: "the container engine of a host does not answer its node agent: nothing is known of its containers",
+        what_to_do: "is the engine up, and is its socket mounted where `node.socket` says?",
+        read: engine,
     },
     Rule {
         name: SILENT,
@@ -778,6 +808,58 @@ fn checks(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
             signals.extend(body.findings.iter().filter_map(|f| finding(seen, f)));
             signals
         }
+        _ => Vec::new(),
+    }
+}
+
+/// A container of a host, as whom an alert is about. No instance has a slash in its name.
+fn container_subject(agent: &AgentId, container: &ContainerRef) -> Subject {
+    let name = if container.name.is_empty() { &container.id } else { &container.name };
+    Subject { workload: agent.workload.to_string(), instance: format!("{}/{}", agent.instance, short(name, 100)) }
+}
+
+fn container_checks(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let about = |container: &ContainerRef, finding: &Finding| {
+        let subject = container_subject(seen.agent, container);
+        match (&finding.verdict, broken(seen.agent, finding)) {
+            (Verdict::Unknown { .. }, _) => None,
+            (_, Some(case)) => Some(Signal::Raise(Case { subject: Some(subject), ..case })),
+            (_, None) => Some(Signal::Clear(Some(subject), Some(word(&finding.check)))),
+        }
+    };
+    match seen.body {
+        Some(Body::ContainerVerdictChanged(body)) => about(&body.container, &body.finding).into_iter().collect(),
+        Some(Body::ContainerPosture(body)) => {
+            let mentioned = body.findings.iter().map(|f| word(&f.check)).collect();
+            let mut signals = vec![Signal::Only(container_subject(seen.agent, &body.container), mentioned)];
+            signals.extend(body.findings.iter().filter_map(|f| about(&body.container, f)));
+            signals
+        }
+        Some(Body::ContainerGone(body)) => vec![Signal::Gone(container_subject(seen.agent, &body.container))],
+        _ => Vec::new(),
+    }
+}
+
+fn container_exec(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::ContainerExec(body)) = seen.body else { return Vec::new() };
+    if seen.severity < Severity::Warning {
+        return Vec::new();
+    }
+    let mut case = case(seen, rule, short(seen.summary, 300));
+    case.subject = Some(container_subject(seen.agent, &body.container));
+    case.severity = Some(seen.severity);
+    case.evidence = lines([("user", &body.user), ("command", &body.command)]);
+    vec![Signal::Raise(case)]
+}
+
+fn engine(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::EngineLost(body)) => {
+            let mut case = case(seen, rule, "the container engine does not answer".into());
+            case.evidence = lines([("why", &body.why)]);
+            vec![Signal::Raise(case)]
+        }
+        Some(Body::EngineBack(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
         _ => Vec::new(),
     }
 }
@@ -1425,7 +1507,7 @@ mod tests {
         for (before, at, expected) in rows {
             assert_eq!(!read(at, at, before, &tick).is_empty(), expected, "{before:?} -> {at}");
         }
-        let baseline = Body::from(PostureBaseline { findings: Vec::new() });
+        let baseline = Body::from(PostureBaseline::default());
         let ahead = |at| read(at, 1000, None, &baseline).iter().any(|(name, _)| *name == "AgentClock");
         assert!(ahead(1000 + 3600) && !ahead(1000 + 60) && !ahead(10));
     }

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sidewarden_proto::event::{Direction, Severity, TrustChanged};
-use sidewarden_proto::finding::{Finding, Vantage, Verdict};
+use sidewarden_proto::event::{ContainerRef, Direction, Severity, TrustChanged};
+use sidewarden_proto::finding::{Vantage, Verdict};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
 use crate::alert::{Alert, Status as AlertStatus};
-use crate::state::{Agent, Certificate, Counted, PeerSeen, Session, State, Status};
+use crate::posture::{Merged, merged};
+use crate::state::{Agent, Certificate, Counted, Hosted, PeerSeen, Session, Standing, State, Status};
 
 /// How many checks have which verdict.
 pub type Counts = BTreeMap<&'static str, usize>;
@@ -98,29 +99,34 @@ pub struct PostureView {
     /// Checks by verdict.
     pub counts: Counts,
     /// Every check, worst first.
-    pub findings: Vec<FindingView>,
+    pub findings: Vec<Merged>,
+    /// For a node agent: the containers of its host.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<ContainerView>,
 }
 
-/// One check's answer.
+/// What a node agent says of a container of its host.
 #[derive(Debug, Serialize)]
-pub struct FindingView {
-    /// The finding.
+pub struct ContainerView {
+    /// Which one.
     #[serde(flatten)]
-    pub finding: Finding,
-    /// Since when its verdict holds.
-    pub since_us: Timestamp,
+    pub container: ContainerRef,
+    /// Checks by verdict.
+    pub counts: Counts,
+    /// Every check, worst first.
+    pub findings: Vec<Merged>,
 }
 
 /// Every agent, by workload and instance.
 pub fn agents(state: &State, now: Timestamp) -> Vec<AgentView> {
-    state.agents.iter().map(|(id, agent)| agent_view(id, agent, state.status(agent, now))).collect()
+    state.agents.iter().map(|(id, agent)| agent_view(state, id, agent, now)).collect()
 }
 
 /// Every workload, those with something wrong first.
 pub fn workloads(state: &State, alerts: &[Alert], now: Timestamp) -> Vec<WorkloadView> {
     let mut workloads: BTreeMap<String, WorkloadView> = BTreeMap::new();
     for (id, agent) in &state.agents {
-        let view = agent_view(id, agent, state.status(agent, now));
+        let view = agent_view(state, id, agent, now);
         let workload = workloads.entry(view.workload.clone()).or_insert_with(|| WorkloadView {
             workload: view.workload.clone(),
             name: id.workload.path().to_owned(),
@@ -153,8 +159,9 @@ pub fn posture(state: &State, workload: &str, instance: Option<&str>, now: Times
         instance: id.instance.to_string(),
         status: state.status(agent, now),
         last_event_us: told(agent.last_event),
-        counts: counts(agent),
-        findings: findings(agent),
+        counts: counts(&merged(state, &id)),
+        findings: worst_first(merged(state, &id)),
+        containers: agent.hosted.values().map(container_view).collect(),
     });
     views.collect()
 }
@@ -168,7 +175,8 @@ pub fn presence(state: &State, now: Timestamp) -> BTreeMap<&'static str, usize> 
     counts
 }
 
-fn agent_view(id: &AgentId, agent: &Agent, status: Status) -> AgentView {
+fn agent_view(state: &State, id: &AgentId, agent: &Agent, now: Timestamp) -> AgentView {
+    let status = state.status(agent, now);
     AgentView {
         workload: id.workload.to_string(),
         instance: id.instance.to_string(),
@@ -179,7 +187,7 @@ fn agent_view(id: &AgentId, agent: &Agent, status: Status) -> AgentView {
         session: agent.session.clone(),
         last_event_us: told(agent.last_event),
         started_us: agent.started.map(|started| started.at),
-        posture: counts(agent),
+        posture: counts(&merged(state, id)),
         certificate: agent.certificate.clone(),
         renewal_failed: agent.renewal_failed.clone(),
         trust: agent.trust.clone(),
@@ -195,21 +203,23 @@ fn agent_view(id: &AgentId, agent: &Agent, status: Status) -> AgentView {
     }
 }
 
-fn counts(agent: &Agent) -> Counts {
+fn container_view(hosted: &Hosted) -> ContainerView {
+    let alone =
+        |s: &Standing| Merged { finding: s.finding.clone(), since_us: s.since, sources: Vec::new(), disagree: false };
+    let findings: Vec<Merged> = hosted.findings.values().map(alone).collect();
+    ContainerView { container: hosted.container.clone(), counts: counts(&findings), findings: worst_first(findings) }
+}
+
+fn counts(findings: &[Merged]) -> Counts {
     let mut counts: Counts = Verdict::WORDS.iter().map(|word| (*word, 0)).collect();
-    for standing in agent.findings.values() {
-        *counts.entry(standing.finding.verdict.word()).or_default() += 1;
+    for merged in findings {
+        *counts.entry(merged.finding.verdict.word()).or_default() += 1;
     }
     counts
 }
 
 /// Worst first: what fails by severity, then what is unknown, then the rest in the order of the benchmark.
-fn findings(agent: &Agent) -> Vec<FindingView> {
-    let mut views: Vec<FindingView> = agent
-        .findings
-        .values()
-        .map(|standing| FindingView { finding: standing.finding.clone(), since_us: standing.since })
-        .collect();
+fn worst_first(mut views: Vec<Merged>) -> Vec<Merged> {
     let rank = |verdict: &Verdict| Verdict::WORDS.iter().position(|word| *word == verdict.word());
     views.sort_by_cached_key(|view| {
         let finding = &view.finding;
@@ -259,8 +269,7 @@ fn told(at: Timestamp) -> Option<Timestamp> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Standing;
-    use sidewarden_proto::finding::{CisIds, Remedy};
+    use sidewarden_proto::finding::{CisIds, Finding, Remedy};
 
     fn finding(check: &str, id: &str, severity: Severity, verdict: Verdict) -> (String, Standing) {
         let finding = Finding {

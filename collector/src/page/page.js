@@ -273,7 +273,21 @@ function instanceBlock(instance, agent) {
   return [el("h2", {}, `CIS Docker checks of ${instance.instance} `, tag(instance.status)), facts || "",
     stale ? el("p", { class: "soft" }, "Not watched now: this is how it was ", when(instance.last_event_us), ".") : "",
     el("div", { class: "facts" }, posture(instance.counts)),
-    rows.length ? table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows) : el("p", { class: "empty" }, "The agent has not reported its posture yet. It does so within seconds of its start.")].filter(Boolean);
+    rows.length ? table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows) : el("p", { class: "empty" }, "The agent has not reported its posture yet. It does so within seconds of its start."),
+    ...(instance.containers || []).flatMap((container) => hostedBlock(instance.instance, container))].filter(Boolean);
+}
+
+function hostedBlock(node, container) {
+  const rows = container.findings.map((finding) => findingRow(`${node}/${container.name}`, finding));
+  return [el("h2", {}, `Container ${container.name} `, tag(container.state)),
+    el("div", { class: "facts" }, fact("Image", container.image), fact("Id", container.id.slice(0, 12)), posture(container.counts)),
+    el("details", { "data-key": `${node}/${container.id}` }, el("summary", {}, "Its checks"), table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows))];
+}
+
+function sourcesOf(finding) {
+  if (!finding.sources || finding.sources.length < 2) return "";
+  const line = (source) => el("li", {}, `${source.agent} (${VANTAGES[source.vantage] || source.vantage}): ${VERDICT_WORDS[source.verdict] || source.verdict}${source.disputed ? ", disputed" : ""}; ${source.evidence}`);
+  return el("div", {}, finding.disagree ? tag("fail", "vantages disagree") : "", el("ul", { class: "evidence" }, finding.sources.map(line)));
 }
 
 const some = (name, peers) => peers.length > 0 && fact(name, [...new Set(peers.map((peer) => short(peer.peer)))].slice(0, 8).join(", "));
@@ -295,7 +309,7 @@ function findingRow(instance, finding) {
     el("td", { class: "nowrap" }, finding.ids.v1_3_1 || finding.ids.v1_6 || "–"),
     el("td", { class: "wide" }, finding.title, el("div", { class: "soft mono" }, finding.check)),
     el("td", { class: "nowrap" }, tag(finding.verdict, VERDICT_WORDS[finding.verdict] || finding.verdict), " ", bad),
-    el("td", { class: "wide" }, why ? el("div", {}, why) : "", told,
+    el("td", { class: "wide" }, why ? el("div", {}, why) : "", told, sourcesOf(finding),
       wanted ? el("details", { "data-key": `${instance}/${finding.check}` }, el("summary", {}, finding.verdict === "unknown" ? "How to keep this rule" : "How to mend it"), el("div", { class: "remedy" }, ways.map(([name, key]) => way(name, finding.remedy[key])))) : ""),
     el("td", {}, when(finding.since_us)));
 }

@@ -286,11 +286,11 @@ pub async fn shop(app: &App) -> Vec<Agent> {
     let mut rogue = Agent::new("shop/rogue#rogue-1");
     for agent in [&mut web, &mut orders, &mut second, &mut db] {
         agent.connect(app, Mode::Sidecar, Vantage::Open).await;
-        let baseline = PostureBaseline { findings: posture(false) };
+        let baseline = PostureBaseline { findings: posture(false), ..Default::default() };
         agent.send(app, vec![event(Severity::Info, "posture: 8 pass, 1 fail, 7 unknown", baseline)]).await;
     }
     rogue.connect(app, Mode::Exec, Vantage::SameUser).await;
-    let baseline = PostureBaseline { findings: posture(true) };
+    let baseline = PostureBaseline { findings: posture(true), ..Default::default() };
     rogue.send(app, vec![event(Severity::Critical, "posture: 6 fail", baseline)]).await;
     let peer = |peer: &str| PeerFirstSeen {
         direction: Direction::Inbound,
