@@ -209,7 +209,10 @@ impl Node {
         let attribute = |name: &str| event.actor.attributes.get(name).cloned().unwrap_or_default();
         match (event.kind.as_str(), event.action.split(':').next().unwrap_or_default()) {
             ("container", "exec_create") => {
-                self.entered(client, &event.actor.id, &attribute("execID")).await?;
+                // Health checks come all the time, and change nothing.
+                if !self.entered(client, &event.actor.id, &attribute("execID")).await? {
+                    return Ok(false);
+                }
                 changed.add(event.actor.id);
             }
             // What nothing is judged by: much of it comes with every health check.
@@ -224,7 +227,8 @@ impl Node {
         Ok(true)
     }
 
-    async fn entered(&mut self, client: &Client, container: &str, id: &str) -> Result<(), EngineError> {
+    /// Somebody has run a program in a container; whether that is worth telling.
+    async fn entered(&mut self, client: &Client, container: &str, id: &str) -> Result<bool, EngineError> {
         let exec = match client.get::<Exec>(&format!("/exec/{}/json", safe(id))).await {
             Ok(exec) => Some(exec),
             Err(error) if error.is_about_one_answer() => None,
@@ -235,8 +239,9 @@ impl Node {
             self.look_at(client, container).await?;
         }
         let events = self.census.entered(container, id, exec.as_ref(), Timestamp::now());
+        let told = !events.is_empty();
         self.tell(events);
-        Ok(())
+        Ok(told)
     }
 
     async fn refresh(&mut self, client: &Client, changed: &Changed) -> Result<(), EngineError> {
