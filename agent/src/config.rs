@@ -1413,7 +1413,7 @@ mod tests {
         assert_eq!(declared.attestations.len(), 1);
         check(&format!("{GOOD}{}", promises.replace("\"user\"", "\"usr\"")), &["there is no check `usr`"]);
         check(&format!("{GOOD}{}", promises.replacen("\"it must\"", "\" \"", 1)), &["who answers for it"]);
-        check(&format!("{GOOD}[[waiver]]\ncheck = \"user\"\n"), &["waiver.0.by", "waiver.0.why", "waiver.0.until"]);
+        check(&format!("{GOOD}[[waiver]]\ncheck = \"user\"\n"), &["waiver[0].by", "waiver[0].why", "waiver[0].until"]);
     }
 
     #[test]

@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn the_socket_is_found_under_any_name_and_in_any_directory() {
-        let rows: [Row; 12] = [
+        let rows: [Row; 13] = [
             ("no socket", |_| (), "pass"),
             ("the socket", |s| s.mount("254:0 /run/docker.sock /var/run/docker.sock rw - ext4 /dev/vda rw"), "fail"),
             ("under another name", |s| s.mount("254:0 /run/docker.sock /srv/x rw - ext4 /dev/vda rw"), "fail"),
@@ -100,6 +100,16 @@ mod tests {
             ("/run", |s| s.mount("254:0 /run /hostrun rw - ext4 /dev/vda rw"), "fail"),
             ("/", |s| s.mount("254:0 / /host ro - ext4 /dev/vda rw"), "fail"),
             ("a rootless user's directory", |s| s.mount("254:0 /run/user/1000 /u rw - ext4 /dev/vda rw"), "fail"),
+            (
+                "the directory of cgroups, which looks like /run and has a `systemd` in it",
+                |s| {
+                    s.mount("0:25 / /x ro - tmpfs tmpfs rw,mode=755");
+                    s.mount("0:30 / /x/systemd ro - cgroup cgroup rw,name=systemd");
+                    let names = crate::facts::Seen::Known(vec!["systemd".into(), "memory".into()], String::new());
+                    s.container().run_entries.insert("/x".into(), names);
+                },
+                "pass",
+            ),
             ("a data directory", |s| s.mount("254:0 /srv/data /data rw - ext4 /dev/vda rw"), "pass"),
             ("a disk of its own", |s| s.mount("8:16 / /data rw - ext4 /dev/sdb rw"), "pass"),
             (

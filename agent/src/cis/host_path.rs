@@ -107,6 +107,11 @@ impl Exposure {
         if !may_be_run(m) {
             return;
         }
+        // The directory that cgroups are mounted in is a tmpfs with the same mode, and has a `systemd` in it.
+        let cgroup = |o: &Mount| matches!(o.fs.as_str(), "cgroup" | "cgroup2") && o.is_at_or_below(&m.point);
+        if all.iter().any(cgroup) {
+            return self.show("/sys/fs/cgroup", m);
+        }
         let inside = |other: &Mount| other.fs == "nsfs" && other.point != m.point && other.is_at_or_below(&m.point);
         match entries.get(&m.point) {
             _ if all.iter().any(inside) => self.show("/run", m),

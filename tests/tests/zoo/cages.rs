@@ -74,7 +74,7 @@ cages! {
     "sound-quota" -["cpu"] +["--cpus", "0.5"] => [];
     "sound-data" +["-v", "{dir}/data:/data:ro"] => [];
     "sound-profile" +["--security-opt", "seccomp={dir}/strict.json"] => [];
-    "user-none" -["user"] +["--health-cmd", "/animal health"] => ["user", "image-health"] {image: Image::Bare};
+    "user-none" -["user"] => ["user", "image-health", "health"] {image: Image::Bare};
     "user-root" -["user"] +["--user", "root"] => ["user"];
     "user-zero" -["user"] +["--user", "0:0"] => ["user"];
     "user-zeros" -["user"] +["--user", "00"] => ["user"];

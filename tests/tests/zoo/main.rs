@@ -97,8 +97,16 @@ impl Zoo {
         let source = workspace::root().join("tests/tests/zoo/animal.c");
         run("cc", ["-static", "-O1", "-o"]).args([&context.join("animal"), &source]).output()?;
         set_mode(&context.join("animal"), 0o755)?;
-        std::fs::copy(context.join("animal"), context.join("su"))?;
-        set_mode(&context.join("su"), 0o4755)?;
+        // A COPY loses the bit, an archive keeps it.
+        std::fs::create_dir_all(context.join("tree/bin"))?;
+        std::fs::copy(context.join("animal"), context.join("tree/bin/su"))?;
+        set_mode(&context.join("tree/bin/su"), 0o4755)?;
+        run("tar", ["--create", "--file"])
+            .args([&context.join("su.tar")])
+            .args(["-C"])
+            .args([&context.join("tree")])
+            .args(["bin/su"])
+            .output()?;
         std::fs::write(context.join("passwd"), "root:x:0:0::/:\ntoor:x:0:0::/:\nanimal:x:10001:10001::/:\n")?;
         std::fs::write(context.join("new"), "ID=debian\nVERSION_ID=\"13\"\n")?;
         std::fs::write(context.join("old"), "ID=debian\nVERSION_ID=\"9\"\n")?;
@@ -174,10 +182,10 @@ fn dockerfile(image: Image) -> String {
     let release = if image == Image::Old { "old" } else { "new" };
     let more = match image {
         Image::Sound | Image::Bare => "",
-        Image::Added => "ADD su /bin/su\n",
+        Image::Added => "ADD su.tar /\n",
         Image::Old => "ENV DB_PASSWORD=hunter2\n",
     };
-    let checked = "USER 10001\nHEALTHCHECK --interval=1s --start-period=1ms CMD [\"/animal\", \"health\"]\n";
+    let checked = "USER 10001\nHEALTHCHECK --interval=10s --start-period=1ms CMD [\"/animal\", \"health\"]\n";
     let checked = if image == Image::Bare { "" } else { checked };
     format!("{base}COPY {release} /etc/os-release\n{more}{checked}")
 }
