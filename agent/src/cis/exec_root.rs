@@ -3,7 +3,7 @@
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
-use super::{Answer, Case, Check, Judgement, UNBROKEN, Unseen};
+use super::{Answer, Case, Check, Judgement, Unseen};
 
 pub const CHECK: Check = Check {
     slug: "exec-root",
@@ -24,7 +24,7 @@ fn judge(case: &Case<'_>) -> Answer {
         None if case.history.unbroken => {
             Ok(Judgement::pass(vec![Evidence::new(source, "every process was seen, and none did")]))
         }
-        None => Err(Unseen::new(UNBROKEN)),
+        None => Err(Unseen::new(case.unbroken_watch())),
     }
 }
 

@@ -389,6 +389,16 @@ impl<'a> Case<'a> {
         self.facts.engine.known()
     }
 
+    /// What would show who has entered since the start.
+    fn unbroken_watch(&self) -> &'static str {
+        match self.engine() {
+            Some(_) => {
+                "a node agent that has watched without a gap since the container's start (`sidewarden-agent node`)"
+            }
+            None => UNBROKEN,
+        }
+    }
+
     /// What the engine says of the container and its host, for checks that nothing else can answer.
     fn told(&self) -> Result<(&'a Told, &'a Host), Unseen> {
         let engine = self.engine().ok_or_else(|| Unseen::new(DOCKER_API))?;

@@ -1,7 +1,7 @@
 //! One agent for each host: asks the container engine and the host's /proc, and judges every container as it comes and goes.
 //! A process of its own, never beside a proxy: whoever has the engine's socket has the host.
 //!
-//! [`client`] talks to the engine, [`census`] knows and decides, this file says when to look. Containers are looked at when
+//! `client` talks to the engine, `census` knows and decides, this file says when to look. Containers are looked at when
 //! the engine tells of a change, and all of them every now and then. While the engine does not answer, nothing passes.
 
 mod census;

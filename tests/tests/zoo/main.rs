@@ -140,7 +140,7 @@ impl Zoo {
         let spelt = |word: &&str| word.replace("{zoo}", &self.name).replace("{dir}", &self.dir.to_string_lossy());
         let name = format!("{}-{}", self.name, cage.name);
         let sound = SOUND.iter().filter(|(word, _)| !cage.without.contains(word)).flat_map(|(_, options)| *options);
-        let options: Vec<String> = sound.chain(cage.with).map(|word| spelt(word)).collect();
+        let options: Vec<String> = sound.chain(cage.with).map(spelt).collect();
         let verb: &[&str] = if cage.only_made { &["create"] } else { &["run", "--detach"] };
         let made = self.docker.run(verb.iter().copied()).args(["--name", &name, "--label", &self.label()]);
         let made = made.args(["--stop-timeout", "1"]).args(options).args([image]).args(cage.command).limit(LIMIT);
