@@ -253,7 +253,7 @@ const MANY: usize = 100;
 
 /// `cargo test --release -p sidewarden-tests --test zoo -- --ignored --nocapture`
 #[test]
-#[ignore = "a benchmark: a minute, and a quiet machine"]
+#[ignore = "not a test: a measurement of what a hundred containers cost a node agent"]
 fn a_hundred_containers_are_judged_within_a_second_of_cpu() -> Result<()> {
     let Some(zoo) = Zoo::open()? else { return Ok(()) };
     let image = zoo.id(Image::Sound)?;
