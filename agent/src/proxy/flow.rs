@@ -7,8 +7,7 @@
 //! The end of a stream keeps its meaning: FIN from the workload becomes close_notify and FIN, close_notify becomes FIN,
 //! and an end without close_notify is a truncation that resets the other side, never a clean end.
 
-use std::cell::RefCell;
-use std::io::{self, ErrorKind, IoSliceMut};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::task::{Context, Poll, ready};
@@ -18,17 +17,14 @@ use tokio::net::TcpStream;
 use super::channel::{Channel, poll_read, read, read_vectored};
 use super::frame::{self, BadFrame, Frame, KIND};
 use super::pump::Early;
-use super::record::{HEADER, MAX_PLAIN, Opened, RecordError, Records, SLOT};
+use super::record::{HEADER, LINE, LINED_PLAIN, MAX_PLAIN, Opened, RecordError, Records};
 use super::relay::{End, Mover, Side as _};
+use super::scratch::{BATCH, with_scratch};
 
-/// Records of one batch: 256 KiB was the knee of the curve (research/performance.md, lesson 2).
-const BATCH: usize = 16;
+/// Bytes of a read after which the next one is given room for a whole batch; for less, one record's room costs less.
+const BULK: usize = 1 << 10;
 /// Batches of one connection before others get their turn.
 const TURNS: usize = 4;
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BATCH * SLOT].into_boxed_slice());
-}
 
 /// A socket with what could not be written to it yet.
 struct Side {
@@ -48,14 +44,25 @@ impl Side {
 
     /// Writes what it can of `bytes` at once and keeps the rest.
     fn write_or_keep(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_or_keep(&[IoSlice::new(bytes)])
+    }
+
+    /// The same for several pieces.
+    fn write_all_or_keep(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
         debug_assert!(self.unsent.is_empty());
-        let written = match self.socket.try_write(bytes) {
+        let written = match pieces {
+            [piece] => self.socket.try_write(piece),
+            _ => self.socket.try_write_vectored(pieces),
+        };
+        let mut written = match written {
             Ok(n) => n,
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
             Err(e) => return Err(e),
         };
-        if written < bytes.len() {
-            self.unsent.extend_from_slice(&bytes[written..]);
+        for piece in pieces {
+            let gone = written.min(piece.len());
+            self.unsent.extend_from_slice(&piece[gone..]);
+            written -= gone;
         }
         Ok(())
     }
@@ -102,6 +109,8 @@ pub struct Flow {
     /// The begin of a record whose end has not come; at first, what came with the handshake.
     partial: Vec<u8>,
     is_new: bool,
+    /// What the workload sent last was [`BULK`] bytes or more.
+    is_bulk: bool,
     /// Bytes from the peer to the workload.
     inward: u64,
     /// Bytes from the workload to the peer.
@@ -125,7 +134,7 @@ impl Flow {
     fn over(channel: Channel, workload: TcpStream, framed: bool) -> Flow {
         let Channel { records, socket, partial } = channel;
         let (peer, workload) = (Side::new(socket), Side::new(workload));
-        Flow { records, peer, workload, framed, partial, is_new: true, inward: 0, outward: 0 }
+        Flow { records, peer, workload, framed, partial, is_new: true, is_bulk: false, inward: 0, outward: 0 }
     }
 
     /// The connection, free for the next stream: after a whole one.
@@ -138,7 +147,7 @@ impl Flow {
     fn open_rest(&mut self) -> Result<(), End> {
         let mut rest = std::mem::take(&mut self.partial);
         let length = rest.len();
-        self.open_batch(&mut rest, length)
+        self.open_batch(&mut rest, 0..length)
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<End> {
@@ -180,28 +189,28 @@ impl Flow {
             }
             return Poll::Ready(Ok(()));
         }
-        SCRATCH.with_borrow_mut(|scratch| {
+        with_scratch(|scratch| {
+            // What is read starts at a line, right behind what was kept.
             let kept = self.partial.len();
-            let room = scratch.len() - kept;
-            let n = ready!(poll_read(&self.peer.socket, cx, room, |socket| read(socket, &mut scratch[kept..])));
+            let middle = kept.next_multiple_of(LINE);
+            let (start, room) = (middle - kept, scratch.len() - middle);
+            let n = ready!(poll_read(&self.peer.socket, cx, room, |socket| read(socket, &mut scratch[middle..])));
             match n.map_err(End::PeerCut)? {
                 0 => Poll::Ready(Err(End::PeerCut(ErrorKind::UnexpectedEof.into()))),
                 n => {
-                    scratch[..kept].copy_from_slice(&self.partial);
+                    scratch[start..middle].copy_from_slice(&self.partial);
                     self.partial.clear();
-                    Poll::Ready(self.open_batch(scratch, kept + n))
+                    Poll::Ready(self.open_batch(scratch, start..middle + n))
                 }
             }
         })
     }
 
-    /// Opens every whole record of the first `length` bytes and passes their data on.
-    ///
-    /// The plaintexts are moved together in place, which costs less than a system call for each.
-    fn open_batch(&mut self, scratch: &mut [u8], length: usize) -> Result<(), End> {
-        let (mut at, mut plain) = (0, 0);
-        while at < length && !self.peer.ended {
-            match self.records.open(&mut scratch[at..length]).map_err(broken)? {
+    /// Opens every whole record of `came` and passes their data on.
+    fn open_batch(&mut self, scratch: &mut [u8], came: Range<usize>) -> Result<(), End> {
+        let (mut at, mut plains, mut total) = (came.start, Plains::default(), 0);
+        while at < came.end && !self.peer.ended {
+            match self.records.open(&mut scratch[at..came.end]).map_err(broken)? {
                 Opened::Partial => break,
                 Opened::Control { consumed } => at += consumed,
                 // A stream ends with FIN; a close before it cuts it.
@@ -210,25 +219,25 @@ impl Flow {
                     self.peer.ended = true;
                     at += consumed;
                 }
-                Opened::Data { consumed, plain: range } => {
-                    let range = at + range.start..at + range.end;
-                    let came = self.inward + plain as u64;
-                    let range = if self.framed { self.unframe(&scratch[range.clone()], came, range)? } else { range };
-                    let data = range.len();
-                    scratch.copy_within(range, plain);
-                    (at, plain) = (at + consumed, plain + data);
+                Opened::Data { consumed, plain } => {
+                    let plain = at + plain.start..at + plain.end;
+                    let before = self.inward + total;
+                    let plain = if self.framed { self.unframe(&scratch[plain.clone()], before, plain)? } else { plain };
+                    at += consumed;
+                    total += plain.len() as u64;
+                    plains.add(scratch, plain);
                 }
             }
         }
         // Behind a FIN may stand the next stream; behind a close, nothing that counts.
         if self.framed || !self.peer.ended {
-            self.partial.extend_from_slice(&scratch[at..length]);
+            self.partial.extend_from_slice(&scratch[at..came.end]);
         }
         if self.partial.is_empty() {
             self.partial = Vec::new();
         }
-        self.inward += plain as u64;
-        if plain > 0 { self.workload.write_or_keep(&scratch[..plain]).map_err(End::WorkloadCut) } else { Ok(()) }
+        self.inward += total;
+        if total > 0 { plains.write(scratch, &mut self.workload).map_err(End::WorkloadCut) } else { Ok(()) }
     }
 
     /// The data of a frame, whose record lies at `range`; nothing for a FIN, which must tell how many bytes `came`.
@@ -258,11 +267,8 @@ impl Flow {
             self.update_keys()?;
             ready!(self.peer.poll_flush(cx)).map_err(End::PeerCut)?;
         }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let before = self.prefix();
-            let mut slots: [IoSliceMut<'_>; BATCH] = plaintext_slots(scratch, before);
-            let room = BATCH * (MAX_PLAIN - before);
-            let n = ready!(poll_read(&self.workload.socket, cx, room, |socket| read_vectored(socket, &mut slots)));
+        with_scratch(|scratch| {
+            let n = ready!(self.poll_plaintext(cx, scratch));
             match n.map_err(End::WorkloadCut)? {
                 0 => {
                     self.workload.ended = true;
@@ -273,18 +279,38 @@ impl Flow {
         })
     }
 
+    /// Reads into the slots of `scratch`: into all of them, if what came last time was no small message.
+    fn poll_plaintext(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut slots = plaintext_slots(scratch);
+        let read = if self.is_bulk {
+            poll_read(&self.workload.socket, cx, BATCH * LINED_PLAIN, |socket| read_vectored(socket, &mut slots))
+        } else {
+            poll_read(&self.workload.socket, cx, LINED_PLAIN, |socket| read(socket, &mut slots[0]))
+        };
+        if let Poll::Ready(Ok(n)) = &read {
+            self.is_bulk = *n >= BULK;
+        }
+        read
+    }
+
     /// Seals the `n` bytes that lie in the slots of `scratch` and sends the records in one write.
+    ///
+    /// A record that is full takes [`MAX_PLAIN`] bytes on the wire, so that one ends where the next begins.
     fn seal_batch(&mut self, scratch: &mut [u8], n: usize) -> Result<(), End> {
         let before = self.prefix();
-        let (mut left, mut at) = (n, 0);
+        let start = LINE - HEADER - before;
+        let (mut left, mut at) = (n, start);
         while left > 0 {
-            let data = left.min(MAX_PLAIN - before);
-            scratch[at + HEADER..at + HEADER + before].fill(frame::DATA);
-            at += self.records.seal(&mut scratch[at..], before + data).map_err(broken)?;
+            let data = left.min(LINED_PLAIN);
+            let slot = &mut scratch[at..];
+            slot[HEADER..HEADER + before].fill(frame::DATA);
+            let many = n > LINED_PLAIN;
+            let seal = if many { Records::seal_lines } else { Records::seal };
+            at += seal(&mut self.records, slot, before + data).map_err(broken)?;
             left -= data;
         }
         self.outward += n as u64;
-        self.peer.write_or_keep(&scratch[..at]).map_err(End::PeerCut)
+        self.peer.write_or_keep(&scratch[start..at]).map_err(End::PeerCut)
     }
 
     fn update_keys(&mut self) -> Result<(), End> {
@@ -338,13 +364,44 @@ impl Mover for Flow {
     }
 }
 
-/// The room for data in each slot of `scratch`, after `before` bytes, so that one read fills many records.
-fn plaintext_slots(scratch: &mut [u8], before: usize) -> [IoSliceMut<'_>; BATCH] {
-    let mut slots = scratch.chunks_exact_mut(SLOT);
+/// The room for data in each slot of `scratch`, so that one read fills many records. Each starts at a line, and there is
+/// room for what comes before it.
+fn plaintext_slots(scratch: &mut [u8]) -> [IoSliceMut<'_>; BATCH] {
+    let mut slots = scratch[LINE..].chunks_exact_mut(MAX_PLAIN);
     [(); BATCH].map(|()| {
         let slot = slots.next().expect("the scratch is a batch of slots");
-        IoSliceMut::new(&mut slot[HEADER + before..HEADER + MAX_PLAIN])
+        IoSliceMut::new(&mut slot[..LINED_PLAIN])
     })
+}
+
+/// Where the plaintexts of a batch lie: in as many pieces as one system call takes well, the rest moved together behind
+/// the last.
+#[derive(Default)]
+struct Plains {
+    pieces: [Range<usize>; BATCH],
+    count: usize,
+}
+
+impl Plains {
+    fn add(&mut self, scratch: &mut [u8], plain: Range<usize>) {
+        if plain.is_empty() {
+            return;
+        }
+        if self.count < BATCH {
+            self.pieces[self.count] = plain;
+            self.count += 1;
+            return;
+        }
+        let last = &mut self.pieces[BATCH - 1];
+        let end = last.end + plain.len();
+        scratch.copy_within(plain, last.end);
+        last.end = end;
+    }
+
+    fn write(self, scratch: &[u8], to: &mut Side) -> io::Result<()> {
+        let slices = self.pieces.map(|piece| IoSlice::new(&scratch[piece]));
+        to.write_all_or_keep(&slices[..self.count])
+    }
 }
 
 #[cfg(test)]
@@ -363,6 +420,32 @@ mod tests {
     use crate::proxy::record::tests::configs;
     use crate::proxy::relay::{Bounds, Outcome, relay};
     use sidewarden_proto::traffic::{Secrets, hear};
+
+    #[test]
+    fn plaintexts_of_a_batch_keep_their_order_however_many_there_are() {
+        for count in [0, 1, BATCH - 1, BATCH, BATCH + 1, 3 * BATCH] {
+            let mut scratch: Vec<u8> = (0..200).collect();
+            let mut plains = Plains::default();
+            for record in 0..count {
+                plains.add(&mut scratch, record * 4 + 1..record * 4 + 3);
+                plains.add(&mut scratch, record * 4..record * 4);
+            }
+            let got: Vec<u8> = plains.pieces[..plains.count].iter().flat_map(|r| scratch[r.clone()].to_vec()).collect();
+            let want: Vec<u8> = (0..count).flat_map(|r| [r as u8 * 4 + 1, r as u8 * 4 + 2]).collect();
+            assert_eq!(got, want, "{count}");
+        }
+    }
+
+    #[test]
+    fn every_slot_starts_at_a_line_and_the_records_stand_side_by_side() {
+        with_scratch(|scratch| {
+            let base = scratch.as_ptr() as usize;
+            for (i, slot) in plaintext_slots(scratch).iter().enumerate() {
+                assert_eq!(slot.as_ptr() as usize, base + LINE + i * MAX_PLAIN);
+                assert_eq!((slot.as_ptr() as usize % LINE, slot.len() % LINE), (0, 0));
+            }
+        });
+    }
 
     /// Two ends of one TCP connection on loopback.
     async fn wire() -> (tokio::net::TcpStream, tokio::net::TcpStream) {

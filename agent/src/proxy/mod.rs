@@ -5,6 +5,7 @@
 //! that are no peers; `hold` keeps others off the workload's own port.
 
 pub mod accounting;
+pub mod aead;
 pub mod balance;
 pub mod channel;
 pub mod connections;
@@ -26,6 +27,7 @@ mod pool;
 pub mod pump;
 pub mod record;
 pub mod relay;
+mod scratch;
 mod secure;
 mod service;
 pub mod targets;

@@ -12,11 +12,12 @@
 use std::fmt;
 use std::ops::Range;
 
-use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion};
 use sidewarden_proto::traffic::{Secret, Secrets};
+
+use super::aead::{Cipher, Key, TAG};
 
 /// Most plaintext of one record (RFC 8446, 5.1).
 pub const MAX_PLAIN: usize = 1 << 14;
@@ -26,9 +27,13 @@ pub const HEADER: usize = 5;
 pub const TRAILER: usize = 17;
 /// Bytes of a whole record of [`MAX_PLAIN`].
 pub const SLOT: usize = HEADER + MAX_PLAIN + TRAILER;
+/// Bytes of a cache line. The kernel copies to and from addresses that are a multiple of it 3 times as fast as others,
+/// because some processors' `rep movsb` takes a slow path everywhere else.
+pub const LINE: usize = 64;
+/// Plaintext of a record that is sealed in whole lines: as much as still leaves the record within [`MAX_PLAIN`] bytes.
+pub const LINED_PLAIN: usize = MAX_PLAIN - LINE;
 /// Most bytes a record may have after its header (RFC 8446, 5.2).
 const MAX_CIPHERTEXT: usize = MAX_PLAIN + 256;
-const TAG: usize = 16;
 
 /// AES-GCM may seal 2^24.5 records with one key (RFC 8446, 5.5); we change keys well before.
 const RECORDS_PER_KEY: u64 = 1 << 23;
@@ -93,7 +98,7 @@ pub enum Opened {
 
 /// The keys of one direction, what the next ones come from, and the number of the next record.
 struct Half {
-    key: LessSafeKey,
+    key: Key,
     iv: [u8; 12],
     seq: u64,
     secret: Secret,
@@ -101,41 +106,32 @@ struct Half {
 
 impl Half {
     fn new((seq, keys): (u64, ConnectionTrafficSecrets), secret: Option<Secret>) -> Result<Half, RecordError> {
-        let (algorithm, key, iv): (&Algorithm, _, _) = match &keys {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
-            _ => return Err(unusable("an unknown cipher suite")),
-        };
-        let iv = iv.as_ref().try_into().map_err(|_| unusable("the IV is of another length"))?;
+        let (cipher, key, iv) = Cipher::of(&keys).ok_or_else(|| unusable("an unknown cipher suite"))?;
+        let iv = iv.try_into().map_err(|_| unusable("the IV is of another length"))?;
         let secret = secret.ok_or_else(|| unusable("their secret was not heard"))?;
-        Ok(Half { key: key_of(algorithm, key.as_ref())?, iv, seq, secret })
+        Ok(Half { key: Key::new(cipher, key).map_err(unusable)?, iv, seq, secret })
     }
 
     /// What is in use after a KeyUpdate.
     fn next(&self) -> Result<Half, RecordError> {
-        let (algorithm, mut key, mut iv) = (self.key.algorithm(), [0; 32], [0; 12]);
-        let key = &mut key[..algorithm.key_len()];
+        let (cipher, mut key, mut iv) = (self.key.cipher(), [0; 32], [0; 12]);
+        let key = &mut key[..cipher.key_len()];
         let secret = self.secret.next().map_err(unusable)?;
         secret.keys(key, &mut iv).map_err(unusable)?;
-        let next = Half { key: key_of(algorithm, key)?, iv, seq: 0, secret };
+        let next = Half { key: Key::new(cipher, key).map_err(unusable)?, iv, seq: 0, secret };
         key.fill(0);
         Ok(next)
     }
 
-    fn nonce(&self) -> Nonce {
+    fn nonce(&self) -> [u8; 12] {
         let mut nonce = self.iv;
         nonce[4..].iter_mut().zip(self.seq.to_be_bytes()).for_each(|(byte, seq)| *byte ^= seq);
-        Nonce::assume_unique_for_key(nonce)
+        nonce
     }
 }
 
 fn unusable(why: impl fmt::Display) -> RecordError {
     RecordError::Keys(why.to_string())
-}
-
-fn key_of(algorithm: &'static Algorithm, key: &[u8]) -> Result<LessSafeKey, RecordError> {
-    UnboundKey::new(algorithm, key).map(LessSafeKey::new).map_err(unusable)
 }
 
 /// The records of one TLS 1.3 connection after its handshake.
@@ -192,13 +188,20 @@ impl Records {
     ///
     /// `slot` must have room for [`TRAILER`] bytes after the data, and `len` be at most [`MAX_PLAIN`].
     pub fn seal(&mut self, slot: &mut [u8], len: usize) -> Result<usize, RecordError> {
-        self.seal_as(DATA, slot, len)
+        self.seal_as(DATA, slot, len, 0)
+    }
+
+    /// The same with so much padding (RFC 8446, 5.4) that the record is a whole number of [`LINE`]s: the next one in a
+    /// row, and what the kernel makes of all of them, lies as this one does.
+    pub fn seal_lines(&mut self, slot: &mut [u8], len: usize) -> Result<usize, RecordError> {
+        let padding = (HEADER + len + TRAILER).next_multiple_of(LINE) - (HEADER + len + TRAILER);
+        self.seal_as(DATA, slot, len, padding)
     }
 
     /// A KeyUpdate in `slot`, after which our new keys are in use; returns the length of the record.
     pub fn seal_key_update(&mut self, slot: &mut [u8]) -> Result<usize, RecordError> {
         slot[HEADER..HEADER + 5].copy_from_slice(&[KEY_UPDATE, 0, 0, 1, 0]);
-        let length = self.seal_as(HANDSHAKE, slot, 5)?;
+        let length = self.seal_as(HANDSHAKE, slot, 5, 0)?;
         self.sealing = self.sealing.next()?;
         self.owes_update = false;
         Ok(length)
@@ -207,27 +210,28 @@ impl Records {
     /// A close_notify in `slot`; returns the length of the record.
     pub fn seal_close(&mut self, slot: &mut [u8]) -> Result<usize, RecordError> {
         slot[HEADER..HEADER + 2].copy_from_slice(&[1, 0]);
-        self.seal_as(ALERT, slot, 2)
+        self.seal_as(ALERT, slot, 2, 0)
     }
 
     /// A fatal alert in `slot`; returns the length of the record.
     pub fn seal_alert(&mut self, code: u8, slot: &mut [u8]) -> Result<usize, RecordError> {
         slot[HEADER..HEADER + 2].copy_from_slice(&[2, code]);
-        self.seal_as(ALERT, slot, 2)
+        self.seal_as(ALERT, slot, 2, 0)
     }
 
-    fn seal_as(&mut self, kind: u8, slot: &mut [u8], len: usize) -> Result<usize, RecordError> {
-        let length = HEADER + len + TRAILER;
-        if len > MAX_PLAIN || slot.len() < length {
+    fn seal_as(&mut self, kind: u8, slot: &mut [u8], len: usize, padding: usize) -> Result<usize, RecordError> {
+        let length = HEADER + len + TRAILER + padding;
+        if len + padding > MAX_PLAIN || slot.len() < length {
             return Err(RecordError::Form("the data does not fit its slot"));
         }
-        let inner = (len + TRAILER) as u16;
+        let inner = (length - HEADER) as u16;
         let header = [DATA, 3, 3, (inner >> 8) as u8, inner as u8];
         slot[..HEADER].copy_from_slice(&header);
         slot[HEADER + len] = kind;
-        let (body, tag) = slot[HEADER..length].split_at_mut(len + 1);
-        let sealed = self.sealing.key.seal_in_place_separate_tag(self.sealing.nonce(), Aad::from(header), body);
-        tag.copy_from_slice(sealed.map_err(|_| RecordError::Keys("sealing failed".into()))?.as_ref());
+        slot[HEADER + len + 1..length - TAG].fill(0);
+        let (body, tag) = slot[HEADER..length].split_at_mut(length - HEADER - TAG);
+        let sealed = self.sealing.key.seal(self.sealing.nonce(), header, body).map_err(unusable)?;
+        tag.copy_from_slice(&sealed);
         self.sealing.seq += 1;
         Ok(length)
     }
@@ -245,8 +249,8 @@ impl Records {
             return Err(RecordError::Form("its length is out of bounds"));
         }
         let Some(sealed) = rest.get_mut(..length) else { return Ok(Opened::Partial) };
-        let (nonce, aad) = (self.opening.nonce(), Aad::from(*header));
-        let inner = self.opening.key.open_in_place(nonce, aad, sealed).map_err(|_| RecordError::BadRecord)?;
+        let nonce = self.opening.nonce();
+        let inner = self.opening.key.open(nonce, *header, sealed).map_err(|_| RecordError::BadRecord)?;
         self.opening.seq += 1;
         debug_assert_eq!(inner.len(), length - TAG);
         let padded = inner.iter().rposition(|byte| *byte != 0).ok_or(RecordError::Form("only padding"))?;
@@ -417,6 +421,21 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_record_in_whole_lines_is_padded_to_them_and_opens_to_its_data() {
+        let (mut client, mut server) = pair(9999);
+        for len in [1, 41, 42, 43, 106, 107, 5000, LINED_PLAIN, LINED_PLAIN + 1] {
+            let mut slot = vec![0xff; SLOT];
+            slot[HEADER..HEADER + len].fill(7);
+            let length = client.seal_lines(&mut slot, len).unwrap();
+            assert_eq!(length, (HEADER + len + TRAILER).next_multiple_of(LINE), "{len}");
+            slot.truncate(length);
+            assert_eq!(open(&mut server, slot).unwrap(), vec![7; len], "{len}");
+        }
+        let mut slot = vec![0; 2 * SLOT];
+        assert!(client.seal_lines(&mut slot, MAX_PLAIN - 1).is_err(), "no room for the padding");
+    }
+
+    #[test]
     fn a_record_opens_once() {
         let (mut client, mut server) = pair(9999);
         let record = seal(&mut client, b"hello");
@@ -467,7 +486,7 @@ pub(crate) mod tests {
         assert!(matches!(server.open(&mut b"GET / HTTP/1.1".to_vec()), Err(RecordError::Form(_))), "plaintext");
         let mut slot = [0; 64];
         slot[HEADER..HEADER + 4].copy_from_slice(&[13, 0, 0, 0]);
-        let length = client.seal_as(HANDSHAKE, &mut slot, 4).unwrap();
+        let length = client.seal_as(HANDSHAKE, &mut slot, 4, 0).unwrap();
         assert_eq!(server.open(&mut slot[..length]), Err(RecordError::Unexpected(13)), "certificate request");
     }
 
