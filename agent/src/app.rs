@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Event, Mode, Severity, WorkloadExited};
+use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Direction, Event, Mode, Severity, WorkloadExited};
 use sidewarden_proto::finding::Vantage;
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Admin};
 use crate::backoff::Random;
-use crate::config::Config;
+use crate::cis::Declared;
+use crate::config::{Config, TrustAll};
 use crate::dial::Resolver;
 use crate::facts::{self, ListenerSight, Machine, Subject};
 use crate::identity::foreign::Foreign;
@@ -396,13 +397,21 @@ fn start_watch(
         root,
         tick: config.watch.tick,
         posture_interval: config.watch.posture_interval,
-        declared: config.declared.clone(),
+        declared: declared(config),
         intercept: intercept::ruleset(config),
         normal: config.watch.normal.clone(),
         ..WatchConfig::new(subject)
     };
     let emit = emit.clone();
     Watch::start(watch, move |event| emit(event), stop.clone()).map(Some).map_err(StartError::Watch)
+}
+
+/// What the operator intends, and what no intention excuses.
+fn declared(config: &Config) -> Declared {
+    let in_words = |(direction, place, TrustAll { reason, until }): (Direction, String, TrustAll)| {
+        format!("{} {place}: insecure_trust_all until {until}: {reason}", direction.word())
+    };
+    Declared { trusting_all: config.trusting_all().into_iter().map(in_words).collect(), ..config.declared.clone() }
 }
 
 /// After events were lost, the whole posture is told anew.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustls::pki_types::DnsName;
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader, Value};
-use sidewarden_proto::event::Protocol;
+use sidewarden_proto::event::{Direction, Protocol};
 use sidewarden_proto::identity::{InstanceId, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
@@ -110,9 +110,16 @@ pub struct Inbound {
     pub rates: Rates,
     /// Plaintext is let in, too.
     pub permissive: Option<Permissive>,
+    /// Every certificate is accepted.
+    pub insecure_trust_all: Option<TrustAll>,
 }
 
 impl Inbound {
+    /// The block as people and events call it: `0.0.0.0:8443`, or `0.0.0.0:8443 (orders.example)`.
+    pub fn place(&self) -> String {
+        self.server_name.as_ref().map_or_else(|| self.listen.to_string(), |host| format!("{} ({host})", self.listen))
+    }
+
     /// Whether both are blocks of one listener, told apart by the host name that is asked for.
     pub fn shares_listener_with(&self, other: &Inbound) -> bool {
         let named = self.server_name.is_some() || other.server_name.is_some();
@@ -180,6 +187,15 @@ pub struct Permissive {
     pub silent_after: Duration,
 }
 
+/// `insecure_trust_all` of an inbound or outbound block
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustAll {
+    /// Why.
+    pub reason: String,
+    /// When it is over.
+    pub until: Timestamp,
+}
+
 /// One `[[outbound]]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outbound {
@@ -197,6 +213,18 @@ pub struct Outbound {
     pub expose: bool,
     /// How many bytes.
     pub rates: Rates,
+    /// Every certificate is accepted.
+    pub insecure_trust_all: Option<TrustAll>,
+}
+
+impl Config {
+    /// Every place where each certificate is accepted, as people and events call it.
+    pub fn trusting_all(&self) -> Vec<(Direction, String, TrustAll)> {
+        let inbound = self.inbound.iter().map(|one| (Direction::Inbound, one.place(), &one.insecure_trust_all));
+        let outbound = self.outbound.iter().map(|one| (Direction::Outbound, one.name(), &one.insecure_trust_all));
+        let all = inbound.chain(outbound);
+        all.filter_map(|(direction, place, config)| Some((direction, place, config.clone()?))).collect()
+    }
 }
 
 impl Outbound {
@@ -667,6 +695,7 @@ fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
     let proxy_protocol = r.value("proxy_protocol", ProxyProtocol::Off);
     let accept_proxy_protocol_from = r.value("accept_proxy_protocol_from", Vec::new());
     let (rates, permissive) = (rates(r), r.optional_section("permissive", permissive).flatten());
+    let insecure_trust_all = r.optional_section("insecure_trust_all", trust_all).flatten();
     Some(Inbound {
         listen: listen?,
         to: to?,
@@ -679,6 +708,7 @@ fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
         accept_proxy_protocol_from,
         rates,
         permissive,
+        insecure_trust_all,
     })
 }
 
@@ -706,6 +736,14 @@ fn permissive(r: &mut Reader<'_>) -> Option<Permissive> {
         r.fault("reason", "is empty: say why plaintext has to be let in");
     }
     Some(Permissive { reason: reason?, until: until?.0, silent_after })
+}
+
+fn trust_all(r: &mut Reader<'_>) -> Option<TrustAll> {
+    let (reason, until) = (r.required::<String>("reason"), r.required::<Until>("until"));
+    if reason.as_ref().is_some_and(|reason| reason.trim().is_empty()) {
+        r.fault("reason", "is empty: say why every certificate has to be accepted");
+    }
+    Some(TrustAll { reason: reason?, until: until?.0 })
 }
 
 /// The end of a day, or a moment.
@@ -764,6 +802,7 @@ fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
     let (id, dns) = (r.optional("peer"), r.optional::<String>("peer_dns"));
     let (expose, balance) = (r.value("expose", false), r.value("balance", Balance::RoundRobin));
     let (server_name, rates) = (server_name(r), rates(r));
+    let insecure_trust_all = r.optional_section("insecure_trust_all", trust_all).flatten();
     if server_name.as_ref().is_some_and(|name| name.starts_with('*')) {
         r.fault("server_name", "is what this route asks for: one name, without `*`");
     }
@@ -779,7 +818,8 @@ fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
             None
         }
     };
-    Some(Outbound { listen: listen?, to: to?.0, balance, peer: peer?, server_name, expose, rates })
+    let (listen, to, peer) = (listen?, to?.0, peer?);
+    Some(Outbound { listen, to, balance, peer, server_name, expose, rates, insecure_trust_all })
 }
 
 /// One value, or a list of at least one.
@@ -1491,6 +1531,18 @@ mod tests {
             &["`inbound[0].hold_service_port` is about a port", "`inbound[0].dial_from` is about a port"],
         );
         check(&inbound_with("proxy_protocol = \"v3\""), &["must be off, v1 or v2"]);
+        let all = "insecure_trust_all = { reason = \"old\", until = \"2027-01-31\" }";
+        check(&inbound_with(all), &[]);
+        check(&outbound_with(all), &[]);
+        check(
+            &inbound_with("insecure_trust_all = {}"),
+            &["insecure_trust_all.reason` is missing", "insecure_trust_all.until` is missing"],
+        );
+        check(
+            &outbound_with("insecure_trust_all = { reason = \" \", until = \"soon\" }"),
+            &["is empty: say why", "must be a day"],
+        );
+        check(&inbound_with("insecure_trust_all = true"), &["must be a table"]);
         check(&inbound_with("accept_proxy_protocol_from = [\"10.0.0.1/24\"]"), &["bits set beyond"]);
         check(&outbound_with("balance = \"random\""), &["must be round_robin or least_connections"]);
         check(&changed("\"db:8443\"", "[]"), &["is an empty list"]);
@@ -1651,6 +1703,7 @@ mod tests {
             "max_bytes_per_second",
             "max_bytes_per_second_each",
             "permissive",
+            "insecure_trust_all",
             "balance",
             "peer",
             "peer_dns",

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
 use sidewarden_agent::cis::{Case, Declared, History};
-use sidewarden_agent::config::{Admin, Config, Permissive};
+use sidewarden_agent::config::{Admin, Config, Permissive, TrustAll};
 use sidewarden_agent::facts::{self, ListenerSight, Machine, Subject};
 use sidewarden_agent::intercept::{self, InterceptError};
 use sidewarden_agent::node::{self, NodeConfig};
@@ -350,6 +350,9 @@ fn check_config(config: &Config, path: Option<&Path>) -> ExitCode {
                 if let Some(Permissive { reason, until, .. }) = &inbound.permissive {
                     println!("{} lets plaintext in until {until}: {reason}", inbound.listen);
                 }
+            }
+            for (direction, place, TrustAll { reason, until }) in config.trusting_all() {
+                println!("{} {place} accepts EVERY certificate until {until}: {reason}", direction.word());
             }
             ExitCode::SUCCESS
         }

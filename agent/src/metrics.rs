@@ -26,6 +26,7 @@ pub struct Metrics {
     truncated: IntCounterVec,
     plaintext: IntCounter,
     permissive: IntGauge,
+    insecure: IntGauge,
     events: IntCounterVec,
     lost: IntCounterVec,
     spool_bytes: IntGauge,
@@ -72,6 +73,11 @@ impl Metrics {
                 ),
             ),
             permissive: gauge(&registry, "permissive_listeners", "Listeners that let plaintext in now (`permissive`)."),
+            insecure: gauge(
+                &registry,
+                "insecure_trust_all",
+                "Listeners and routes that accept every certificate now (`insecure_trust_all`).",
+            ),
             events: counters(&registry, "events_total", "Events taken in.", &["severity"]),
             lost: counters(&registry, "events_lost_total", "Events lost, by the spool or before it.", &["severity"]),
             spool_bytes: gauge(&registry, "spool_bytes", "Bytes of the spool on disk."),
@@ -169,6 +175,11 @@ impl Metrics {
     /// So many listeners let plaintext in.
     pub fn permissive(&self, listeners: usize) {
         self.permissive.set(listeners as i64);
+    }
+
+    /// So many listeners and routes accept every certificate.
+    pub fn insecure(&self, places: usize) {
+        self.insecure.set(places as i64);
     }
 
     /// It ended.

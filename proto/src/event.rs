@@ -229,6 +229,8 @@ kinds! {
     TrustChanged = "trust.changed",
     /// Files that say whom to trust cannot be used; what was read before stays in force.
     TrustFilesRefused = "trust.files_refused",
+    /// A listener or route accepts every certificate, for a while and for a reason, or does so no longer.
+    TrustInsecure = "trust.insecure",
     /// How revocation lists stand: after a start with some, and after each change.
     TrustCrls = "trust.crls",
     /// The workload that `exec` wraps came to its end.
@@ -916,6 +918,21 @@ pub struct TrustedRoot {
     pub subject: String,
     /// Its end.
     pub not_after_us: Timestamp,
+}
+
+/// Body of `trust.insecure`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrustInsecure {
+    /// Which way.
+    pub direction: Direction,
+    /// The listener, or the route.
+    pub place: String,
+    /// Whether every certificate is accepted now.
+    pub on: bool,
+    /// Why, by whoever configured it.
+    pub reason: String,
+    /// Until when.
+    pub until_us: Timestamp,
 }
 
 /// Body of `trust.crls`.

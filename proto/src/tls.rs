@@ -616,6 +616,39 @@ pub fn pinned_client_config(pin: Sha256, alpn: &[&[u8]]) -> Result<Arc<ClientCon
     Ok(finish_client(config, alpn))
 }
 
+/// A server that takes every client which proves to have the key of the certificate that it shows, whatever that says.
+/// For `insecure_trust_all` alone.
+pub fn insecure_server_config(groups: &[Group], credential: &Credential) -> Result<Arc<ServerConfig>, TlsError> {
+    let provider = provider_with(groups);
+    let config = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(Floor::Tls12.versions())?
+        .with_client_cert_verifier(Arc::new(AnyKey { provider }))
+        .with_cert_resolver(credential.resolver());
+    Ok(finish_server(config, &[]))
+}
+
+/// The same for a client: whoever answers is taken.
+pub fn insecure_client_config(groups: &[Group], credential: &Credential) -> Result<Arc<ClientConfig>, TlsError> {
+    let provider = provider_with(groups);
+    let config = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(Floor::Tls12.versions())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyKey { provider }))
+        .with_client_cert_resolver(credential.resolver());
+    Ok(finish_client(config, &[]))
+}
+
+/// Who is there where nobody vouches for anybody: a key, and nothing but that. It counts until `until`.
+pub fn unverified_peer(chain: &[CertificateDer<'_>], until: Timestamp) -> Result<Peer, LeafFault> {
+    let leaf = chain.first().ok_or_else(|| LeafFault::Unreadable("there is none".into()))?;
+    let (_, cert) = X509Certificate::from_der(leaf).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    let spki = Sha256::of(&[cert.public_key().raw]);
+    // No host name has a colon: nobody can bear this one.
+    let name = PeerName::Dns(vec![format!("unverified:{}", &spki.to_string()[..16])]);
+    let (serial, not_before) = (cert.serial.to_str_radix(16), Timestamp::from_secs(0));
+    Ok(Peer { name, spki, serial, issuers: Arc::default(), not_before, not_after: until })
+}
+
 fn finish_client(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
@@ -644,6 +677,12 @@ struct StrictServer {
 #[derive(Debug)]
 struct PinnedServer {
     pin: Sha256,
+    provider: Arc<CryptoProvider>,
+}
+
+/// Accepts everybody who has the key of the certificate that is shown.
+#[derive(Debug)]
+struct AnyKey {
     provider: Arc<CryptoProvider>,
 }
 
@@ -689,6 +728,38 @@ impl ClientCertVerifier for StrictClients {
     ) -> Result<ClientCertVerified, rustls::Error> {
         self.anchors.verify(leaf, rest, Usage::Client, now)?;
         Ok(ClientCertVerified::assertion())
+    }
+
+    handshake_signatures!();
+}
+
+impl ClientCertVerifier for AnyKey {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _leaf: &CertificateDer<'_>,
+        _rest: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    handshake_signatures!();
+}
+
+impl ServerCertVerifier for AnyKey {
+    fn verify_server_cert(
+        &self,
+        _leaf: &CertificateDer<'_>,
+        _rest: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
     }
 
     handshake_signatures!();

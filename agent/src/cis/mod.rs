@@ -195,6 +195,8 @@ pub struct Declared {
     pub attestations: Vec<Promise>,
     /// What is broken and somebody answers for.
     pub waivers: Vec<Promise>,
+    /// Listeners and routes with `insecure_trust_all`, in words. Declared elsewhere, and no excuse.
+    pub trusting_all: Vec<String>,
 }
 
 /// What images may be.
@@ -605,7 +607,23 @@ fn presentable(mut evidence: Vec<Evidence>) -> Vec<Evidence> {
 
 /// Every check's finding, in the order of the benchmark.
 pub fn judge_all(case: &Case<'_>) -> Vec<Finding> {
-    CHECKS.iter().map(|check| check.finding(case)).collect()
+    CHECKS.iter().map(|check| check.finding(case)).chain(trusting_all(case.declared)).collect()
+}
+
+/// No rule of the benchmark, and worse than most of them: while it is configured, it is a failure.
+fn trusting_all(declared: &Declared) -> Option<Finding> {
+    let evidence = declared.trusting_all.iter().map(|line| Evidence::new("the agent's settings", line)).collect();
+    let remedy = "import the peer's CA (`sidewarden-collector trust import`) and remove `insecure_trust_all` from the agent's settings";
+    (!declared.trusting_all.is_empty()).then(|| Finding {
+        check: "insecure-trust-all".into(),
+        ids: CisIds::default(),
+        title: "no listener or route accepts every certificate".into(),
+        severity: Severity::Critical,
+        verdict: Verdict::Fail,
+        evidence: presentable(evidence),
+        remedy: Remedy { docker_run: remedy.into(), compose: remedy.into(), kubernetes: remedy.into() },
+        vantage: Vantage::Open,
+    })
 }
 
 /// The findings about a container that the engine tells of, in the order of the benchmark.

@@ -134,6 +134,16 @@ impl Identity {
         tls::client_config_with(&self.groups, &self.credential, &self.trust, expect, floor, alpn)
     }
 
+    /// For clients whose certificates nobody looks at: `insecure_trust_all`.
+    pub fn insecure_server(&self) -> Result<Arc<ServerConfig>, TlsError> {
+        tls::insecure_server_config(&self.groups, &self.credential)
+    }
+
+    /// For servers whose certificates nobody looks at: `insecure_trust_all`.
+    pub fn insecure_client(&self) -> Result<Arc<ClientConfig>, TlsError> {
+        tls::insecure_client_config(&self.groups, &self.credential)
+    }
+
     /// Whether the chain of a live connection with `peer` may have to be judged again: a foreign root can be taken away,
     /// and revocation lists change. Who is no longer welcome in our own domain is told by the directive.
     pub fn may_judge_again(&self, peer: &Peer) -> bool {

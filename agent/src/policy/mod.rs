@@ -26,6 +26,8 @@ pub enum Rules {
     OutboundTo(SpiffeId),
     /// Of a route: a foreign server with this DNS name answers.
     OutboundToDns(String),
+    /// Of either while `insecure_trust_all` is on: whoever has a key that is not on the deny list.
+    Anybody,
 }
 
 /// The answer.
@@ -39,6 +41,10 @@ pub enum Decision {
 
 /// Judges `peer`, whose chain was verified.
 pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Timestamp) -> Decision {
+    if matches!(rules, Rules::Anybody) && peer.not_after <= now {
+        let over = format!("the time of `insecure_trust_all` was over at {}", peer.not_after);
+        return Decision::Refuse(RefusalReason::UnknownCa, over);
+    }
     if peer.not_after <= now {
         return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
     }
@@ -50,6 +56,7 @@ pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Ti
         return Decision::Refuse(reason, denied.to_string());
     }
     match rules {
+        Rules::Anybody => Decision::Allow,
         Rules::Inbound { allow, allow_dns } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
         Rules::Inbound { .. } => {
             Decision::Refuse(RefusalReason::NotAllowed, format!("{} is not on the list of this listener", peer.name))

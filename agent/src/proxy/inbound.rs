@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, RefusalReason};
+use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
@@ -20,12 +21,13 @@ use super::flow::Flow;
 use super::frame::Frame;
 use super::handshake::{Hello, Replayed};
 use super::header::{self, Header, Parsed};
+use super::insecure::Insecure;
 use super::limits::Pacing;
 use super::permissive::Leniency;
 use super::pool::MAX_WAIT;
 use super::pump::Early;
 use super::relay::{End, Mover, copying, relay};
-use super::secure::{Fault, Secure};
+use super::secure::{Fault, Proof, Secure};
 use super::service::{self, Guest, Proven};
 use super::{Room, Shared, accept_counted, over_limit, serve_in};
 use crate::config::{Inbound, ProxyProtocol};
@@ -51,17 +53,19 @@ struct Way {
     name: String,
     rules: Arc<Rules>,
     pacing: Pacing,
+    insecure: Option<Arc<Insecure>>,
 }
 
 impl Way {
-    fn new(listener: &str, config: Inbound) -> Way {
+    fn new(shared: &Shared, listener: &str, config: Inbound) -> Way {
         let rules = Rules::Inbound { allow: config.allow.clone(), allow_dns: config.allow_dns.clone() };
         let name = match &config.server_name {
             Some(host) => format!("{listener} ({host})"),
             None => listener.to_owned(),
         };
         let pacing = Pacing::new(config.rates.all, config.rates.each);
-        Way { config, name, rules: Arc::new(rules), pacing }
+        let insecure = shared.insecure_at(Direction::Inbound, &config.place());
+        Way { config, name, rules: Arc::new(rules), pacing, insecure }
     }
 }
 
@@ -160,7 +164,7 @@ impl Listener {
     /// Of the blocks that share the listener at `address`.
     pub fn new(shared: Arc<Shared>, address: SocketAddr, blocks: Vec<Inbound>) -> Listener {
         let name = address.to_string();
-        let blocks = blocks.into_iter().map(|block| (block.clone(), Way::new(&name, block))).collect();
+        let blocks = blocks.into_iter().map(|block| (block.clone(), Way::new(&shared, &name, block))).collect();
         Listener { entrance: Entrance::new(&name, blocks, &shared.cut), shared, name }
     }
 
@@ -241,11 +245,12 @@ impl Listener {
         let Opened { tcp, source, bytes, hello, by, room } = opened;
         let identity = self.shared.usable_identity().map_err(Refused::new)?;
         let (destination, server_name) = (tcp.local_addr().unwrap_or(source), hello.server_name.clone());
-        let secure = self.shake_hands(accept_tls(tcp, bytes, &hello, &identity), by).await?;
+        let insecure = way.insecure.as_ref().and_then(|insecure| insecure.until(Timestamp::now()));
+        let secure = self.shake_hands(accept_tls(tcp, bytes, &hello, &identity, insecure), by).await?;
         let Room { _connection, handshake } = room;
         drop(handshake);
-        let (peer, rules, cut) = (secure.peer.clone(), way.rules.clone(), &self.shared.cut);
-        let shown = identity.may_judge_again(&peer).then(|| secure.shown.clone());
+        let (peer, rules, cut) = (secure.peer.clone(), secure.rules(&way.rules), &self.shared.cut);
+        let shown = secure.chain_for(&identity);
         let live = self.shared.registry.register(Direction::Inbound, peer, shown, rules, cut);
         let how = Secured { address: source.to_string(), ..secure.how.clone() };
         let entered = Entered { way, identity, live, how, source, destination, server_name, _connection };
@@ -402,13 +407,24 @@ impl Listener {
     }
 }
 
-async fn accept_tls(tcp: TcpStream, bytes: Vec<u8>, hello: &Hello, identity: &Identity) -> Result<Secure, Fault> {
+async fn accept_tls(
+    tcp: TcpStream,
+    bytes: Vec<u8>,
+    hello: &Hello,
+    identity: &Identity,
+    insecure: Option<Timestamp>,
+) -> Result<Secure, Fault> {
+    let is_agent = hello.offers_1_3 && hello.alpn.iter().any(|name| name == ALPN_STREAMS);
+    let config = match insecure {
+        Some(_) => identity.insecure_server().map_err(|error| (RefusalReason::NoIdentity, error.to_string()))?,
+        None if is_agent => identity.streams.clone(),
+        None => identity.server.clone(),
+    };
+    let proof = Proof { trust: &identity.trust, insecure };
     if !hello.offers_1_3 {
-        return Secure::accept_1_2(tcp, bytes, identity.server.clone(), &identity.trust).await;
+        return Secure::accept_1_2(tcp, bytes, config, proof).await;
     }
-    let is_agent = hello.alpn.iter().any(|name| name == ALPN_STREAMS);
-    let config = if is_agent { identity.streams.clone() } else { identity.server.clone() };
-    Secure::accept(tcp, bytes, config, &identity.trust).await
+    Secure::accept(tcp, bytes, config, proof).await
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod handshake;
 pub mod header;
 mod hold;
 mod inbound;
+mod insecure;
 pub mod limits;
 pub mod names;
 mod outbound;
@@ -60,6 +61,7 @@ use crate::policy::{self, Decision};
 use crate::respond::Holding;
 use accounting::{Books, Pair, Plaintext, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
+use insecure::Insecure;
 use limits::{Over, Pace, Source, SourceLimits, Sources};
 use own::Own;
 use permissive::Leniency;
@@ -102,6 +104,8 @@ pub struct Shared {
     pub random: Random,
     /// The start of the agent was told: what its listeners have to tell comes after it.
     pub begun: CancellationToken,
+    /// Where every certificate is accepted.
+    insecure: Vec<Arc<Insecure>>,
     /// The identity that live connections were last judged with.
     reviewed: Mutex<Weak<Identity>>,
     /// Nothing is accepted any more.
@@ -145,6 +149,11 @@ impl Shared {
             unjudged: Mutex::new(cut.child_token()),
             random,
             begun: CancellationToken::new(),
+            insecure: config
+                .trusting_all()
+                .into_iter()
+                .map(|(d, place, c)| Arc::new(Insecure::new(d, place, c)))
+                .collect(),
             reviewed: Mutex::default(),
             stop: CancellationToken::new(),
             cut,
@@ -378,6 +387,7 @@ async fn keep_books(shared: Arc<Shared>, leniencies: Vec<Arc<Leniency>>) {
         }
         if shared.begun.is_cancelled() {
             shared.review_plaintext(&leniencies);
+            shared.review_insecure();
         }
         if ticks.is_multiple_of(REVIEW_EVERY) {
             // The clock may have been set, which no deadline sees.
@@ -490,6 +500,18 @@ impl Shared {
             Decision::Allow if !Arc::ptr_eq(&newest, identity) => newest.judge_again(live, now),
             decision => decision,
         }
+    }
+
+    /// The listener or route of this name, if every certificate is accepted there for a while.
+    fn insecure_at(&self, direction: Direction, place: &str) -> Option<Arc<Insecure>> {
+        self.insecure.iter().find(|insecure| insecure.is_of(direction, place)).cloned()
+    }
+
+    /// Says where every certificate is accepted.
+    fn review_insecure(&self) {
+        let now = Timestamp::now();
+        self.insecure.iter().filter_map(|insecure| insecure.review(now)).for_each(|event| (self.ledger.emit)(event));
+        self.metrics.insecure(self.insecure.iter().filter(|insecure| insecure.until(now).is_some()).count());
     }
 
     /// Ends plaintext where its time is over, and says where it is not.

@@ -9,7 +9,8 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::tls::{Expect, Floor, TlsError, Trust};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -20,10 +21,11 @@ use super::connections::Registered;
 use super::flow::Flow;
 use super::frame::Frame;
 use super::header::Header;
+use super::insecure::Insecure;
 use super::limits::Pacing;
 use super::pool::{Pool, Warm};
 use super::relay::{End, Side, relay};
-use super::secure::{NotConnected, Secure};
+use super::secure::{NotConnected, Proof, Secure};
 use super::targets::{InUse, Targets};
 use super::{Room, Shared, accept_each};
 use crate::config::{self, Outbound};
@@ -51,6 +53,7 @@ struct Route {
     tls: Mutex<Option<Prepared>>,
     /// Until when the peer is taken for a foreign server that cannot stand the name of our protocol.
     foreign_until: Mutex<Option<Instant>>,
+    insecure: Option<Arc<Insecure>>,
     /// Connections at rest.
     pool: Pool,
     /// Turns to make new ones.
@@ -148,6 +151,7 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
     };
     let (tls, pool, rules) = (Mutex::new(None), Pool::default(), Arc::new(rules));
     let dials = Semaphore::new(MAX_DIALS);
+    let insecure = shared.insecure_at(Direction::Outbound, &name);
     let (shared_by_route, foreign_until) = (shared.clone(), Mutex::new(None));
     let this = Arc::new(Route {
         shared: shared_by_route,
@@ -158,6 +162,7 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
         pacing,
         tls,
         foreign_until,
+        insecure,
         pool,
         dials,
     });
@@ -317,8 +322,8 @@ impl Route {
         }
         let secure = self.connect(address, identity, patience.span()).await?;
         *patience.turn = None;
-        let (peer, rules, cut) = (secure.peer.clone(), self.rules.clone(), &self.shared.cut);
-        let shown = identity.may_judge_again(&peer).then(|| secure.shown.clone());
+        let (peer, rules, cut) = (secure.peer.clone(), secure.rules(&self.rules), &self.shared.cut);
+        let shown = secure.chain_for(identity);
         let live = self.shared.registry.register(Direction::Outbound, peer, shown, rules, cut);
         let (identity, how) = (identity.clone(), secure.how.clone());
         self.judge(&live, &identity, address)?;
@@ -438,32 +443,48 @@ impl Route {
         let dialled = timeout(span, connect_from(None, address)).await;
         let dialled = dialled.map_err(|_| unreachable(format!("no answer within {span:?}")))?;
         let tcp = dialled.map_err(|error| unreachable(error.to_string()))?;
-        let config = self.tls_config(identity, offers_streams);
+        let insecure = self.insecure.as_ref().and_then(|insecure| insecure.until(Timestamp::now()));
+        let config = match insecure {
+            Some(_) => identity.insecure_client(),
+            None => self.tls_config(identity, offers_streams),
+        };
         let config = config.map_err(|error| (RefusalReason::NoIdentity, error.to_string()))?;
-        self.shake_hands(tcp, config, &identity.trust).await
+        self.shake_hands(tcp, config, Proof { trust: &identity.trust, insecure }).await
     }
 
     async fn shake_hands(
         &self,
         tcp: TcpStream,
         config: Arc<ClientConfig>,
-        trust: &Trust,
+        proof: Proof<'_>,
     ) -> Result<Secure, NotConnected> {
         let within = self.shared.timeouts.handshake;
         let late = || (RefusalReason::HandshakeTimeout, format!("the handshake was not finished within {within:?}"));
+        let host = self.config.server_name.as_deref();
         let shaking = async {
             match &self.config.peer {
-                config::Peer::Workload(_) => {
-                    Secure::connect(tcp, config, trust, self.config.server_name.as_deref()).await
+                config::Peer::Workload(_) if proof.insecure.is_none() => {
+                    Secure::connect(tcp, config, proof, host).await
                 }
-                config::Peer::Dns(host) => {
-                    let bad = |_| (RefusalReason::WrongPeer, format!("`{host}` is no DNS name"));
-                    let name = ServerName::try_from(host.clone()).map_err(bad)?;
-                    Ok(Secure::connect_foreign(tcp, config, trust, name).await?)
+                _ => {
+                    let name = self.asked_name(&tcp).map_err(|text| (RefusalReason::WrongPeer, text))?;
+                    Ok(Secure::connect_foreign(tcp, config, proof, name).await?)
                 }
             }
         };
         timeout(within, shaking).await.unwrap_or_else(|_| Err(late().into()))
+    }
+
+    /// The name that a foreign server is asked for, which may need it to choose a certificate.
+    fn asked_name(&self, tcp: &TcpStream) -> Result<ServerName<'static>, String> {
+        let name = match &self.config.peer {
+            config::Peer::Dns(host) => Some(host),
+            config::Peer::Workload(_) => self.config.server_name.as_ref(),
+        };
+        match name {
+            Some(name) => ServerName::try_from(name.clone()).map_err(|_| format!("`{name}` is no DNS name")),
+            None => tcp.peer_addr().map(|address| ServerName::from(address.ip())).map_err(|error| error.to_string()),
+        }
     }
 
     fn tls_config(&self, identity: &Arc<Identity>, offers_streams: bool) -> Result<Arc<ClientConfig>, TlsError> {

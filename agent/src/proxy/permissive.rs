@@ -25,7 +25,7 @@ pub struct Leniency {
 
 /// What was said last, and when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Told(Option<(bool, Timestamp)>);
+pub(super) struct Told(Option<(bool, Timestamp)>);
 
 impl Leniency {
     /// Of the listener called `listener`, as configured; `over` is cancelled with it, and ends its connections.
@@ -77,7 +77,8 @@ impl Leniency {
 }
 
 impl Told {
-    fn is_due(&mut self, on: bool, now: Timestamp) -> bool {
+    /// Whether it is time to say that it is `on`, or not.
+    pub(super) fn is_due(&mut self, on: bool, now: Timestamp) -> bool {
         let due = match self.0 {
             None => true,
             Some((before, _)) if before != on => true,

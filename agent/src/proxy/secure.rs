@@ -12,7 +12,8 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::{AlertDescription, ClientConfig, CommonState, ServerConfig};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, Usage};
-use sidewarden_proto::tls::{Trust, peer_with};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::{Trust, peer_with, unverified_peer};
 use sidewarden_proto::traffic::{Secrets, hear};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,12 +29,23 @@ use super::record::Records;
 use super::relay::{Mover, Side, copying};
 use super::secured;
 use crate::dial::{handshake_fault, tls_fault};
+use crate::identity::Identity;
+use crate::policy::Rules;
 
 /// A peer that says this much before its handshake is done wants something else.
 const MAX_FLIGHT: usize = 256 << 10;
 
 /// Why there was no handshake: the closed word and the exact text.
 pub type Fault = (RefusalReason, String);
+
+/// What a peer is known by.
+#[derive(Clone, Copy, Debug)]
+pub struct Proof<'a> {
+    /// Whom its chain was verified with.
+    pub trust: &'a Trust,
+    /// Nobody looked at its certificate (`insecure_trust_all`): it is a key, until then.
+    pub insecure: Option<Timestamp>,
+}
 
 /// Why a handshake of ours came to nothing.
 #[derive(Debug)]
@@ -71,6 +83,8 @@ pub struct Secure {
     pub how: Secured,
     /// The chain that proves it, leaf first.
     pub shown: Arc<[CertificateDer<'static>]>,
+    /// Nobody has looked at that chain.
+    pub insecure: bool,
     stream: Stream,
     carries_streams: bool,
 }
@@ -87,15 +101,22 @@ impl Secure {
         mut socket: TcpStream,
         mut hello: Vec<u8>,
         config: Arc<ServerConfig>,
-        trust: &Trust,
+        proof: Proof<'_>,
     ) -> Result<Secure, Fault> {
         let mut connection = UnbufferedServerConnection::new(config).map_err(|error| tls_fault(&error))?;
         let (early, secrets) = drive(&mut connection, &mut socket, &mut hello).await?;
-        let (peer, how, shown) = settled(&connection, Usage::Client, trust, &socket)?;
+        let (peer, how, shown) = settled(&connection, Usage::Client, proof, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_server(connection, secrets).map_err(unusable)?;
         let channel = Channel::new(records, socket, hello);
-        Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
+        Ok(Secure {
+            peer,
+            how,
+            shown,
+            insecure: proof.insecure.is_some(),
+            stream: Stream::Records(Box::new((channel, early))),
+            carries_streams,
+        })
     }
 
     /// The server's half of a TLS 1.2 handshake that begins with `hello`.
@@ -103,13 +124,20 @@ impl Secure {
         socket: TcpStream,
         hello: Vec<u8>,
         config: Arc<ServerConfig>,
-        trust: &Trust,
+        proof: Proof<'_>,
     ) -> Result<Secure, Fault> {
         match TlsAcceptor::from(config).accept(Replayed::new(hello, socket)).into_fallible().await {
             Ok(stream) => {
                 let (socket, connection) = stream.get_ref();
-                let (peer, how, shown) = settled(connection, Usage::Client, trust, socket.inner())?;
-                Ok(Secure { peer, how, shown, stream: Stream::Accepted(Box::new(stream)), carries_streams: false })
+                let (peer, how, shown) = settled(connection, Usage::Client, proof, socket.inner())?;
+                Ok(Secure {
+                    peer,
+                    how,
+                    shown,
+                    insecure: proof.insecure.is_some(),
+                    stream: Stream::Accepted(Box::new(stream)),
+                    carries_streams: false,
+                })
             }
             Err((error, mut rest)) => {
                 // rustls has written its alert; the client should get to read it.
@@ -124,7 +152,7 @@ impl Secure {
     pub async fn connect(
         mut socket: TcpStream,
         config: Arc<ClientConfig>,
-        trust: &Trust,
+        proof: Proof<'_>,
         host: Option<&str>,
     ) -> Result<Secure, NotConnected> {
         let address = socket.peer_addr().map_err(|error| cut(&error))?;
@@ -133,24 +161,48 @@ impl Secure {
         let mut connection = UnbufferedClientConnection::new(config, name).map_err(|error| tls_fault(&error))?;
         let mut rest = Vec::new();
         let (early, secrets) = drive(&mut connection, &mut socket, &mut rest).await?;
-        let (peer, how, shown) = settled(&connection, Usage::Server, trust, &socket)?;
+        let (peer, how, shown) = settled(&connection, Usage::Server, proof, &socket)?;
         let carries_streams = connection.alpn_protocol() == Some(ALPN_STREAMS);
         let records = Records::of_client(connection, secrets).map_err(unusable)?;
         let channel = Channel::new(records, socket, rest);
-        Ok(Secure { peer, how, shown, stream: Stream::Records(Box::new((channel, early))), carries_streams })
+        Ok(Secure {
+            peer,
+            how,
+            shown,
+            insecure: proof.insecure.is_some(),
+            stream: Stream::Records(Box::new((channel, early))),
+            carries_streams,
+        })
     }
 
     /// The client's half of a handshake with a foreign server, which may need its name to choose a certificate.
     pub async fn connect_foreign(
         socket: TcpStream,
         config: Arc<ClientConfig>,
-        trust: &Trust,
+        proof: Proof<'_>,
         name: ServerName<'static>,
     ) -> Result<Secure, Fault> {
         let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| handshake_fault(&error))?;
         let (socket, connection) = stream.get_ref();
-        let (peer, how, shown) = settled(connection, Usage::Server, trust, socket)?;
-        Ok(Secure { peer, how, shown, stream: Stream::Connected(Box::new(stream)), carries_streams: false })
+        let (peer, how, shown) = settled(connection, Usage::Server, proof, socket)?;
+        Ok(Secure {
+            peer,
+            how,
+            shown,
+            insecure: proof.insecure.is_some(),
+            stream: Stream::Connected(Box::new(stream)),
+            carries_streams: false,
+        })
+    }
+
+    /// What the peer is judged by.
+    pub fn rules(&self, rules: &Arc<Rules>) -> Arc<Rules> {
+        if self.insecure { Arc::new(Rules::Anybody) } else { rules.clone() }
+    }
+
+    /// Its chain, where that may have to be judged again.
+    pub fn chain_for(&self, identity: &Identity) -> Option<Arc<[CertificateDer<'static>]>> {
+        (!self.insecure && identity.may_judge_again(&self.peer)).then(|| self.shown.clone())
     }
 
     /// Ends the connection with a fatal `alert`, where the form of the stream allows one, and otherwise with a reset.
@@ -192,10 +244,14 @@ impl Secure {
 
 type Settled = (Peer, Secured, Arc<[CertificateDer<'static>]>);
 
-fn settled(connection: &CommonState, usage: Usage, trust: &Trust, socket: &TcpStream) -> Result<Settled, Fault> {
+fn settled(connection: &CommonState, usage: Usage, proof: Proof<'_>, socket: &TcpStream) -> Result<Settled, Fault> {
     let address = socket.peer_addr().map_err(|error| cut(&error))?;
     let chain = connection.peer_certificates().unwrap_or_default();
-    let peer = peer_with(chain, trust, usage).map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
+    let peer = match proof.insecure {
+        Some(until) => unverified_peer(chain, until),
+        None => peer_with(chain, proof.trust, usage),
+    };
+    let peer = peer.map_err(|fault| (RefusalReason::BadCertificate, fault.to_string()))?;
     let shown = chain.iter().map(|cert| cert.clone().into_owned()).collect();
     Ok((peer, secured(connection, address), shown))
 }

@@ -3,6 +3,7 @@
 mod ends;
 mod foreign;
 mod idle;
+mod insecure;
 mod resumption;
 mod streams;
 
@@ -111,6 +112,7 @@ fn inbound_config(to: SocketAddr, allow: &str) -> Config {
         accept_proxy_protocol_from: vec![],
         rates: Rates::default(),
         permissive: None,
+        insecure_trust_all: None,
     };
     Config { inbound: vec![inbound], ..Config::default() }
 }
@@ -124,6 +126,7 @@ fn outbound_config(to: SocketAddr, peer: &str) -> Config {
         server_name: None,
         expose: false,
         rates: Rates::default(),
+        insecure_trust_all: None,
     };
     Config { outbound: vec![outbound], ..Config::default() }
 }

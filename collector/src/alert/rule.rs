@@ -251,6 +251,16 @@ pub const RULES: &[Rule] = &[
         read: permissive,
     },
     Rule {
+        name: "InsecureTrustAll",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["agent.started", "trust.insecure"],
+        meaning: "a listener or route accepts every certificate (`insecure_trust_all`): anybody can pose as the peer",
+        what_to_do: "import the peer's CA with `sidewarden-collector trust import`, then remove `insecure_trust_all`",
+        read: insecure,
+    },
+    Rule {
         name: "PlaintextLetIn",
         severity: Severity::Warning,
         lasts: Lasts::Moment,
@@ -782,6 +792,32 @@ fn permissive(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         Some(Body::ListenerPermissive(body)) => vec![Signal::Clear(subject, Some(listener_word(&body.listener)))],
         _ => Vec::new(),
     }
+}
+
+fn insecure(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let subject = Some(Subject::from(seen.agent));
+    match seen.body {
+        // Places that still do so are told right after.
+        Some(Body::AgentStarted(_)) => vec![Signal::Clear(subject, None)],
+        Some(Body::TrustInsecure(body)) if body.on => {
+            let place = short(&body.place, 120);
+            let mut case = case(seen, rule, format!("{place} accepts every certificate until {}", body.until_us));
+            case.apart = Some(("place", insecure_place(body.direction, &body.place)));
+            case.evidence = lines([("reason", &body.reason)]);
+            vec![Signal::Raise(case)]
+        }
+        Some(Body::TrustInsecure(body)) => {
+            vec![Signal::Clear(subject, Some(insecure_place(body.direction, &body.place)))]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// As a label's value: the way, and of the place what cannot do harm.
+fn insecure_place(direction: Direction, place: &str) -> String {
+    let good = |c: char| c.is_ascii_alphanumeric() || ".:-_,()[]* ".contains(c);
+    let place = if place.len() <= 120 && place.chars().all(good) { place } else { "other" };
+    format!("{} {place}", direction.word())
 }
 
 fn plaintext(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
@@ -1336,6 +1372,13 @@ mod tests {
             reason: "moving".into(),
             until_us: Timestamp::from_secs(9),
         };
+        let insecure = |on, place: &str| TrustInsecure {
+            direction: Direction::Outbound,
+            place: place.into(),
+            on,
+            reason: "old".into(),
+            until_us: Timestamp::from_secs(9),
+        };
         let rows: Vec<(Body, &[&str])> = vec![
             (entered(false, false).into(), &["ContainerEntered"]),
             (entered(true, false).into(), &["RootExec"]),
@@ -1361,6 +1404,9 @@ mod tests {
             (exposed_at("<b>", "").into(), &["ListenerExposed[other]"]),
             (InterceptionBroken { why: vec!["no rules".into()] }.into(), &["InterceptionBroken"]),
             (InterceptionHolds { bypass: Vec::new() }.into(), &[]),
+            (insecure(true, "db:5432").into(), &["InsecureTrustAll[outbound db:5432]"]),
+            (insecure(true, "<b>").into(), &["InsecureTrustAll[outbound other]"]),
+            (insecure(false, "db:5432").into(), &[]),
             (TrustFilesRefused { error: "x.pem: it is empty".into() }.into(), &["TrustFilesRefused"]),
             (TrustChanged { domains: Default::default(), dns_roots: vec![] }.into(), &[]),
             (

@@ -7,7 +7,7 @@ use super::*;
 use crate::proxy::channel::Channel;
 use crate::proxy::frame::Frame;
 use crate::proxy::header::Header;
-use crate::proxy::secure::Secure;
+use crate::proxy::secure::{Proof, Secure};
 
 async fn ask(agent: &Agent, question: &[u8]) -> Vec<u8> {
     let mut client = call(agent).await;
@@ -39,7 +39,7 @@ async fn by_hand(ca: &Ca, orders: &Agent) -> Channel {
     let expect = Expect::Workload(ORDERS.parse().unwrap());
     let config = ca.identity("shop/web").client(expect, Floor::Tls13, &[ALPN_STREAMS]).unwrap();
     let tcp = TcpStream::connect(orders.inbound[0]).await.unwrap();
-    let connected = Secure::connect(tcp, config, &ca.trust(), None).await;
+    let connected = Secure::connect(tcp, config, Proof { trust: &ca.trust(), insecure: None }, None).await;
     connected.unwrap_or_else(|error| panic!("{error:?}")).into_streams().ok().unwrap().0
 }
 
