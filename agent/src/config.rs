@@ -22,7 +22,7 @@ use crate::identity::foreign::ForeignFiles;
 use crate::identity::keeper::Elsewhere;
 use crate::identity::workload_api;
 use crate::policy::address::Network;
-use crate::policy::egress::{Lines, Policy, Rule};
+use crate::policy::egress::{Lines, List, Rule};
 use crate::proxy::balance::Balance;
 use crate::watch::Normal;
 
@@ -253,7 +253,7 @@ pub struct Egress {
     /// Whether these may be addresses that others can reach.
     pub expose: bool,
     /// Where it may go.
-    pub allow: Policy,
+    pub allow: List,
     /// Another proxy that everything goes through.
     pub upstream: Option<HostPort>,
     /// Holds `user:password` for it.
@@ -851,13 +851,13 @@ fn egress(r: &mut Reader<'_>) -> Egress {
     }
 }
 
-fn egress_rules(r: &mut Reader<'_>) -> Policy {
+fn egress_rules(r: &mut Reader<'_>) -> List {
     let Lines(lines) = r.value("allow", Lines::default());
     let rules: Vec<Result<Rule, String>> = lines.iter().map(|line| line.parse()).collect();
     for (i, error) in rules.iter().enumerate().filter_map(|(i, rule)| Some((i, rule.as_ref().err()?))) {
         r.fault("allow", format_args!("(item {}) {error}", i + 1));
     }
-    Policy { rules: rules.into_iter().flatten().collect() }
+    List { rules: rules.into_iter().flatten().collect() }
 }
 
 impl FromValue for User {

@@ -1,14 +1,12 @@
 //! Who may talk to whom. Pure: a peer, the rules, what the collector says, and the time.
 //!
 //! Asked when a connection begins, and again for every live one whenever an answer could have changed. Where the workload
-//! may go besides its peers is in [`egress`].
-
-pub mod address;
-pub mod egress;
+//! may go besides its peers is in [`egress`], which both programs read.
 
 use sidewarden_proto::directive::{Denied, Directive};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, PeerName, SpiffeId};
+pub use sidewarden_proto::policy::{address, egress};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::dns_matches;
 

@@ -3,6 +3,8 @@
 //! Agents get the text as the operator wrote it. One that holds a word which an agent does not know is not half obeyed:
 //! that agent lets nothing through until it is updated.
 
+pub mod address;
+pub mod egress;
 pub mod gate;
 
 use std::fmt;

@@ -28,7 +28,7 @@ use super::relay::{Bounds, End, Mover, Outcome, Side, copying, relay};
 use super::{Room, Shared, accept_each};
 use crate::config;
 use crate::dial::{DialError, connect_first};
-use crate::policy::egress::{self as policy, Host, Policy, Target, Way};
+use crate::policy::egress::{self as policy, Host, List, Target, Way};
 use forward::{Answering, Asking};
 use http::{Asked, HeadScan, MAX_HEAD, Request};
 use socks5::{Answer, Read};
@@ -45,7 +45,7 @@ const ESTABLISHED: &[u8] = b"HTTP/1.1 200 Connection established\r\n\r\n";
 /// What all egress listeners share.
 pub struct Gate {
     shared: Arc<Shared>,
-    policy: Policy,
+    policy: List,
     upstream: Option<Upstream>,
     own: Arc<Own>,
 }

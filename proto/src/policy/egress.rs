@@ -5,14 +5,14 @@
 //! unless a rule says otherwise in so many words: a network counts for private, loopback, link-local and metadata
 //! addresses only if it lies within such a block itself, so that `0.0.0.0/0` is every public address and no more; a name
 //! may lie in a private network only if its rule says which (`db.internal:5432 in 10.0.0.0/8`). What is dialled is
-//! exactly what [`Policy::consider`] or [`Policy::choose`] gave: nothing is looked up twice.
+//! exactly what [`List::consider`] or [`List::choose`] gave: nothing is looked up twice.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
-use sidewarden_proto::config::{FromValue, Value};
-use sidewarden_proto::event::RefusalReason;
+use crate::config::{FromValue, Value};
+use crate::event::RefusalReason;
 
 use super::address::{Kind, Network, judged, special};
 
@@ -240,7 +240,7 @@ impl FromValue for Lines {
 
 /// The list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
+pub struct List {
     /// In no order: one that allows is enough.
     pub rules: Vec<Rule>,
 }
@@ -250,7 +250,7 @@ pub struct Policy {
 pub enum Way {
     /// Dial this.
     Dial(SocketAddr),
-    /// Look its name up, and [`Policy::choose`].
+    /// Look its name up, and [`List::choose`].
     Resolve,
 }
 
@@ -265,7 +265,7 @@ pub struct Refused {
     pub rule: String,
 }
 
-impl Policy {
+impl List {
     /// Judges a target before anything is looked up.
     pub fn consider(&self, target: &Target) -> Result<Way, Refused> {
         let Target { host, port } = target;
@@ -371,8 +371,8 @@ mod tests {
 
     use super::*;
 
-    fn policy(rules: &[&str]) -> Policy {
-        Policy { rules: rules.iter().map(|rule| rule.parse().unwrap_or_else(|e| panic!("{rule}: {e}"))).collect() }
+    fn policy(rules: &[&str]) -> List {
+        List { rules: rules.iter().map(|rule| rule.parse().unwrap_or_else(|e| panic!("{rule}: {e}"))).collect() }
     }
 
     fn target(text: &str) -> Target {
@@ -645,7 +645,7 @@ mod tests {
         ] {
             let (before, target) = (policy(rules), target(asked));
             let found: Vec<IpAddr> = found.parse().into_iter().collect();
-            let judge = |policy: &Policy| match policy.consider(&target)? {
+            let judge = |policy: &List| match policy.consider(&target)? {
                 Way::Dial(address) => Ok(vec![address]),
                 Way::Resolve => policy.choose(&target, &found),
             };
