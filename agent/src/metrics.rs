@@ -37,6 +37,7 @@ pub struct Metrics {
     acknowledge: Histogram,
     certificate_end: Gauge,
     directive_version: IntGauge,
+    policy_version: IntGauge,
     directive_age: Gauge,
     findings: IntGaugeVec,
     tasks_created: IntCounter,
@@ -104,6 +105,11 @@ impl Metrics {
                 Gauge::new(name("certificate_not_after_seconds"), "When our certificate ends, Unix time; 0 for none."),
             ),
             directive_version: gauge(&registry, "directive_version", "Version of the directive in force; 0 for none."),
+            policy_version: gauge(
+                &registry,
+                "policy_version",
+                "Version of the collector's policy in force; 0 for none, -1 for one that this agent cannot read.",
+            ),
             directive_age: register(
                 &registry,
                 Gauge::new(name("directive_age_seconds"), "Age of the directive in force; 0 for none."),
@@ -232,6 +238,8 @@ impl Metrics {
         let directive = identity.and_then(|identity| identity.directive.as_ref());
         self.certificate_end.set(identity.map_or(0.0, |i| i.credential.peer().not_after.as_secs() as f64));
         self.directive_version.set(directive.map_or(0, |directive| directive.version as i64));
+        let policy = identity.map_or(Ok(0), |identity| identity.policy.as_ref().map(|policy| policy.version));
+        self.policy_version.set(policy.map_or(-1, |version| version as i64));
         self.directive_age.set(directive.map_or(0.0, |directive| now.since(directive.issued_us).as_secs_f64()));
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {

@@ -216,7 +216,7 @@ mod tests {
     fn directive(gate: &str) -> Directive {
         let json = r#"{"version":1,"trust_domain":"td","issued_us":1,"bundle":[]}"#;
         let text = format!("[[gate]]\nname = 'g'\nchecks = ['privileged']\nhold = '60s'\n{gate}");
-        Directive { policy: Some(Applied { version: 1, text }), ..serde_json::from_str(json).unwrap() }
+        Directive { policy: Some(Applied { version: 1, text, needs: 0 }), ..serde_json::from_str(json).unwrap() }
     }
 
     fn known(seen: Seen, since: i64) -> Known {

@@ -71,7 +71,7 @@ enum Command {
     /// Who is off the data plane by a gate of the policy, and letting them in
     #[command(subcommand)]
     Quarantine(commands::quarantine::Command),
-    /// What all agents go by: check, show, apply
+    /// What all agents go by: check, diff, test, apply, roll back
     #[command(subcommand, after_help = commands::policy::HELP)]
     Policy(commands::policy::Command),
     /// Who is there: agents with status, posture and certificate
@@ -220,7 +220,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Policy(command) => {
             let client = command.at().map(|at| client(&config, at)).transpose()?;
-            runtime(false)?.block_on(commands::policy::run(client.as_ref(), command))
+            runtime(false)?.block_on(commands::policy::run(client.as_ref(), command, &config.trust_domain))
         }
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {

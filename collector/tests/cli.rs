@@ -317,3 +317,74 @@ fn a_policy_is_checked_applied_and_shown_and_an_instance_let_in() {
     let list = text(&ask(&["quarantine", "list"]).stdout);
     assert!(list.starts_with("INSTANCE") && list.contains("Let in until"), "{list}");
 }
+
+/// Who may talk to whom, in two versions.
+const WEB: &str = "# first\n[[allow]]\nfrom = ['shop/web']\nto = ['shop/orders']\nlisteners = [8443]\n";
+const BOTH: &str = "[[allow]]\nfrom = ['shop/web', 'shop/api']\nto = ['shop/orders']\nlisteners = [8443]\n";
+
+#[test]
+fn a_policy_is_compared_tried_and_rolled_back() {
+    let dir = tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (web, both) = (file("web.toml", WEB), file("both.toml", BOTH));
+    let wrong =
+        file("wrong.toml", "[[allow]]\nfrom = ['shop web']\nto = []\n\n[[egress]]\nfrom = ['dns:x']\nto = ['a']\n");
+    let told = text(&run(&["policy", "check", &wrong]).stderr);
+    for wanted in ["line 2: `allow[0].from[0]`", "line 6: `egress[0].from`", "line 7: `egress[0].to[0]`"] {
+        assert!(told.contains(wanted), "{wanted} is not in:\n{told}");
+    }
+
+    // Without a collector: two documents, and a case in one of them.
+    let differ = text(&run(&["policy", "diff", &both, "--with", &web]).stdout);
+    assert_eq!(differ, "+ line 1: allow shop/api to shop/orders at 8443\n");
+    let case = |from: &str, listener: &str| {
+        run(&["policy", "test", "connection", from, "shop/orders", "--listener", listener, "--file", &web])
+    };
+    let allowed = case("shop/web", "8443");
+    assert!(
+        allowed.status.success() && text(&allowed.stdout).contains("line 2, `[[allow]]`, allows it"),
+        "{allowed:?}"
+    );
+    for (from, listener) in [("shop/api", "8443"), ("shop/web", "9443"), ("unproven", "8443")] {
+        let refused = case(from, listener);
+        assert_eq!(
+            (refused.status.code(), text(&refused.stdout).starts_with("refused")),
+            (Some(1), true),
+            "{refused:?}"
+        );
+    }
+    let egress = run(&["policy", "test", "egress", "shop/web", "api.example.com:443", "--file", &web, "--json"]);
+    let egress: serde_json::Value = serde_json::from_slice(&egress.stdout).unwrap();
+    assert_eq!(egress["outcome"], "allowed", "the document leaves that to the agents");
+
+    // With one.
+    let data = dir.path().join("data");
+    let (_server, url) = Server::with_api(&data);
+    let at = ["--data-dir", data.to_str().unwrap(), "--url", &url];
+    let ask = |arguments: &[&str]| run(&[arguments, &at[..]].concat());
+    assert!(!ask(&["policy", "rollback", "--reason", "nothing to go back to"]).status.success());
+    assert!(ask(&["policy", "apply", &web, "--reason", "first"]).status.success());
+    assert!(ask(&["policy", "apply", &both, "--reason", "the api, too"]).status.success());
+    let differ = text(&ask(&["policy", "diff", &web]).stdout);
+    assert!(
+        differ.starts_with("- line 1: allow shop/api") && differ.contains("Of 0 pairs that were seen, 0"),
+        "{differ}"
+    );
+    let tried =
+        |from: &str| ask(&["policy", "test", "connection", from, "shop/orders", "--listener", "8443"]).status.code();
+    assert_eq!((tried("shop/api"), tried("shop/other")), (Some(0), Some(1)));
+    let rolled = ask(&["policy", "rollback", "--reason", "too early"]);
+    assert!(text(&rolled.stdout).contains("Policy 3, which is 1 again, is in force"), "{rolled:?}");
+    assert_eq!(tried("shop/api"), Some(1));
+    assert!(text(&ask(&["policy", "show"]).stdout).contains("# first"));
+    assert_eq!(text(&ask(&["policy", "show", "--version", "2"]).stdout), BOTH);
+    let history = text(&ask(&["policy", "history"]).stdout);
+    let rows: Vec<&str> = history.lines().skip(1).collect();
+    assert!(rows.len() == 3 && rows[0].contains("in force") && rows[0].contains("1 again: too early"), "{history}");
+    let events = text(&ask(&["events", "--kind", "policy.applied"]).stdout);
+    assert!(events.contains("policy 3, which is 1 again, was applied by"), "{events}");
+}

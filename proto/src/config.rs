@@ -4,10 +4,13 @@
 //! environment (`SIDEWARDEN_ADMIN_LISTEN` for `admin.listen`), the complaint about a key nobody reads with the nearest
 //! one that exists, and a list of all that is wrong rather than the first thing.
 
+mod lines;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use toml::Table;
@@ -17,6 +20,7 @@ use crate::event::{Protocol, Severity};
 use crate::identity::{InstanceId, SpiffeId, TrustDomain};
 use crate::secret::Secret;
 use crate::tls::Group;
+use lines::Lines;
 
 /// Everything that is wrong with a configuration, one line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,6 +50,16 @@ pub fn load<T>(text: &str, env: Env<'_>, read: impl FnOnce(&mut Reader<'_>) -> T
     if faults.is_empty() { Ok(config) } else { Err(Faults(faults)) }
 }
 
+/// Reads a document that no environment changes: each fault with its line, in their order.
+pub fn load_document<T>(text: &str, read: impl FnOnce(&mut Reader<'_>) -> T) -> Result<T, Faults> {
+    let lines = Lines::of(text).map_err(|error| Faults(vec![lines::with_line(text, &error)]))?;
+    let mut reader = Reader { lines: Some(Arc::new(lines)), ..Reader::of(text, &|_| None)? };
+    let document = read(&mut reader);
+    let mut faults = reader.finish();
+    faults.sort_by_key(|fault| lines::line_in(fault));
+    if faults.is_empty() { Ok(document) } else { Err(Faults(faults)) }
+}
+
 /// Reads of `text` no more than `read` asks for; what else is in it may be as wrong as it likes.
 pub fn load_part<T>(text: &str, env: Env<'_>, read: impl FnOnce(&mut Reader<'_>) -> T) -> Result<T, Faults> {
     let mut reader = Reader::of(text, env)?;
@@ -67,13 +81,15 @@ pub struct Reader<'a> {
     faults: Vec<String>,
     /// Within a list of tables there are no names for the environment.
     in_list: bool,
+    /// Where everything stands, if that is told.
+    lines: Option<Arc<Lines>>,
 }
 
 impl<'a> Reader<'a> {
     fn of(text: &str, env: Env<'a>) -> Result<Reader<'a>, Faults> {
         let table: Table = text.parse().map_err(|e: toml::de::Error| Faults(vec![syntax_fault(&e)]))?;
         let (known, faults) = (BTreeSet::new(), Vec::new());
-        Ok(Reader { path: String::new(), table, env, known, faults, in_list: false })
+        Ok(Reader { path: String::new(), table, env, known, faults, in_list: false, lines: None })
     }
 }
 
@@ -90,7 +106,7 @@ impl Reader<'_> {
         if found.is_none() && self.faults.len() == before {
             let env =
                 if self.in_list { String::new() } else { format!(" (or {} in the environment)", self.env_name(key)) };
-            self.faults.push(format!("`{}` is missing{env}", self.name(key)));
+            self.report(&self.name(key), format!("`{}` is missing{env}", self.name(key)));
         }
         found
     }
@@ -103,7 +119,7 @@ impl Reader<'_> {
             Some(text) => (self.env_name(key), V::from_text(&text)),
             None => (self.name(key), V::from_value(&in_file?)),
         };
-        value.map_err(|wrong| self.faults.push(format!("`{source}` {wrong}"))).ok()
+        value.map_err(|wrong| self.report(&self.name(key), format!("`{source}` {wrong}"))).ok()
     }
 
     /// The value of a variable of the environment that others have named; an empty one counts as none.
@@ -133,12 +149,8 @@ impl Reader<'_> {
         match self.table.remove(key)? {
             Value::Table(table) => Some(table),
             other => {
-                self.faults.push(format!(
-                    "`{}` must be a table, [{}], and is {}",
-                    self.name(key),
-                    self.name(key),
-                    other.type_str()
-                ));
+                let name = self.name(key);
+                self.report(&name, format!("`{name}` must be a table, [{name}], and is {}", other.type_str()));
                 None
             }
         }
@@ -151,7 +163,8 @@ impl Reader<'_> {
             None => return Vec::new(),
             Some(Value::Array(values)) => values,
             Some(_) => {
-                self.faults.push(format!("`{}` must be written as [[{}]]", self.name(key), self.name(key)));
+                let name = self.name(key);
+                self.report(&name, format!("`{name}` must be written as [[{name}]]"));
                 return Vec::new();
             }
         };
@@ -160,15 +173,40 @@ impl Reader<'_> {
             let name = format!("{}[{i}]", self.name(key));
             match value {
                 Value::Table(table) => items.push(self.descend(name, table, true, &mut read)),
-                _ => self.faults.push(format!("`{name}` must be a table")),
+                _ => self.report(&name, format!("`{name}` must be a table")),
             }
         }
         items
     }
 
+    /// The list `key`, each item with its line; each item that is wrong is a fault of its own. None if one is.
+    pub fn items<V: FromValue>(&mut self, key: &'static str, most: usize) -> Option<Vec<(usize, V)>> {
+        self.known.insert(key);
+        let items = match self.table.remove(key) {
+            None => return Some(Vec::new()),
+            Some(Value::Array(items)) => items,
+            Some(other) => {
+                self.fault(key, format!("must be a list, [\"…\"], not {}", other.type_str()));
+                return None;
+            }
+        };
+        if items.len() > most {
+            self.fault(key, format!("has {} entries, the limit is {most}", items.len()));
+            return None;
+        }
+        let read = |(i, item): (usize, &Value)| {
+            let name = format!("{key}[{i}]");
+            let line = self.line_of(&name);
+            V::from_value(item).map_err(|wrong| self.fault(&name, wrong)).ok().map(|item| (line, item))
+        };
+        let read: Vec<Option<(usize, V)>> = items.iter().enumerate().map(read).collect();
+        read.into_iter().collect()
+    }
+
     fn descend<T>(&mut self, path: String, table: Table, in_list: bool, read: impl FnOnce(&mut Reader<'_>) -> T) -> T {
         let (known, faults) = (BTreeSet::new(), Vec::new());
-        let mut reader = Reader { path, table, env: self.env, known, faults, in_list };
+        let lines = self.lines.clone();
+        let mut reader = Reader { path, table, env: self.env, known, faults, in_list, lines };
         let item = read(&mut reader);
         self.faults.extend(reader.finish());
         item
@@ -176,7 +214,33 @@ impl Reader<'_> {
 
     /// Reports that `key` is wrong in a way that only the caller can see, with the rest of the faults.
     pub fn fault(&mut self, key: &str, wrong: impl fmt::Display) {
-        self.faults.push(format!("`{}` {wrong}", self.name(key)));
+        self.report(&self.name(key), format!("`{}` {wrong}", self.name(key)));
+    }
+
+    /// Whether `key` stands here, and was not read yet.
+    pub fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
+    /// The line where this table begins, from 1; 0 where lines are not told.
+    pub fn line(&self) -> usize {
+        self.line_of_path(&self.path)
+    }
+
+    /// The line of `key`, or of item `item[3]` of a list; where it does not stand, that of the table.
+    pub fn line_of(&self, key: &str) -> usize {
+        self.line_of_path(&self.name(key))
+    }
+
+    fn line_of_path(&self, path: &str) -> usize {
+        self.lines.as_ref().map_or(0, |lines| lines.line(path))
+    }
+
+    fn report(&mut self, path: &str, fault: String) {
+        self.faults.push(match self.line_of_path(path) {
+            0 => fault,
+            line => format!("line {line}: {fault}"),
+        });
     }
 
     fn name(&self, key: &str) -> String {
@@ -188,12 +252,12 @@ impl Reader<'_> {
     }
 
     fn finish(mut self) -> Vec<String> {
-        for key in self.table.keys() {
+        for key in std::mem::take(&mut self.table).keys() {
             let hint = match nearest(key, &self.known) {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known here: {}", self.known.iter().copied().collect::<Vec<_>>().join(", ")),
             };
-            self.faults.push(format!("`{}` is unknown; {hint}", self.name(key)));
+            self.report(&self.name(key), format!("`{}` is unknown; {hint}", self.name(key)));
         }
         self.faults
     }
@@ -470,6 +534,17 @@ mod tests {
                 "`wiat` is unknown; did you mean `wait`?",
             ]),
         );
+    }
+
+    #[test]
+    fn faults_of_a_document_come_with_their_lines_in_order() {
+        let told = |text: &str| load_document(text, read).map(drop).unwrap_err().0;
+        let text = "# about\nwiat = '1s'\nsize = 3\n\n[[route]]\n\n[[route]]\nto = 'loop:1'\nfrm = 1\n[admin]\nlisten = 'here'";
+        let lines: Vec<String> = told(text).iter().map(|fault| fault.split_once(": ").unwrap().0.to_owned()).collect();
+        assert_eq!(lines, ["line 2", "line 3", "line 5", "line 8", "line 9", "line 11"], "{:#?}", told(text));
+        let syntax = told("wait = '1s'\n\nsize = \n");
+        assert!(syntax[0].starts_with("line 3: "), "{syntax:?}");
+        assert!(told("route = [\n 1,\n 2]")[1].starts_with("line 3: `route[1]`"));
     }
 
     #[test]

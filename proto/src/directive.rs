@@ -20,9 +20,11 @@ const CONTEXT: &[u8] = b"sidewarden directive 1\0";
 const MAX_DOCUMENT: usize = 700 << 10;
 /// What this version understands of a directive; agents tell it in their hello.
 ///
-/// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. 3: `quarantined`, `released` and `policy`. A collector keeps `deny` such that an agent of 1 misses
-/// as little as possible, and shows which agents run a directive without understanding all of it.
-pub const UNDERSTANDS: u32 = 3;
+/// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. 3: `quarantined`, `released` and `policy`, with gates. 4: who
+/// may talk to whom and go where in `policy`; an agent of 3 that is given such a policy lets nothing through. A collector keeps
+/// `deny` such that an agent of 1 misses as little as possible, and shows which agents run a directive without understanding
+/// all of it.
+pub const UNDERSTANDS: u32 = 4;
 
 /// What is in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -326,8 +328,9 @@ impl Directive {
     /// What an agent must understand to do all that is said here.
     pub fn needs(&self) -> u32 {
         let revoked = self.revoked.iter().map(|revocation| revocation.what.needs()).max().unwrap_or(1);
-        let is_gated = self.policy.is_some() || !self.quarantined.is_empty();
-        if is_gated { revoked.max(3) } else { revoked }
+        let policy = self.policy.as_ref().map_or(1, Applied::needs);
+        let quarantined = if self.quarantined.is_empty() { 1 } else { 3 };
+        revoked.max(policy).max(quarantined)
     }
 }
 

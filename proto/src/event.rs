@@ -618,7 +618,9 @@ impl RefusalReason {
             RefusalReason::RevocationUnknown => {
                 "the revocation list of a foreign CA is missing or has ended: bring a newer one to `trust.crls`"
             }
-            RefusalReason::NotAllowed => "add the peer to `allow` of this listener if it should get in",
+            RefusalReason::NotAllowed => {
+                "add the peer to `allow` of this listener if it should get in; where the detail names a policy, try `sidewarden-collector policy test`"
+            }
             RefusalReason::WrongPeer => {
                 "another workload answers at this address: check `to` and `peer` of the route, and DNS"
             }
@@ -645,7 +647,9 @@ impl RefusalReason {
                 "no inbound block of this listener has this `server_name`: add one, or correct what the client asks for"
             }
             RefusalReason::Loop => "the route leads back to this agent: check its `to`, and what the name resolves to",
-            RefusalReason::EgressNotListed => "add it to `egress.allow` if the workload should get there",
+            RefusalReason::EgressNotListed => {
+                "add it to `egress.allow` if the workload should get there; where the detail names a policy, to `[[egress]]` of that"
+            }
             RefusalReason::EgressPrivateAddress => {
                 "server-side request forgery and DNS rebinding look like this: find out what made the workload ask; if it should get there, list the network itself"
             }
@@ -1162,6 +1166,9 @@ pub struct PolicyApplied {
     /// The address it came from.
     #[serde(default)]
     pub source: String,
+    /// The older version whose text it has, if somebody went back to one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restores: Option<u64>,
 }
 
 /// Body of `identity.revoked`.

@@ -5,15 +5,16 @@ mod world;
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sidewarden_collector::fleet;
+use sidewarden_collector::index::Record;
 use sidewarden_proto::directive::Release;
 use sidewarden_proto::event::{Body, GateStatus};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 use tempfile::TempDir;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use world::{Agent, World, echo, eventually, hook, inbound, outbound, says};
@@ -60,6 +61,14 @@ impl Machine {
         fs::hard_link(&net, self.0.path().join(format!("{at}/net/dev"))).unwrap();
     }
 
+    /// A process is there that was not, a child of `parent`.
+    fn starts(&self, pid: i32, parent: i32, name: &str) {
+        self.process(pid, "/docker/w", name, true);
+        let stat = format!("{pid} ({name}) S {parent} {pid} {pid} 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {pid} 0 0");
+        self.put(&format!("proc/{pid}/stat"), &stat);
+        self.put("proc/loadavg", &format!("0.1 0.1 0.1 1/2 {pid}\n"));
+    }
+
     /// From now on the workload may gain privileges, or no more.
     fn lets_gain_privileges(&self, so: bool) {
         self.put("proc/1/status", &status(1, "nginx", !so));
@@ -84,7 +93,9 @@ fn gate(more: &str) -> String {
 
 fn apply(world: &World, text: &str) -> u64 {
     let core = &world.collector().core;
-    fleet::apply(&core.issuer, &core.directives, &core.fleet, text, false, Timestamp::now()).unwrap().1
+    let (text, why, by) = (text.to_owned(), "test".to_owned(), "test".to_owned());
+    let asked = fleet::Application { text, why, by, restores: None, confirmed: false };
+    fleet::apply(&core.issuer, &core.directives, &core.fleet, asked, Timestamp::now()).unwrap().1
 }
 
 async fn runs(agent: &Agent, version: u64) {
@@ -195,4 +206,173 @@ async fn an_agent_without_collector_goes_by_the_last_policy() {
     world.start_collector_again().await;
     world.event("quarantine.alone", |record| record.summary.contains("without a collector's word by the gate")).await;
     world.event("quarantine.alone", |record| record.summary.contains("let back in")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_in_the_container_closes_a_gate_until_its_hold_is_over() {
+    let world = World::start().await;
+    let (web, orders, machine) = shop(&world).await;
+    let gate = |hold: &str| {
+        format!(
+            "[[gate]]\nname = 'no-shell'\nworkloads = ['shop/orders']\nevents = ['shell']\nhold = '{hold}'\n\
+             enforce = true\nleave = 0\n"
+        )
+    };
+    runs(&orders, apply(&world, &gate("1h"))).await;
+    let mut live = web.dial().await;
+    assert_eq!(says(&mut live, b"hello").await.unwrap(), b"hello");
+    machine.starts(20, 1, "sh");
+    told(&world, GateStatus::Quarantined).await;
+    is_cut(live).await;
+    let gone = async || (!gets_through(&web).await).then_some(());
+    eventually(|| "it is still let in".into(), gone).await;
+    let refused = world.event("connection.refused", |record| record.body.get().contains("no-shell")).await;
+    assert!(refused.body.get().contains("shell"), "{}", refused.body.get());
+    // What has happened cannot be mended: it is over when it is long enough ago.
+    apply(&world, &gate("1s"));
+    told(&world, GateStatus::Clear).await;
+    comes_back(&web).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn egress_and_plaintext_stop_with_the_quarantine_too() {
+    let world = World::start().await;
+    let (machine, place) = (Machine::new(), echo().await);
+    let rules = format!(
+        "watch.posture_interval = '1s'\n{}permissive = {{ reason = 'moving', until = '2099-01-01' }}\n\
+         [egress]\nlisten = '127.0.0.1:0'\nallow = ['{place}']\n",
+        inbound(echo().await, "shop/web")
+    );
+    world.hand_token("orders-1", &world.token("shop/orders", 1, Duration::from_secs(600)));
+    let orders = world.agent_below("orders-1", &rules, Some(machine.0.path().to_owned())).await;
+    orders.enrolled().await;
+    runs(&orders, apply(&world, &gate("enforce = true\nleave = 0"))).await;
+    let plainly = async || {
+        let mut socket = TcpStream::connect(orders.inbound()).await.ok()?;
+        says(&mut socket, b"hello").await.ok().map(|_| socket)
+    };
+    let outside = async || {
+        let mut socket = TcpStream::connect(orders.app.addresses.egress[0]).await.ok()?;
+        let ask = format!("CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n\r\n");
+        socket.write_all(ask.as_bytes()).await.ok()?;
+        let mut answer = [0; 39];
+        socket.read_exact(&mut answer).await.ok()?;
+        answer.starts_with(b"HTTP/1.1 200").then_some(socket)
+    };
+    let plain = eventually(|| "plaintext is not let in".into(), plainly).await;
+    let mut out = eventually(|| "there is no way out".into(), outside).await;
+    assert_eq!(says(&mut out, b"hello").await.unwrap(), b"hello");
+
+    machine.lets_gain_privileges(true);
+    told(&world, GateStatus::Quarantined).await;
+    is_cut(plain).await;
+    is_cut(out).await;
+    let closed = async || (plainly().await.is_none() && outside().await.is_none()).then_some(());
+    eventually(|| "something still gets through".into(), closed).await;
+    for way in ["inbound", "egress"] {
+        let is_it = |record: &Record| {
+            let body = record.body.get();
+            body.contains("quarantined by the gate no-gain") && body.contains(&format!("\"direction\":\"{way}\""))
+        };
+        world.event("connection.refused", is_it).await;
+    }
+    machine.lets_gain_privileges(false);
+    told(&world, GateStatus::Clear).await;
+    eventually(|| "plaintext does not come back".into(), plainly).await;
+    eventually(|| "the way out does not come back".into(), outside).await;
+}
+
+/// How many agents the measurement has, and how often it quarantines.
+const FLEET: usize = 100;
+const ROUNDS: usize = 10;
+
+/// `cargo test --release -p sidewarden-tests --test quarantine -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "not a test: a measurement of how long a quarantine takes over a hundred agents"]
+async fn measure_from_quarantined_to_refused() {
+    let world = World::start().await;
+    let mut servers = Vec::new();
+    let mut routes = String::from("watch.posture_interval = '1s'\n");
+    for number in 0..FLEET {
+        let server = world.agent(&format!("orders-{number}"), "shop/orders", &inbound(echo().await, "shop/web")).await;
+        routes += &outbound(server.inbound(), "shop/orders");
+        servers.push(server);
+    }
+    let machine = Machine::new();
+    world.hand_token("web-1", &world.token("shop/web", 1, Duration::from_secs(600)));
+    let web = world.agent_below("web-1", &routes, Some(machine.0.path().to_owned())).await;
+    for server in servers.iter().chain([&web]) {
+        server.enrolled().await;
+    }
+    let text = "[[gate]]\nname = 'no-gain'\nworkloads = ['shop/web']\nchecks = ['no-new-privileges']\nhold = '1s'\n\
+                enforce = true\nleave = 0\n";
+    let version = apply(&world, text);
+    for server in &servers {
+        runs(server, version).await;
+    }
+    let (mut cut, mut applied) = (Vec::new(), Vec::new());
+    for round in 1..=ROUNDS {
+        let mut live = Vec::new();
+        for address in &web.app.addresses.outbound {
+            let dial = async || {
+                let mut socket = TcpStream::connect(address).await.ok()?;
+                says(&mut socket, b"hello").await.ok().map(|_| socket)
+            };
+            live.push(eventually(|| "it is not let in".into(), dial).await);
+        }
+        let ends: Vec<_> = live
+            .into_iter()
+            .map(|socket| {
+                tokio::spawn(async move {
+                    is_cut(socket).await;
+                    Instant::now()
+                })
+            })
+            .collect();
+        machine.lets_gain_privileges(true);
+        // The verdict is told when the agent next looks; what counts here is the time from then.
+        let broken = async || {
+            let is_it = |record: &&Record| {
+                let body = record.body.get();
+                record.agent.workload.path() == "shop/web"
+                    && body.contains("\"check\":\"no-new-privileges\"")
+                    && body.contains("\"verdict\":\"fail\"")
+            };
+            let told = world.events("verdict.changed").await;
+            (told.iter().filter(is_it).count() >= round).then(Instant::now)
+        };
+        let begun = eventually(|| "the verdict does not change".into(), broken).await;
+        let quarantined =
+            async || (!world.collector().core.directives.now().directive.quarantined.is_empty()).then_some(());
+        eventually(|| "it is not quarantined".into(), quarantined).await;
+        let version = world.collector().core.directives.now().directive.version;
+        for server in &servers {
+            runs(server, version).await;
+        }
+        applied.push(begun.elapsed());
+        for end in ends {
+            cut.push(end.await.unwrap().saturating_duration_since(begun));
+        }
+        machine.lets_gain_privileges(false);
+        let free = async || world.collector().core.directives.now().directive.quarantined.is_empty().then_some(());
+        eventually(|| "it is not let in again".into(), free).await;
+        let version = world.collector().core.directives.now().directive.version;
+        for server in &servers {
+            runs(server, version).await;
+        }
+    }
+    tell("from the verdict at the collector to the end of a live connection", cut);
+    tell("from the verdict at the collector to the last of the agents refusing", applied);
+}
+
+fn tell(what: &str, mut times: Vec<Duration>) {
+    times.sort();
+    let at = |percent: usize| times[(times.len() * percent / 100).min(times.len() - 1)].as_secs_f64() * 1e3;
+    let count = times.len();
+    println!(
+        "{what}: {count} samples over {FLEET} agents, p50 {:.1} ms, p99 {:.1} ms, most {:.1} ms",
+        at(50),
+        at(99),
+        at(100)
+    );
 }

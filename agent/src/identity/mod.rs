@@ -18,13 +18,14 @@ use sidewarden_proto::crl::Revocation;
 use sidewarden_proto::directive::{Directive, ForeignRoots};
 use sidewarden_proto::event::Direction;
 use sidewarden_proto::identity::{Peer, PeerName, SpiffeId, TrustDomain, Usage};
+use sidewarden_proto::policy::Extract;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Expect, Floor, GROUPS, Group, TlsError, Trust, Verifier};
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::sync::watch;
 
 use crate::dial::tls_fault;
-use crate::policy::Decision;
+use crate::policy::{Central, Decision};
 use crate::proxy::connections::Live;
 
 pub use store::{Checked, Issued, Store, StoreError, certificates};
@@ -71,6 +72,8 @@ pub struct Identity {
     pub streams: Arc<ServerConfig>,
     /// What the collector says.
     pub directive: Option<Arc<Directive>>,
+    /// The policy in it, as far as it is about us; or why it cannot be read.
+    pub policy: Result<Extract, String>,
     /// The collector's trust domain.
     pub home: TrustDomain,
     /// Judges the chains of live connections again.
@@ -102,7 +105,20 @@ fn add_imported(trust: &mut Trust, imported: &ForeignRoots, ours: &[&TrustDomain
     trust.dns_roots.extend(new);
 }
 
+/// What the policy says about `own`. Half of a policy is none: what it forbids would be allowed here.
+fn extract(directive: Option<&Directive>, own: &SpiffeId) -> Result<Extract, String> {
+    let applied = directive.and_then(|directive| Some((directive.policy.as_ref()?, &directive.trust_domain)));
+    let Some((applied, domain)) = applied else { return Ok(Extract::default()) };
+    Extract::of_applied(applied, own, domain)
+        .map_err(|faults| format!("this agent cannot read the policy and must be updated: {faults}"))
+}
+
 impl Identity {
+    /// What the collector says, for whoever decides.
+    pub fn central(&self) -> Central<'_> {
+        Central { directive: self.directive.as_deref(), policy: self.policy.as_ref().map_err(String::as_str) }
+    }
+
     /// From what was issued or found, what the collector says, and what does not change.
     pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
         let Checked { credential, workload, mut trust, rooted_elsewhere } = checked;
@@ -126,7 +142,8 @@ impl Identity {
         let groups = terms.groups.clone();
         let server = tls::server_config_with(&groups, &credential, &trust, Floor::Tls12, &[])?;
         let streams = tls::server_config_with(&groups, &credential, &trust, Floor::Tls13, &[ALPN_STREAMS])?;
-        Ok(Identity { credential, workload, trust, server, streams, directive, home, verifier, groups })
+        let policy = extract(directive.as_deref(), &workload);
+        Ok(Identity { credential, workload, trust, server, streams, directive, policy, home, verifier, groups })
     }
 
     /// For a connection to `expect`.

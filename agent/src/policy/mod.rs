@@ -3,9 +3,16 @@
 //! Asked when a connection begins, and again for every live one whenever an answer could have changed. Where the workload
 //! may go besides its peers is in [`egress`], which both programs read.
 
+use std::net::SocketAddr;
+use std::sync::LazyLock;
+
+use egress::{Host, Target};
 use sidewarden_proto::directive::{Denied, Directive};
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::identity::{Peer, PeerName, SpiffeId};
+use sidewarden_proto::policy::Extract;
+use sidewarden_proto::policy::connections::At;
+use sidewarden_proto::policy::party::Who;
 pub use sidewarden_proto::policy::{address, egress};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::dns_matches;
@@ -19,13 +26,32 @@ pub enum Rules {
         allow: Vec<SpiffeId>,
         /// Foreign peers, by a DNS name of their certificate, in lower case.
         allow_dns: Vec<String>,
+        /// Which listener, for the policy.
+        at: At,
     },
     /// Of a route: this workload answers.
     OutboundTo(SpiffeId),
     /// Of a route: a foreign server with this DNS name answers.
     OutboundToDns(String),
-    /// Of either while `insecure_trust_all` is on: whoever has a key that is not on the deny list.
-    Anybody,
+    /// Of either while `insecure_trust_all` is on: whoever has a key that is not on the deny list. Of a listener, which.
+    Anybody(Option<At>),
+}
+
+/// What the collector says, of which the newest counts.
+#[derive(Clone, Copy, Debug)]
+pub struct Central<'a> {
+    /// All of it.
+    pub directive: Option<&'a Directive>,
+    /// The policy, as far as it is about us; or why it cannot be read.
+    pub policy: Result<&'a Extract, &'a str>,
+}
+
+impl Central<'_> {
+    /// Nothing was ever said.
+    pub fn silent() -> Central<'static> {
+        static SILENT: LazyLock<Extract> = LazyLock::new(Extract::default);
+        Central { directive: None, policy: Ok(&SILENT) }
+    }
 }
 
 /// The answer.
@@ -37,25 +63,32 @@ pub enum Decision {
     Refuse(RefusalReason, String),
 }
 
-/// Judges `peer`, whose chain was verified.
-pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Timestamp) -> Decision {
-    if matches!(rules, Rules::Anybody) && peer.not_after <= now {
+/// Judges `peer`, whose chain was verified: our own settings must allow it, and so must the collector's policy.
+pub fn decide(rules: &Rules, peer: &Peer, central: Central<'_>, now: Timestamp) -> Decision {
+    if matches!(rules, Rules::Anybody(_)) && peer.not_after <= now {
         let over = format!("the time of `insecure_trust_all` was over at {}", peer.not_after);
         return Decision::Refuse(RefusalReason::UnknownCa, over);
     }
     if peer.not_after <= now {
         return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
     }
-    if let Some(denied) = directive.and_then(|directive| directive.denies(peer)) {
+    if let Some(denied) = central.directive.and_then(|directive| directive.denies(peer)) {
         let reason = match denied {
             Denied::Revoked { .. } => RefusalReason::Revoked,
             Denied::Quarantined { .. } => RefusalReason::Quarantined,
         };
         return Decision::Refuse(reason, denied.to_string());
     }
+    match by_settings(rules, peer) {
+        Decision::Allow => by_policy(rules, peer, central.policy),
+        refused => refused,
+    }
+}
+
+fn by_settings(rules: &Rules, peer: &Peer) -> Decision {
     match rules {
-        Rules::Anybody => Decision::Allow,
-        Rules::Inbound { allow, allow_dns } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
+        Rules::Anybody(_) => Decision::Allow,
+        Rules::Inbound { allow, allow_dns, .. } if is_listed(&peer.name, allow, allow_dns) => Decision::Allow,
         Rules::Inbound { .. } => {
             Decision::Refuse(RefusalReason::NotAllowed, format!("{} is not on the list of this listener", peer.name))
         }
@@ -64,6 +97,40 @@ pub fn decide(rules: &Rules, peer: &Peer, directive: Option<&Directive>, now: Ti
         Rules::OutboundTo(id) => wrong_peer(peer, id.as_str()),
         Rules::OutboundToDns(host) => wrong_peer(peer, host),
     }
+}
+
+fn by_policy(rules: &Rules, peer: &Peer, policy: Result<&Extract, &str>) -> Decision {
+    let policy = match policy {
+        Ok(policy) => policy,
+        Err(fault) => return Decision::Refuse(RefusalReason::Quarantined, fault.to_owned()),
+    };
+    let judged = match rules {
+        Rules::Inbound { at, .. } => policy.lets_in((&peer.name).into(), at),
+        Rules::Anybody(Some(at)) => policy.lets_in(Who::Unproven, at),
+        Rules::Anybody(None) => policy.lets_out(Who::Unproven),
+        Rules::OutboundTo(id) => policy.lets_out(Who::Workload(id)),
+        // Its certificate may have a wildcard: what counts is whom we asked for.
+        Rules::OutboundToDns(host) => policy.lets_out(Who::Dns(std::slice::from_ref(host))),
+    };
+    judged.map_or_else(|why| Decision::Refuse(RefusalReason::NotAllowed, why), |()| Decision::Allow)
+}
+
+/// Whether the collector's policy lets our workload go to `target`: by what was `dialled` for it, as far as that is known; or
+/// by its name alone, where another proxy looks that up (`unresolved`).
+pub fn may_go(
+    policy: &Extract,
+    target: &Target,
+    dialled: Option<SocketAddr>,
+    unresolved: bool,
+) -> Result<(), (RefusalReason, String)> {
+    let Some(outward) = policy.egress() else { return Ok(()) };
+    let list = &outward.list;
+    let judged = match (&target.host, dialled) {
+        _ if unresolved => list.consider_unresolved(target),
+        (Host::Name(_), Some(address)) => list.choose(target, &[address.ip()]).map(drop),
+        _ => list.consider(target).map(drop),
+    };
+    judged.map_err(|refused| (refused.reason, policy.no_way_out()))
 }
 
 fn wrong_peer(peer: &Peer, expected: &str) -> Decision {
@@ -86,6 +153,7 @@ fn has_dns_name(name: &PeerName, host: &str) -> bool {
 mod tests {
     use sidewarden_proto::directive::{Deny, Revocation, Target};
     use sidewarden_proto::identity::Sha256;
+    use sidewarden_proto::policy::Policy;
 
     use super::*;
 
@@ -117,8 +185,12 @@ mod tests {
         Directive { deny, ..serde_json::from_value(json).unwrap() }
     }
 
+    fn central<'a>(directive: &'a Directive, policy: &'a Extract) -> Central<'a> {
+        Central { directive: Some(directive), policy: Ok(policy) }
+    }
+
     fn check(rules: &Rules, peer: &Peer, deny: Vec<Deny>, expected: Option<RefusalReason>) {
-        let got = match decide(rules, peer, Some(&directive(deny)), NOW) {
+        let got = match decide(rules, peer, central(&directive(deny), &Extract::default()), NOW) {
             Decision::Allow => None,
             Decision::Refuse(reason, _) => Some(reason),
         };
@@ -130,6 +202,7 @@ mod tests {
         let rules = Rules::Inbound {
             allow: vec!["spiffe://td/shop/web".parse().unwrap()],
             allow_dns: vec!["api.partner.example".into()],
+            at: At::default(),
         };
         check(&rules, &peer(workload("shop/web")), vec![], None);
         check(&rules, &peer(workload("shop/web2")), vec![], Some(RefusalReason::NotAllowed));
@@ -147,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_list_of_nobody_lets_nobody_in() {
-        let rules = Rules::Inbound { allow: vec![], allow_dns: vec![] };
+        let rules = Rules::Inbound { allow: vec![], allow_dns: vec![], at: At::default() };
         check(&rules, &peer(workload("shop/web")), vec![], Some(RefusalReason::NotAllowed));
     }
 
@@ -171,11 +244,11 @@ mod tests {
         let what = Target::IssuingKey { spki: Sha256([8; 32]) };
         let revocation = Revocation { id: "1".into(), what, why: "stolen".into(), at_us: NOW, keys: Vec::new() };
         let directive = directive(vec![]).with_revoked(vec![revocation]);
-        let refused = decide(&rules, &peer(workload("shop/db")), Some(&directive), NOW);
+        let refused = decide(&rules, &peer(workload("shop/db")), central(&directive, &Extract::default()), NOW);
         let told = "its issuing key is on the deny list: stolen".into();
         assert_eq!(refused, Decision::Refuse(RefusalReason::Revoked, told));
         let other = Peer { issuers: [Sha256([9; 32])].into(), ..peer(workload("shop/db")) };
-        assert_eq!(decide(&rules, &other, Some(&directive), NOW), Decision::Allow);
+        assert_eq!(decide(&rules, &other, central(&directive, &Extract::default()), NOW), Decision::Allow);
     }
 
     #[test]
@@ -187,5 +260,57 @@ mod tests {
         check(&foreign, &peer(dns(&["*.example.com"])), vec![], None);
         check(&foreign, &peer(dns(&["example.com"])), vec![], Some(RefusalReason::WrongPeer));
         check(&foreign, &peer(workload("shop/db")), vec![], Some(RefusalReason::WrongPeer));
+    }
+
+    #[test]
+    fn the_policy_and_the_settings_must_both_allow_a_connection() {
+        let text = "[[allow]]\nfrom = ['shop/web', 'dns:api.partner.example', 'shop/other']\nto = ['shop/orders']\n\
+                    listeners = [8443]\n[[allow]]\nfrom = ['shop/orders']\nto = ['shop/db']\n";
+        let policy = Policy::parse(text).unwrap();
+        let own = "spiffe://td/shop/orders".parse().unwrap();
+        let extract = Extract::of(&policy, 7, &own, &"td".parse().unwrap());
+        let at = |port| At { port, server_name: None };
+        let inbound = |port| Rules::Inbound {
+            allow: ["shop/web", "shop/nosy"].map(|path| format!("spiffe://td/{path}").parse().unwrap()).into(),
+            allow_dns: vec!["api.partner.example".into()],
+            at: at(port),
+        };
+        let outbound = |path: &str| Rules::OutboundTo(format!("spiffe://td/{path}").parse().unwrap());
+        let rows = [
+            (inbound(8443), workload("shop/web"), ""),
+            (inbound(8443), dns(&["api.partner.example"]), ""),
+            (
+                inbound(9443),
+                workload("shop/web"),
+                "policy 7 has no line that lets spiffe://td/shop/web in here; line 1 is about it",
+            ),
+            (
+                inbound(8443),
+                workload("shop/nosy"),
+                "policy 7 has no line that lets spiffe://td/shop/nosy in here; line 1 is about it",
+            ),
+            (inbound(8443), workload("shop/other"), "is not on the list of this listener"),
+            (outbound("shop/db"), workload("shop/db"), ""),
+            (
+                outbound("shop/web"),
+                workload("shop/web"),
+                "policy 7 has no line that lets this workload call spiffe://td/shop/web; line 5 is about it",
+            ),
+            (Rules::OutboundToDns("x.example".into()), dns(&["x.example"]), "call dns:x.example"),
+            (Rules::Anybody(Some(at(8443))), workload("shop/web"), "somebody without a proven name"),
+            (Rules::Anybody(None), workload("shop/db"), "somebody without a proven name"),
+        ];
+        for (rules, name, expected) in rows {
+            match decide(&rules, &peer(name), central(&directive(vec![]), &extract), NOW) {
+                Decision::Allow => assert_eq!(expected, "", "{rules:?}"),
+                Decision::Refuse(reason, why) => {
+                    assert!(!expected.is_empty() && why.contains(expected), "{rules:?}: {why}");
+                    assert_eq!(reason, RefusalReason::NotAllowed);
+                }
+            }
+        }
+        let unread = Central { directive: None, policy: Err("it cannot be read") };
+        let refused = decide(&inbound(8443), &peer(workload("shop/web")), unread, NOW);
+        assert_eq!(refused, Decision::Refuse(RefusalReason::Quarantined, "it cannot be read".into()));
     }
 }

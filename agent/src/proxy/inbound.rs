@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, RefusalReason};
+use sidewarden_proto::policy::connections::At;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::ALPN_STREAMS;
 use tokio::net::{TcpListener, TcpStream};
@@ -29,6 +30,7 @@ use super::pump::Early;
 use super::relay::{End, Mover, copying, relay};
 use super::secure::{Fault, Proof, Secure};
 use super::service::{self, Guest, Proven};
+use super::unproven::What;
 use super::{Room, Shared, accept_counted, over_limit, serve_in};
 use crate::config::{Inbound, ProxyProtocol};
 use crate::identity::Identity;
@@ -51,21 +53,24 @@ struct Way {
     config: Inbound,
     /// The listener, and the host name that was asked for, where there are several.
     name: String,
+    at: At,
     rules: Arc<Rules>,
     pacing: Pacing,
     insecure: Option<Arc<Insecure>>,
 }
 
 impl Way {
-    fn new(shared: &Shared, listener: &str, config: Inbound) -> Way {
-        let rules = Rules::Inbound { allow: config.allow.clone(), allow_dns: config.allow_dns.clone() };
+    fn new(shared: &Shared, address: SocketAddr, config: Inbound) -> Way {
+        let at = At { port: address.port(), server_name: config.server_name.clone() };
+        let (allow, allow_dns) = (config.allow.clone(), config.allow_dns.clone());
+        let (rules, listener) = (Rules::Inbound { allow, allow_dns, at: at.clone() }, address.to_string());
         let name = match &config.server_name {
             Some(host) => format!("{listener} ({host})"),
-            None => listener.to_owned(),
+            None => listener,
         };
         let pacing = Pacing::new(config.rates.all, config.rates.each);
         let insecure = shared.insecure_at(Direction::Inbound, &config.place());
-        Way { config, name, rules: Arc::new(rules), pacing, insecure }
+        Way { config, name, at, rules: Arc::new(rules), pacing, insecure }
     }
 }
 
@@ -164,7 +169,7 @@ impl Listener {
     /// Of the blocks that share the listener at `address`.
     pub fn new(shared: Arc<Shared>, address: SocketAddr, blocks: Vec<Inbound>) -> Listener {
         let name = address.to_string();
-        let blocks = blocks.into_iter().map(|block| (block.clone(), Way::new(&shared, &name, block))).collect();
+        let blocks = blocks.into_iter().map(|block| (block.clone(), Way::new(&shared, address, block))).collect();
         Listener { entrance: Entrance::new(&name, blocks, &shared.cut), shared, name }
     }
 
@@ -265,19 +270,19 @@ impl Listener {
         tcp: Replayed<TcpStream>,
         plaintext: Plaintext,
     ) -> Result<(), Refused> {
-        let (unjudged, over) = (self.shared.unjudged(), leniency.over());
-        self.shared.held().map_err(Refused::new)?;
+        let (live, over) = (self.shared.enter_unproven(What::Plaintext(way.at.clone())), leniency.over());
+        self.shared.may(&live).map_err(Refused::new)?;
         let destination = tcp.inner().local_addr().unwrap_or(plaintext.source);
         let guest = Guest { source: plaintext.source, destination, proven: None };
         let workload = self.dial(way, &guest).await?;
         self.shared.ledger.plaintext(plaintext);
-        let bounds = self.shared.plaintext_bounds(leniency, unjudged.clone(), way.pacing.begin());
+        let bounds = self.shared.plaintext_bounds(leniency, live.cancel().clone(), way.pacing.begin());
         let mut mover = copying(workload, tcp);
         let outcome = tokio::select! {
             outcome = relay(&mut mover, bounds, || {}) => outcome,
-            never = ends_with(over, unjudged) => match never {},
+            never = ends_with(over, live.cancel().clone()) => match never {},
         };
-        self.shared.settle_plaintext(leniency, &outcome);
+        self.shared.settle_plaintext(leniency, &live, &outcome);
         Ok(())
     }
 

@@ -34,6 +34,7 @@ mod service;
 pub mod targets;
 #[cfg(test)]
 mod tests;
+mod unproven;
 pub mod waiting;
 
 use std::io;
@@ -45,6 +46,8 @@ use std::time::Duration;
 
 use sidewarden_proto::event::{Direction, Event, RefusalReason};
 use sidewarden_proto::identity::Peer;
+use sidewarden_proto::policy::Extract;
+use sidewarden_proto::policy::party::Who;
 use sidewarden_proto::time::Timestamp;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -57,7 +60,8 @@ use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
-use crate::policy::{self, Decision};
+use crate::policy::egress::Target;
+use crate::policy::{self, Central, Decision};
 use crate::respond::Holding;
 use accounting::{Books, Pair, Plaintext, Refusal, Secured, Traffic};
 use connections::{Live, Registry};
@@ -66,6 +70,7 @@ use limits::{Over, Pace, Source, SourceLimits, Sources};
 use own::Own;
 use permissive::Leniency;
 use relay::{Bounds, End, Outcome};
+use unproven::{Unproven, What};
 use waiting::{STALLED, Waiting};
 
 /// How often the books are looked through, and live connections are judged anew though nothing was announced.
@@ -98,8 +103,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Whether this workload is quarantined.
     pub holding: Holding,
-    /// Ends what is live and has no peer that could be judged: egress, and plaintext that was let in.
-    unjudged: Mutex<CancellationToken>,
+    /// What is live and has no peer that could be judged: egress, and plaintext that was let in.
+    unproven: Arc<Unproven>,
     /// Randomness.
     pub random: Random,
     /// The start of the agent was told: what its listeners have to tell comes after it.
@@ -146,7 +151,7 @@ impl Shared {
             waiting: Arc::default(),
             metrics,
             holding: watch::Sender::default().subscribe(),
-            unjudged: Mutex::new(cut.child_token()),
+            unproven: Arc::default(),
             random,
             begun: CancellationToken::new(),
             insecure: config
@@ -447,9 +452,49 @@ impl Shared {
         }
     }
 
-    /// The end of what has no peer that could be judged; asked for before [`Shared::held`], so that none slips through.
-    fn unjudged(&self) -> CancellationToken {
-        self.unjudged.lock().unwrap_or_else(PoisonError::into_inner).child_token()
+    /// A place for what has no peer that could be judged; taken before [`Shared::may`] is asked, so that none slips through.
+    fn enter_unproven(&self, what: What) -> unproven::Entered {
+        self.unproven.enter(what, &self.cut)
+    }
+
+    /// Whether something without a peer may be, by quarantine and the collector's policy; our own settings are asked where
+    /// it begins, and do not change.
+    fn may(&self, live: &unproven::Live) -> Result<(), (RefusalReason, String)> {
+        self.held()?;
+        match &live.what {
+            What::Plaintext(at) => {
+                let lets_in = |policy: &Extract| policy.lets_in(Who::Unproven, at);
+                self.by_policy(|policy| lets_in(policy).map_err(|why| (RefusalReason::NotAllowed, why)))
+            }
+            What::Egress { target, unresolved } => self.may_go(target, live.dialled(), *unresolved),
+        }
+    }
+
+    /// Whether the collector's policy lets our workload go to `target`; see [`policy::may_go`].
+    fn may_go(
+        &self,
+        target: &Target,
+        dialled: Option<SocketAddr>,
+        unresolved: bool,
+    ) -> Result<(), (RefusalReason, String)> {
+        self.by_policy(|policy| policy::may_go(policy, target, dialled, unresolved))
+    }
+
+    /// Whether a name could be allowed by the collector's policy where an address alone is not.
+    fn policy_asks_for_names(&self, port: u16) -> bool {
+        let identity = self.identity.borrow().clone();
+        let policy = identity.as_ref().and_then(|identity| identity.policy.as_ref().ok());
+        policy.and_then(Extract::egress).is_some_and(|outward| outward.list.asks_for_names(port))
+    }
+
+    fn by_policy(
+        &self,
+        judge: impl FnOnce(&Extract) -> Result<(), (RefusalReason, String)>,
+    ) -> Result<(), (RefusalReason, String)> {
+        let identity = self.identity.borrow().clone();
+        // Without identity there is no directive either.
+        let Some(identity) = identity else { return Ok(()) };
+        judge(identity.policy.as_ref().map_err(|fault| (RefusalReason::Quarantined, fault.clone()))?)
     }
 
     /// The identity, if it can be used now.
@@ -463,12 +508,8 @@ impl Shared {
 
     /// Judges every live connection by what is true now.
     fn review(&self) {
-        if self.held().is_err() {
-            let mut unjudged = self.unjudged.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *unjudged, self.cut.child_token()).cancel();
-        }
+        self.unproven.review(|live| self.may(live).map_err(|(reason, _)| reason));
         let identity = self.identity.borrow().clone();
-        let directive = identity.as_ref().and_then(|identity| identity.directive.clone());
         let now = Timestamp::now();
         // A chain is judged again only when whom we trust may have changed: that costs as much as a handshake.
         let trust_changed = identity.as_ref().filter(|identity| {
@@ -478,7 +519,8 @@ impl Shared {
         });
         let held = self.held();
         self.registry.review(|live| {
-            match (&held, policy::decide(&live.rules, &live.peer, directive.as_deref(), now)) {
+            let central = identity.as_ref().map_or(Central::silent(), |identity| identity.central());
+            match (&held, policy::decide(&live.rules, &live.peer, central, now)) {
                 (Err((reason, detail)), _) => Decision::Refuse(*reason, detail.clone()),
                 (Ok(()), Decision::Allow) => {
                     trust_changed.map_or(Decision::Allow, |identity| identity.judge_again(live, now))
@@ -496,7 +538,7 @@ impl Shared {
         }
         let newest = self.identity.borrow().clone().unwrap_or_else(|| identity.clone());
         let now = Timestamp::now();
-        match policy::decide(&live.rules, &live.peer, newest.directive.as_deref(), now) {
+        match policy::decide(&live.rules, &live.peer, newest.central(), now) {
             Decision::Allow if !Arc::ptr_eq(&newest, identity) => newest.judge_again(live, now),
             decision => decision,
         }
@@ -538,10 +580,10 @@ impl Shared {
     }
 
     /// Books the end of a relay without TLS.
-    fn settle_plaintext(&self, leniency: &Leniency, outcome: &Outcome) {
+    fn settle_plaintext(&self, leniency: &Leniency, live: &unproven::Live, outcome: &Outcome) {
         let reason = match outcome.end {
             End::Cancelled if self.cut.is_cancelled() => Some("agent_stopping"),
-            End::Cancelled if leniency.is_on(Timestamp::now()) => Some(RefusalReason::Quarantined.word()),
+            End::Cancelled if live.ended_for().is_some() => live.ended_for().map(RefusalReason::word),
             End::Cancelled => Some("permissive_over"),
             End::Deadline if !leniency.is_on(Timestamp::now()) => Some("permissive_over"),
             End::Deadline => Some("maximum_age"),

@@ -197,7 +197,11 @@ impl Secure {
 
     /// What the peer is judged by.
     pub fn rules(&self, rules: &Arc<Rules>) -> Arc<Rules> {
-        if self.insecure { Arc::new(Rules::Anybody) } else { rules.clone() }
+        match &**rules {
+            _ if !self.insecure => rules.clone(),
+            Rules::Inbound { at, .. } => Arc::new(Rules::Anybody(Some(at.clone()))),
+            _ => Arc::new(Rules::Anybody(None)),
+        }
     }
 
     /// Its chain, where that may have to be judged again.

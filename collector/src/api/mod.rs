@@ -122,6 +122,9 @@ fn handler(operation: Operation) -> MethodRouter<Arc<Api>> {
         Operation::Release => post(policies::release),
         Operation::Policy => get(policies::policy),
         Operation::ApplyPolicy => post(policies::apply),
+        Operation::PolicyHistory => get(policies::history),
+        Operation::RollBackPolicy => post(policies::roll_back),
+        Operation::ComparePolicy => post(policies::compare),
         Operation::OpenApi => get(|| async { Json(routes::openapi()) }),
     }
 }
@@ -192,6 +195,7 @@ async fn status(State(api): State<Arc<Api>>) -> Json<Value> {
         "store_up": stats.store_up.get() == 1,
         "events": state.totals.events.values().flatten().sum::<u64>(),
         "certificate": {"not_after_us": not_after},
+        "policy": policies::in_force(core),
     }))
 }
 

@@ -37,6 +37,12 @@ pub enum Operation {
     Policy,
     /// Puts one in force.
     ApplyPolicy,
+    /// The ones before.
+    PolicyHistory,
+    /// Puts one of them in force again.
+    RollBackPolicy,
+    /// What another one would change.
+    ComparePolicy,
     /// This table.
     OpenApi,
 }
@@ -206,9 +212,9 @@ pub const ROUTES: &[Route] = &[
     Route {
         operation: Operation::Policy,
         path: "/api/v1/policy",
-        summary: "The policy in force, and which agents run it.",
+        summary: "The policy in force, or an earlier one, and which agents run the newest directive.",
         access: Access::Token,
-        parameters: &[],
+        parameters: &[("version", "an earlier version rather than the one in force")],
         takes: None,
     },
     Route {
@@ -218,6 +224,30 @@ pub const ROUTES: &[Route] = &[
         access: Access::Token,
         parameters: &[],
         takes: Some("{text, why, by, confirmed}; text: the document, TOML"),
+    },
+    Route {
+        operation: Operation::PolicyHistory,
+        path: "/api/v1/policy/history",
+        summary: "Every policy so far: when, by whom, and why.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::RollBackPolicy,
+        path: "/api/v1/policy/rollback",
+        summary: "Puts an earlier policy in force again, as a new version.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{version, why, by, confirmed}; version: the one before the one in force, if left out"),
+    },
+    Route {
+        operation: Operation::ComparePolicy,
+        path: "/api/v1/policy/compare",
+        summary: "What a policy would change: by its lines, and for whoever was seen talking to whom. Changes nothing.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{text}"),
     },
     Route {
         operation: Operation::OpenApi,

@@ -10,6 +10,7 @@ use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::Credential;
 use tokio::sync::watch;
 
+use super::policies::History;
 use crate::ca::{CaError, write_secret};
 
 /// A directive, as it is and as it travels.
@@ -78,6 +79,11 @@ impl Directives {
         let signed = Signed::sign(&directive, own)?;
         let in_force = watch::Sender::new(Arc::new(InForce { directive, signed }));
         Ok(Directives { path: path.to_owned(), change: Mutex::new(()), in_force })
+    }
+
+    /// The policies so far.
+    pub fn policies(&self) -> History {
+        History::new(&self.path.with_file_name("policies"))
     }
 
     /// What is in force, and every change of it.

@@ -5,6 +5,7 @@
 
 mod directive;
 mod gatekeeper;
+pub mod impact;
 mod policies;
 mod quarantine;
 mod reach;
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use directive::{Directives, DirectivesError, InForce};
 pub use gatekeeper::keep;
-pub use policies::apply;
+pub use policies::{Application, History, Kept, apply, earlier};
 pub use quarantine::{agent_of, release};
 pub use reach::Reach;
 pub use revocations::{Asked, Done, RevokeError, hand_out, reason, refresh, revoke, undo};
@@ -43,6 +44,19 @@ pub struct Live {
     /// Ends it in favour of another.
     replaced: CancellationToken,
     number: u64,
+}
+
+/// How an agent comes in, and what it says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coming {
+    /// From where.
+    pub source: String,
+    /// `quic` or `tcp`.
+    pub transport: &'static str,
+    /// See [`Live::directive`].
+    pub directive: u64,
+    /// See [`Live::understands`].
+    pub understands: u32,
 }
 
 /// Another key of the same instance is connected.
@@ -89,14 +103,14 @@ impl Fleet {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a session in. One that came back with the same key, or with the key that follows it, takes over.
+    /// Lets a session in: whoever looks at it afterwards sees what it has said. One that came back with the same key, or with
+    /// the key that follows it, takes over.
     pub fn enter(
         self: &Arc<Fleet>,
         agent: &Arc<AgentId>,
         spki: Sha256,
         follows: bool,
-        source: String,
-        transport: &'static str,
+        coming: Coming,
         now: Timestamp,
     ) -> Result<Place, SecondKey> {
         let mut live = self.lock();
@@ -107,8 +121,9 @@ impl Fleet {
             other.replaced.cancel();
         }
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let (replaced, directive) = (CancellationToken::new(), Arc::new(AtomicU64::new(0)));
-        let understands = Arc::new(AtomicU32::new(0));
+        let Coming { source, transport, directive, understands } = coming;
+        let (directive, understands) = (Arc::new(AtomicU64::new(directive)), Arc::new(AtomicU32::new(understands)));
+        let replaced = CancellationToken::new();
         let place = Place {
             fleet: self.clone(),
             agent: agent.clone(),
@@ -151,7 +166,8 @@ mod tests {
 
     fn enter(fleet: &Arc<Fleet>, key: Sha256, follows: bool) -> Result<Place, SecondKey> {
         let agent = Arc::new("spiffe://x/shop/web#c1".parse::<AgentId>().unwrap());
-        fleet.enter(&agent, key, follows, "10.0.0.1:5".into(), "quic", Timestamp(1))
+        let coming = Coming { source: "10.0.0.1:5".into(), transport: "quic", ..Coming::default() };
+        fleet.enter(&agent, key, follows, coming, Timestamp(1))
     }
 
     #[test]

@@ -47,7 +47,7 @@ mod tests {
     use sidewarden_proto::time::Timestamp;
 
     use super::*;
-    use crate::fleet::Fleet;
+    use crate::fleet::{Coming, Fleet};
 
     #[test]
     fn who_lags_and_who_is_too_old_is_named() {
@@ -55,10 +55,8 @@ mod tests {
         let places: Vec<_> = [("c1", 3, 2), ("c2", 2, 2), ("c3", 3, 0)]
             .map(|(instance, version, understands)| {
                 let agent = Arc::new(format!("spiffe://x/shop/web#{instance}").parse().unwrap());
-                let place = fleet.enter(&agent, Sha256([1; 32]), false, String::new(), "quic", Timestamp(1)).unwrap();
-                place.directive.store(version, Ordering::Relaxed);
-                place.understands.store(understands, Ordering::Relaxed);
-                place
+                let coming = Coming { directive: version, understands, ..Coming::default() };
+                fleet.enter(&agent, Sha256([1; 32]), false, coming, Timestamp(1)).unwrap()
             })
             .into();
         let reach = Reach::of(3, 2, &fleet.all());

@@ -22,7 +22,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::Shared;
 use crate::ca::KeyState;
 use crate::commit::{Fault, Progress};
-use crate::fleet::{self, InForce, Place};
+use crate::fleet::{self, Coming, InForce, Place};
 use crate::state::is_collector_path;
 
 /// Read at once; small, because ten thousand sessions each hold one.
@@ -232,7 +232,9 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
     }
     let follows = check_key(shared, &agent, &peer).await?;
     let now = (shared.clock)();
-    let place = shared.fleet.enter(&agent, peer.spki, follows, come.source.to_string(), come.transport, now);
+    let (source, transport) = (come.source.to_string(), come.transport);
+    let coming = Coming { source, transport, directive: hello.directive, understands: hello.understands };
+    let place = shared.fleet.enter(&agent, peer.spki, follows, coming, now);
     let place = place.map_err(|second| NotAdmitted {
         critical: true,
         ..not_admitted("second_instance", second.to_string(), true)
@@ -354,8 +356,6 @@ impl<'a> Session<'a> {
         let Admitted { agent, peer, place, cursor } = admitted;
         let (receiver, welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
         let life = peer.not_after.since((shared.clock)()).min(Duration::from_secs(365 * 24 * 3600));
-        place.directive.store(hello.directive, Ordering::Relaxed);
-        place.understands.store(hello.understands, Ordering::Relaxed);
         Session {
             shared,
             agent,

@@ -186,8 +186,18 @@ async function overview(signal) {
     tile(sum("unknown"), "checks unknown", "doubt"),
     tile(state.agents.live, state.agents.live === 1 ? "agent live" : "agents live"),
     tile(state.events.toLocaleString("en"), "events taken"));
-  show(tiles, firing.length ? firingBlock(firing) : "", el("h2", { role: "heading", "aria-level": "1" }, "Workloads"),
+  show(tiles, inForce(state.policy), firing.length ? firingBlock(firing) : "", el("h2", { role: "heading", "aria-level": "1" }, "Workloads"),
     list.workloads.length ? table(["Workload", "State", "Posture", "Alerts", "Instances", "Mode", "Sees", "Last heard"], list.workloads.map(workloadRow)) : noAgents(state));
+}
+
+/** Which policy is in force, and who does not run it yet, or cannot do all of it. */
+function inForce(policy) {
+  const reach = policy.reach;
+  const names = (list) => list.slice(0, 5).map(short).join(", ") + (list.length > 5 ? ` and ${list.length - 5} more` : "");
+  const what = policy.version ? `Policy ${policy.version}` : "No policy";
+  return el("p", { class: "soft" }, `${what}, directive ${reach.version}: run by ${reach.running} of ${plural(reach.connected, "connected agent")}.`,
+    reach.behind.length ? [" ", tag("unknown", "lags"), ` ${names(reach.behind)}`] : "",
+    reach.too_old.length ? [" ", tag("fail", "too old"), ` ${names(reach.too_old)}`] : "");
 }
 
 /** Alerts of one rule, severity and workload are one line here; the view of alerts has each. */

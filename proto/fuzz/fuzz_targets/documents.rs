@@ -6,6 +6,7 @@ use sidewarden_proto::config::{Bytes, HostPort};
 use sidewarden_proto::directive::Signed;
 use sidewarden_proto::enrol::{Answer, Request, Token, from_payload};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
+use sidewarden_proto::policy::{Policy, difference};
 use sidewarden_proto::tls::Trust;
 use sidewarden_proto::{config, time::Timestamp};
 
@@ -18,6 +19,9 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(id.trust_domain().workload(id.path()).as_ref(), Ok(&id));
     }
     let _ = (text.parse::<AgentId>(), text.parse::<Token>(), text.parse::<HostPort>());
+    if let Ok(policy) = Policy::parse(text) {
+        assert!(difference::between(&policy, &policy).is_empty());
+    }
     let _ = config::load(text, &|_| None, |r| {
         let size = r.value("size", Bytes(1));
         let wait = r.value("wait", std::time::Duration::ZERO);

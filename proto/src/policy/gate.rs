@@ -19,6 +19,8 @@ const MAX_CHECKS: usize = 512;
 /// One gate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gate {
+    /// Where it stands.
+    pub line: usize,
     /// What it is called, in events and lists.
     pub name: String,
     /// Who has to pass it.
@@ -138,6 +140,7 @@ fn is_slug(text: &str) -> bool {
 
 /// Reads one.
 pub(super) fn read(reader: &mut Reader<'_>) -> Option<Gate> {
+    let line = reader.line();
     let name: Option<String> = reader.required("name");
     if name.as_ref().is_some_and(|name| !is_slug(name)) {
         reader.fault("name", "must be 1 to 63 of a-z, 0-9 and -");
@@ -162,7 +165,7 @@ pub(super) fn read(reader: &mut Reader<'_>) -> Option<Gate> {
     if max_per_workload == 0 {
         reader.fault("max_per_workload", "must be at least 1; leave `enforce` out to be told only");
     }
-    Some(Gate { name: name?, workloads, checks, events, hold, enforce, max_per_workload, leave, unreachable })
+    Some(Gate { line, name: name?, workloads, checks, events, hold, enforce, max_per_workload, leave, unreachable })
 }
 
 /// What is known of one instance, as far as gates ask.

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::accounting::{Pair, Refusal, Secured, Traffic};
 use super::handshake::{Opening, Replayed, classify, part_soon, shown};
 use super::relay::{Bounds, End, Mover, Outcome, Side, copying, relay};
+use super::unproven::{Entered, What};
 use super::{Room, Shared, accept_each};
 use crate::config;
 use crate::dial::{DialError, connect_first};
@@ -113,8 +114,6 @@ struct There {
     address: String,
     /// The head to send in place of the client's, if not the usual one.
     head: Option<Vec<u8>>,
-    /// Ends it when the workload is quarantined, or the agent ends.
-    ended: CancellationToken,
     _known: Known,
 }
 
@@ -232,15 +231,15 @@ impl Door {
         let mut tongue = Tongue::None;
         let reached = match self.listen_to(&mut tcp, source, &mut tongue).await {
             Ok(wanted) => {
-                let there = self.gate.reach(&wanted).await;
-                there.map_err(|refused| refused.to(&wanted.target)).map(|there| (wanted, there))
+                let reached = self.gate.reach(&wanted).await;
+                reached.map_err(|refused| refused.to(&wanted.target)).map(|(there, live)| (wanted, there, live))
             }
             Err(refused) => Err(refused),
         };
         let Room { _connection, handshake } = room;
         drop(handshake);
         match reached {
-            Ok((wanted, there)) => self.relay(tcp, source, tongue, wanted, there).await,
+            Ok((wanted, there, live)) => self.relay(tcp, source, tongue, (wanted, there), live).await,
             Err(refused) => {
                 self.book(&refused, source);
                 tongue.refuse(tcp, &refused).await;
@@ -275,9 +274,16 @@ impl Door {
         timeout(within, asked_by(tcp, tongue)).await.unwrap_or_else(|_| Err(late()))
     }
 
-    async fn relay(&self, mut tcp: TcpStream, source: SocketAddr, tongue: Tongue, wanted: Wanted, there: There) {
+    async fn relay(
+        &self,
+        mut tcp: TcpStream,
+        source: SocketAddr,
+        tongue: Tongue,
+        (wanted, there): (Wanted, There),
+        live: Entered,
+    ) {
         let Wanted { target, request, rest } = wanted;
-        let There { stream, address, head, ended, _known } = there;
+        let There { stream, address, head, _known } = there;
         let shared = &self.gate.shared;
         let pair = Pair { direction: Direction::Egress, peer: target.to_string(), listener: self.name.clone() };
         let how = Secured { address, ..Secured::default() };
@@ -289,7 +295,11 @@ impl Door {
         // So few bytes always fit into a fresh socket: nothing is waited for.
         if let Err(error) = tcp.write_all(yes).await {
             shared.ledger.opened(&pair, how);
-            return self.gate.settle(&pair, &Outcome { bytes_in: 0, bytes_out: 0, end: End::WorkloadCut(error) });
+            return self.gate.settle(
+                &pair,
+                &live,
+                &Outcome { bytes_in: 0, bytes_out: 0, end: End::WorkloadCut(error) },
+            );
         }
         // Whether another proxy wants the request is known with the first byte of its answer; everybody else has said so.
         let (refused, told) = (Arc::new(OnceLock::new()), AtomicBool::new(false));
@@ -302,13 +312,13 @@ impl Door {
             tell();
         }
         let mut mover = mover(Replayed::new(rest, tcp), stream, request, head, refused.clone());
-        let outcome = relay(&mut *mover, self.gate.bounds(ended), tell).await;
+        let outcome = relay(&mut *mover, self.gate.bounds(live.cancel().clone()), tell).await;
         if !told.load(Relaxed) && refused.get().is_some() {
             let words = "the upstream proxy wants other credentials";
             return self.book(&Refused::new(RefusalReason::UpstreamRefused, words).to(&target), source);
         }
         tell();
-        self.gate.settle(&pair, &outcome);
+        self.gate.settle(&pair, &live, &outcome);
     }
 }
 
@@ -328,6 +338,27 @@ fn mover(
     }
 }
 
+impl Shared {
+    /// Of `addresses`, those that the collector's policy lets our workload go to, for `target`.
+    fn allowed_centrally(&self, target: &Target, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, Refused> {
+        let mut last = None;
+        addresses.retain(|address| match self.may_go(target, Some(*address), false) {
+            Ok(()) => true,
+            Err((reason, why)) => {
+                last = Some(Refused::new(reason, why));
+                false
+            }
+        });
+        if addresses.is_empty()
+            && let Some(refused) = last
+        {
+            Err(refused)
+        } else {
+            Ok(addresses)
+        }
+    }
+}
+
 impl Gate {
     fn bounds(&self, cancelled: CancellationToken) -> Bounds {
         let config::Timeouts { idle, half_closed, max_connection_age: age, .. } = self.shared.timeouts;
@@ -335,11 +366,11 @@ impl Gate {
         Bounds { cancelled, deadline, idle, half_closed, pace: None }
     }
 
-    fn settle(&self, pair: &Pair, outcome: &Outcome) {
+    fn settle(&self, pair: &Pair, live: &Entered, outcome: &Outcome) {
         let Outcome { bytes_in, bytes_out, end } = outcome;
         let ended_by_us = match end {
             End::Cancelled if self.shared.cut.is_cancelled() => Some("agent_stopping"),
-            End::Cancelled => Some(RefusalReason::Quarantined.word()),
+            End::Cancelled => live.ended_for().map(RefusalReason::word),
             End::Deadline => Some("maximum_age"),
             End::Idle => Some("idle"),
             _ => None,
@@ -355,16 +386,20 @@ impl Gate {
     }
 
     /// Goes where it is wanted, if it may, within the time to connect.
-    async fn reach(&self, wanted: &Wanted) -> Result<There, Refused> {
+    async fn reach(&self, wanted: &Wanted) -> Result<(There, Entered), Refused> {
         let within = self.shared.timeouts.connect;
         let late = || Refused::new(RefusalReason::Unreachable, format!("no answer within {within:?}"));
-        let ended = self.shared.unjudged();
-        self.shared.held().map_err(|(reason, detail)| Refused::new(reason, detail))?;
-        let there = timeout(within, self.go(wanted, within)).await.unwrap_or_else(|_| Err(late()))?;
-        Ok(There { ended, ..there })
+        let unresolved = self.upstream.as_ref().is_some_and(|upstream| upstream.resolves);
+        let live = self.shared.enter_unproven(What::Egress { target: wanted.target.clone(), unresolved });
+        let may = || self.shared.may(&live).map_err(|(reason, detail)| Refused::new(reason, detail));
+        may()?;
+        let there = timeout(within, self.go(wanted, within, &live)).await.unwrap_or_else(|_| Err(late()))?;
+        // What the collector says may have changed meanwhile, with no address to be judged by.
+        may()?;
+        Ok((there, live))
     }
 
-    async fn go(&self, wanted: &Wanted, within: Duration) -> Result<There, Refused> {
+    async fn go(&self, wanted: &Wanted, within: Duration, live: &Entered) -> Result<There, Refused> {
         let target = &wanted.target;
         match &self.upstream {
             Some(upstream) if upstream.resolves => {
@@ -374,26 +409,17 @@ impl Gate {
             Some(upstream) => {
                 let addresses = self.allowed(target).await?;
                 let (address, (stream, known)) = self.through_to_any(upstream, &addresses, within).await?;
-                Ok(There {
-                    stream,
-                    address: format!("{address} through {}", upstream.to),
-                    head: None,
-                    ended: CancellationToken::new(),
-                    _known: known,
-                })
+                live.set_dialled(address);
+                let address = format!("{address} through {}", upstream.to);
+                Ok(There { stream, address, head: None, _known: known })
             }
             None => {
                 let addresses = self.allowed(target).await?;
                 let dial = |address| async move { Ok((address, self.own.connect(address).await?)) };
                 let (address, (tcp, known)) = connect_first(&addresses, within, dial).await?;
-                let stream = Replayed::new(Vec::new(), tcp);
-                Ok(There {
-                    stream,
-                    address: address.to_string(),
-                    head: None,
-                    ended: CancellationToken::new(),
-                    _known: known,
-                })
+                live.set_dialled(address);
+                let (stream, address) = (Replayed::new(Vec::new(), tcp), address.to_string());
+                Ok(There { stream, address, head: None, _known: known })
             }
         }
     }
@@ -408,18 +434,12 @@ impl Gate {
         match &wanted.request {
             None => {
                 let (stream, known) = self.through(upstream, &wanted.target, within).await?;
-                Ok(There { stream, address, head: None, ended: CancellationToken::new(), _known: known })
+                Ok(There { stream, address, head: None, _known: known })
             }
             Some(request) => {
                 let (tcp, known) = self.dial_upstream(upstream, within).await?;
                 let head = request.forwarded_to_proxy(upstream.credentials()?.as_ref());
-                Ok(There {
-                    stream: Replayed::new(Vec::new(), tcp),
-                    address,
-                    head: Some(head),
-                    ended: CancellationToken::new(),
-                    _known: known,
-                })
+                Ok(There { stream: Replayed::new(Vec::new(), tcp), address, head: Some(head), _known: known })
             }
         }
     }
@@ -430,7 +450,7 @@ impl Gate {
             (Way::Dial(address), _) => Ok(vec![address]),
             (Way::Resolve, Host::Name(name)) => {
                 let found = self.shared.resolver.addresses_of(name).await?;
-                Ok(self.policy.choose(target, &found)?)
+                self.shared.allowed_centrally(target, self.policy.choose(target, &found)?)
             }
             (Way::Resolve, Host::Address(ip)) => Ok(self.policy.choose(target, &[*ip])?),
         }
@@ -482,11 +502,12 @@ impl Gate {
             return Err(looped(format!("the agent's own connection to {there} was redirected to the agent")));
         }
         let target = Target { host: Host::Address(there.ip()), port: there.port() };
-        let refused = match self.policy.consider(&target) {
-            Ok(_) => return Ok(Wanted::tunnel(target, Vec::new())),
-            Err(refused) => Refused::from(refused).to(&target),
+        let by_policy = || self.shared.may_go(&target, None, false).map_err(|(reason, why)| Refused::new(reason, why));
+        let refused = match self.policy.consider(&target).map_err(Refused::from).and_then(|_| by_policy()) {
+            Ok(()) => return Ok(Wanted::tunnel(target, Vec::new())),
+            Err(refused) => refused.to(&target),
         };
-        if !self.policy.asks_for_names(there.port()) {
+        if !self.policy.asks_for_names(there.port()) && !self.shared.policy_asks_for_names(there.port()) {
             return Err(refused);
         }
         let nameless = |why: &str| Refused { detail: format!("{}, and {why}", refused.detail), ..refused };
