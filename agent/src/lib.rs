@@ -10,6 +10,7 @@ pub mod config;
 pub mod dial;
 pub mod facts;
 pub mod identity;
+pub mod image;
 pub mod init;
 pub mod intercept;
 pub mod metrics;

@@ -1,5 +1,7 @@
 //! `sidewarden-agent`: reads arguments and settings, runs, and turns the result into an exit code.
 
+mod commands;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,23 +9,20 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use sidewarden_agent::app::{self, App, Setup};
-use sidewarden_agent::cis::{Case, Declared, History};
+use sidewarden_agent::cis::Declared;
 use sidewarden_agent::config::{Admin, Config, Permissive, TrustAll};
-use sidewarden_agent::facts::{self, ListenerSight, Machine, Subject};
 use sidewarden_agent::intercept::{self, InterceptError};
-use sidewarden_agent::node::{self, NodeConfig};
-use sidewarden_agent::report::{self, Format, Target};
+use sidewarden_agent::report::Format;
 use sidewarden_agent::{admin, backoff, cis, init};
 use sidewarden_proto::config::Env;
-use sidewarden_proto::event::{ContainerRef, Mode, Severity};
-use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::event::{Mode, Severity};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Could not start, or `health` says no.
 const FAILED: u8 = 1;
 /// Wrong arguments or settings.
 const USAGE: u8 = 2;
-/// `check` found a broken rule.
+/// `check`, `image` or `dockerfile` found a broken rule.
 const BROKEN: u8 = 3;
 /// In exec mode: the agent itself could not start. 126, 127 and everything else are the command's.
 const EXEC_FAILED: u8 = 125;
@@ -41,7 +40,7 @@ const RULES_WITHIN: Duration = Duration::from_secs(30);
 #[command(
     version,
     after_help = "Exit codes: 0 ended in order; 1 it failed (the reason is the last line); 2 wrong arguments or settings;\n\
-    3 `check` found a broken rule.\n\
+    3 `check`, `image` or `dockerfile` found a broken rule.\n\
     With `exec`: the command's own code, 128 and the signal's number if one ended it, 126 if it cannot be executed, 127 if it\n\
     was not found, 125 if the agent could not start.\n\
     Every setting outside the lists also comes from the environment: admin.listen is SIDEWARDEN_ADMIN_LISTEN."
@@ -104,13 +103,40 @@ enum Command {
         /// Only these containers, by name or id; may be given several times
         #[arg(long, value_name = "NAME")]
         container: Vec<String>,
-        /// How the report looks
-        #[arg(long, value_enum, default_value_t = Format::Table)]
-        format: Format,
-        /// The mildest severity of a broken rule that makes the exit code 3: info, notice, warning, critical
-        #[arg(long, value_name = "SEVERITY", default_value = "warning")]
-        fail_on: Severity,
+        /// Judge the workload that this stands beside instead, as a sidecar sees it; needs no engine
+        #[arg(long, conflicts_with = "container")]
+        beside: bool,
+        #[command(flatten)]
+        shown: Shown,
     },
+    /// Judge an image before it is shipped (section 4), with the container engine's socket; nothing of it is run
+    Image {
+        /// Its name or id; or, with --archive, what it is to be called
+        image: String,
+        /// Judge what `docker save` wrote, instead of asking an engine; - for the standard input
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+        #[command(flatten)]
+        shown: Shown,
+    },
+    /// Judge the image that a Dockerfile will make (section 4); what only the built image can tell is `unknown`
+    Dockerfile {
+        /// The file; - for the standard input
+        file: PathBuf,
+        #[command(flatten)]
+        shown: Shown,
+    },
+}
+
+/// How a report looks, and what makes it a failure.
+#[derive(Clone, Copy, clap::Args)]
+struct Shown {
+    /// How the report looks
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+    /// The mildest severity of a broken rule that makes the exit code 3: info, notice, warning, critical
+    #[arg(long, value_name = "SEVERITY", default_value = "warning")]
+    fail_on: Severity,
 }
 
 #[derive(Clone, Copy, Subcommand)]
@@ -151,9 +177,9 @@ fn main() -> ExitCode {
     if matches!(arguments.command, Command::Health) {
         return health(arguments.config.or_else(usual_config).as_deref(), &env);
     }
-    if let Command::Check { container, format, fail_on } = &arguments.command {
+    if let Command::Check { .. } | Command::Image { .. } | Command::Dockerfile { .. } = &arguments.command {
         return match Config::load_for_checks(arguments.config.as_deref(), &env) {
-            Ok(config) => on_runtime(FAILED, check_once(config, container, *format, *fail_on)),
+            Ok(config) => commands::judge(&arguments.command, config),
             Err(error) => fail(USAGE, &error.to_string()),
         };
     }
@@ -186,20 +212,21 @@ fn run(command: Command, config: Config, path: Option<&Path>) -> ExitCode {
         Command::Exec { command } => on_runtime(EXEC_FAILED, exec(config, command)),
         Command::CheckConfig => check_config(&config, path),
         Command::Intercept { action } => intercept(action, &config),
-        Command::Health | Command::Checks | Command::Vantage | Command::Explain { .. } | Command::Check { .. } => {
-            ExitCode::SUCCESS
-        }
+        // Done by now: none of these needs all settings.
+        Command::Health
+        | Command::Checks
+        | Command::Vantage
+        | Command::Explain { .. }
+        | Command::Check { .. }
+        | Command::Image { .. }
+        | Command::Dockerfile { .. } => ExitCode::SUCCESS,
     }
 }
 
 /// As a sidecar that has just come.
 fn look_around() -> String {
-    let subject = Subject { mode: Mode::Sidecar, cgroup: None };
-    let facts = facts::observe(Path::new("/"), &subject, &mut ListenerSight::new(Machine::new("/")));
-    let (declared, history) = (Declared::default(), History::default());
-    let findings =
-        cis::judge_all(&Case { facts: &facts, declared: &declared, history: &history, now: Timestamp::now() });
-    cis::sight(facts.vantage, &findings)
+    let (vantage, findings) = commands::beside(&Declared::default());
+    cis::sight(vantage, &findings)
 }
 
 fn explain(check: &str) -> ExitCode {
@@ -210,27 +237,6 @@ fn explain(check: &str) -> ExitCode {
         }
         Err(error) => fail(USAGE, &error),
     }
-}
-
-async fn check_once(
-    config: Config,
-    only: &[String],
-    format: Format,
-    fail_on: Severity,
-) -> Result<ExitCode, (u8, String)> {
-    let survey = node::survey(&NodeConfig::new(&config, "/".into())).await;
-    let survey = survey.map_err(|e| (FAILED, format!("{e}: is the engine up, and is `node.socket` its socket?")))?;
-    let wanted = |c: &ContainerRef, name: &String| c.name == *name || (name.len() >= 12 && c.id.starts_with(name));
-    if let Some(name) = only.iter().find(|name| !survey.containers.iter().any(|(c, _)| wanted(c, name))) {
-        return Err((FAILED, format!("there is no running container `{name}`")));
-    }
-    let host = Target { name: "host".into(), image: String::new(), findings: survey.host };
-    let containers =
-        survey.containers.into_iter().filter(|(c, _)| only.is_empty() || only.iter().any(|n| wanted(c, n)));
-    let containers = containers.map(|(c, findings)| Target { name: c.name, image: c.image, findings });
-    let targets: Vec<Target> = only.is_empty().then_some(host).into_iter().chain(containers).collect();
-    print!("{}", report::render(&targets, format));
-    Ok(if report::broken(&targets, fail_on) == 0 { ExitCode::SUCCESS } else { ExitCode::from(BROKEN) })
 }
 
 /// One thread for all connections: measured faster than several that hand work to each other (research/performance.md).

@@ -10,10 +10,13 @@ use sidewarden_proto::finding::{Finding, Verdict};
 /// Something that was judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct Target {
-    /// `host`, or a container's name.
+    /// `host`, a container's name, an image's, or a file's.
     pub name: String,
-    /// Its image; empty for the host.
+    /// Its image; empty where there is none.
     pub image: String,
+    /// The file it was read from, where evidence has lines of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
     /// One finding for each check.
     pub findings: Vec<Finding>,
 }
@@ -99,7 +102,7 @@ fn sarif(targets: &[Target]) -> Value {
             "ruleId": f.check,
             "level": level(f.severity),
             "message": { "text": format!("{}: {} ({})", target.name, f.title, why(f)) },
-            "locations": [{ "logicalLocations": [{ "fullyQualifiedName": target.name, "kind": "resource" }] }],
+            "locations": [location(target, f)],
         })
     };
     let failing = |target: &Target| -> Vec<Value> {
@@ -117,6 +120,16 @@ fn sarif(targets: &[Target]) -> Value {
             "results": targets.iter().flat_map(failing).collect::<Vec<_>>(),
         }],
     })
+}
+
+/// A line of a file where there is one: code hosts show the result there.
+fn location(target: &Target, finding: &Finding) -> Value {
+    let Some(file) = &target.file else {
+        return json!({ "logicalLocations": [{ "fullyQualifiedName": target.name, "kind": "resource" }] });
+    };
+    let line = |source: &str| source.rsplit_once(':').and_then(|(_, line)| line.parse::<u64>().ok());
+    let line = finding.evidence.iter().find_map(|e| line(&e.source)).unwrap_or(1);
+    json!({ "physicalLocation": { "artifactLocation": { "uri": file }, "region": { "startLine": line } } })
 }
 
 fn junit(targets: &[Target]) -> String {
@@ -174,7 +187,7 @@ mod tests {
     fn targets() -> Vec<Target> {
         let mut sample = Sample::sound();
         sample.told().host_config.privileged = true;
-        vec![Target { name: "a<b>\"\u{1b}".into(), image: "x".into(), findings: sample.judge_all() }]
+        vec![Target { name: "a<b>\"\u{1b}".into(), image: "x".into(), file: None, findings: sample.judge_all() }]
     }
 
     #[test]
@@ -202,6 +215,20 @@ mod tests {
         let results = run["results"].as_array().unwrap();
         assert_eq!(results.len(), broken(&targets(), Severity::Info));
         assert!(results.iter().any(|r| r["ruleId"] == "privileged" && r["level"] == "error"));
+    }
+
+    #[test]
+    fn what_was_read_from_a_file_stands_on_its_line() {
+        let mut target = targets().remove(0);
+        target.file = Some("Dockerfile".into());
+        target.findings.retain(|finding| finding.check == "privileged");
+        target.findings[0].evidence[0].source = "Dockerfile:12".into();
+        let all: Value = serde_json::from_str(&render(&[target], Format::Sarif)).unwrap();
+        let place = &all["runs"][0]["results"][0]["locations"][0]["physicalLocation"];
+        assert_eq!(
+            (place["artifactLocation"]["uri"].as_str(), place["region"]["startLine"].as_u64()),
+            (Some("Dockerfile"), Some(12))
+        );
     }
 
     #[test]

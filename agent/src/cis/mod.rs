@@ -631,6 +631,11 @@ pub fn judge_container(case: &Case<'_>) -> Vec<Finding> {
     CHECKS.iter().filter(|check| check.is_of_a_container()).map(|check| check.finding(case)).collect()
 }
 
+/// The findings of section 4 about an image, in the order of the benchmark.
+pub fn judge_image(case: &Case<'_>) -> Vec<Finding> {
+    CHECKS.iter().filter(|check| check.v1_3_1.starts_with("4.")).map(|check| check.finding(case)).collect()
+}
+
 /// The findings about the host itself, in the order of the benchmark.
 pub fn judge_host(case: &Case<'_>) -> Vec<Finding> {
     CHECKS.iter().filter(|check| check.is_of_the_host()).map(|check| check.finding(case)).collect()

@@ -25,7 +25,7 @@ fn judge(case: &Case<'_>) -> Answer {
     both(case, told, seen)
 }
 
-fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
+fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
     let user = &told.inspect.config.user;
     let evidence = vec![api("Config.User", format!("`{user}`"))];
     if told.inspect.runs() {
@@ -37,9 +37,21 @@ fn told(told: &Told, _: &Host, _: &Case<'_>) -> Answer {
         name => match name.parse::<u32>() {
             Ok(0) => Ok(Judgement::fail(evidence)),
             Ok(_) => Ok(Judgement::pass(evidence)),
-            Err(_) => Err(Unseen::new("the container's start, which tells the number of this user").with(evidence)),
+            Err(_) => by_name(name, case, evidence),
         },
     }
+}
+
+/// Whom a name stands for is in the image's passwd; one that is not there cannot be started.
+fn by_name(name: &str, case: &Case<'_>, mut evidence: Vec<Evidence>) -> Answer {
+    let files = case.image().ok().and_then(|image| image.files.known()).filter(|files| !files.roots.is_empty());
+    let Some(files) = files else {
+        return Err(Unseen::new("the container's start, which tells the number of this user").with(evidence));
+    };
+    let is_root = files.roots.iter().any(|root| root == name);
+    let line = if is_root { "this name has the number 0" } else { "no name of the number 0" };
+    evidence.push(Evidence::new("passwd of the image", line));
+    Ok(if is_root { Judgement::fail(evidence) } else { Judgement::pass(evidence) })
 }
 
 fn seen(case: &Case<'_>) -> Answer {

@@ -16,13 +16,13 @@ use super::machine::Machine;
 use super::seen::{Hidden, Seen, Why};
 
 /// dpkg's list of a large desktop is about half of this.
-const MAX_FILE: u64 = 16 << 20;
+pub(crate) const MAX_FILE: u64 = 16 << 20;
 /// Files and directories that are looked at for setuid bits.
 const MAX_ENTRIES: usize = 150_000;
 /// Directories below directories.
 const MAX_DEPTH: usize = 48;
 /// Packages and files that are kept.
-const MAX_KEPT: usize = 10_000;
+pub(crate) const MAX_KEPT: usize = 10_000;
 
 /// Reads them through the process `pid` of this PID namespace.
 pub fn files(machine: &Machine, pid: i32) -> Seen<ImageFiles> {
@@ -36,15 +36,30 @@ pub fn files(machine: &Machine, pid: i32) -> Seen<ImageFiles> {
 
 fn read(root: &OwnedFd) -> ImageFiles {
     let release = ["etc/os-release", "usr/lib/os-release"].iter().find_map(|path| text(root, path));
-    let dpkg = text(root, "var/lib/dpkg/status").map(|t| names(&t, "Package: "));
-    let apk = || text(root, "lib/apk/db/installed").map(|t| names(&t, "P:"));
+    let (dpkg, apk) = (text(root, "var/lib/dpkg/status"), text(root, "lib/apk/db/installed"));
+    let passwd = text(root, "etc/passwd");
     let rpm = ["var/lib/rpm", "usr/lib/sysimage/rpm", "usr/share/rpm"].iter().any(|path| within(root, path).is_ok());
     ImageFiles {
-        release: release.and_then(|text| os_release(&text)),
-        packages: dpkg.or_else(apk),
         unread_packages: rpm,
-        roots: text(root, "etc/passwd").map(|text| roots(&text)).unwrap_or_default(),
         setuid: setuid(root),
+        ..of_texts(release.as_deref(), dpkg.as_deref(), apk.as_deref(), passwd.as_deref())
+    }
+}
+
+/// What these files say: os-release, the packages of dpkg and apk, and passwd.
+pub(crate) fn of_texts(
+    release: Option<&str>,
+    dpkg: Option<&str>,
+    apk: Option<&str>,
+    passwd: Option<&str>,
+) -> ImageFiles {
+    let packages = dpkg.map(|text| names(text, "Package: "));
+    ImageFiles {
+        release: release.and_then(os_release),
+        packages: packages.or_else(|| apk.map(|text| names(text, "P:"))),
+        unread_packages: false,
+        roots: passwd.map(roots).unwrap_or_default(),
+        setuid: None,
     }
 }
 

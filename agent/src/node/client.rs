@@ -14,11 +14,14 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// For one whole answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// For the beginning of an archive, which some engines put together first.
+const PREPARED_WITHIN: Duration = Duration::from_secs(300);
 /// The largest answer: `/containers/json` of thousands of containers is smaller.
 const MAX_ANSWER: usize = 16 << 20;
 /// The longest event.
@@ -140,6 +143,22 @@ impl Client {
             StatusCode::OK => Ok((response, connection)),
             status => Err(EngineError::Status(path.into(), status.as_u16())),
         }
+    }
+
+    /// A long answer to `GET path`, piece by piece; the channel ends with it.
+    pub async fn stream(&self, path: &str, pieces: mpsc::Sender<std::io::Result<Bytes>>) -> Result<(), EngineError> {
+        let slow = || EngineError::Slow(path.into());
+        let (response, _connection) = timeout(PREPARED_WITHIN, self.open(path)).await.map_err(|_| slow())??;
+        let mut body = response.into_body();
+        while let Some(frame) = timeout(ANSWER_WITHIN, body.frame()).await.map_err(|_| slow())? {
+            let frame = frame.map_err(|error| EngineError::Broken(path.into(), error.to_string()))?;
+            let Ok(data) = frame.into_data() else { continue };
+            // Who reads has seen enough.
+            if pieces.send(Ok(data)).await.is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     /// The engine's events from now on.

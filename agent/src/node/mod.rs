@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread::Builder;
 use std::time::Duration;
 
+use hyper::body::Bytes;
 use serde::Deserialize;
 use sidewarden_proto::event::{ContainerRef, Event};
 use sidewarden_proto::finding::{Finding, Vantage};
@@ -26,7 +27,8 @@ use crate::cis::Declared;
 use crate::config::Config;
 use crate::facts::engine::{Exec, Image, ImageInspect, Info, Inspect, Layer, Network};
 use crate::facts::host::{self, Processes};
-use crate::facts::{Hidden, Machine, Seen, image};
+use crate::facts::{Hidden, Machine, Seen, image as files_of_image};
+use crate::image::archive;
 use crate::watch::{Posture, View, Watch};
 
 pub use census::Census;
@@ -86,6 +88,68 @@ pub async fn survey(config: &NodeConfig) -> Result<Survey, EngineError> {
     node.refresh(&client, &Changed::Everything).await?;
     let containers = node.census.findings().map(|(about, findings)| (about.clone(), findings.to_vec())).collect();
     Ok(Survey { host: node.census.host_findings(), containers })
+}
+
+/// What the engine behind `socket` tells of an image, its files included; nothing of it is run.
+pub async fn image(socket: &std::path::Path, name: &str) -> Result<Image, ImageError> {
+    let path = named(name).ok_or_else(|| ImageError::Name(crate::watch::plain(name)))?;
+    let client = Client::connect(socket).await?;
+    let inspect: ImageInspect = client.get(&format!("/images/{path}/json")).await?;
+    let history: Vec<Layer> = client.get(&format!("/images/{path}/history")).await?;
+    let (pieces, archive) = tokio::sync::mpsc::channel(8);
+    let read = tokio::task::spawn_blocking(move || archive::read(Pieces { archive, piece: Bytes::new() }));
+    client.stream(&format!("/images/{}/get", safe(&inspect.id)), pieces).await?;
+    let saved = read.await.map_err(|error| ImageError::Reading(error.to_string()))?;
+    // What the engine keeps may be written in a way that is not read here; all else is known.
+    let files = match saved {
+        Ok(saved) => saved.files,
+        Err(error) => Seen::Hidden(Hidden::unclear("docker save", error.to_string())),
+    };
+    Ok(Image { inspect, history, files })
+}
+
+/// Why an image cannot be judged.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The engine does not tell.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// It is no name.
+    #[error("`{0}` is no name of an image")]
+    Name(String),
+    /// The reader broke off.
+    #[error("reading the image: {0}")]
+    Reading(String),
+}
+
+/// A name of an image as part of a path.
+fn named(name: &str) -> Option<String> {
+    let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '_' | '-' | '.' | '/' | '@');
+    let is_name = !name.is_empty()
+        && name.len() <= 512
+        && name.chars().all(is_safe)
+        && name.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
+    is_name.then(|| name.to_owned())
+}
+
+/// Pieces of an archive as they come, for a thread that may block.
+struct Pieces {
+    archive: tokio::sync::mpsc::Receiver<std::io::Result<Bytes>>,
+    piece: Bytes,
+}
+
+impl std::io::Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.archive.blocking_recv() {
+                Some(piece) => self.piece = piece?,
+                None => return Ok(0),
+            }
+        }
+        let piece = self.piece.split_to(buffer.len().min(self.piece.len()));
+        buffer[..piece.len()].copy_from_slice(&piece);
+        Ok(piece.len())
+    }
 }
 
 /// Starts the watch on a thread of its own. `emit` is called there and must not wait.
@@ -339,7 +403,7 @@ impl Node {
 
     async fn look_at_images(&mut self, client: &Client) -> Result<(), EngineError> {
         for (id, pid) in self.census.images_wanted() {
-            let files = pid.map_or_else(image::nothing_runs, |pid| image::files(&self.machine, pid));
+            let files = pid.map_or_else(files_of_image::nothing_runs, |pid| files_of_image::files(&self.machine, pid));
             if let Some(known) = self.census.image(&id) {
                 let image = Image { files, ..Image::clone(known) };
                 self.census.set_image(image);
@@ -383,6 +447,16 @@ fn safe(id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_of_an_image_leads_nowhere_else() {
+        for good in ["nginx", "registry.example:5000/shop/orders:1.2", "x@sha256:ab", "sha256:ab12"] {
+            assert_eq!(named(good).as_deref(), Some(good));
+        }
+        for bad in ["", "../secrets", "a/../b", "a//b", "a?x=1", "a#b", "a b", "a\r\nHost: x", "%2e%2e/x"] {
+            assert_eq!(named(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn an_id_is_never_a_path() {
