@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Admin};
-use crate::backoff::Random;
+use crate::backoff::{Random, part_of};
 use crate::cis::Declared;
 use crate::config::{Config, TrustAll};
 use crate::dial::Resolver;
@@ -43,6 +43,8 @@ const FOR_LAST_EVENTS: Duration = Duration::from_secs(3);
 const SPOOL_MEMORY: u64 = 4 << 20;
 /// Links of the spool, each about a hundred bytes of memory.
 const SPOOL_LINKS: usize = 32_768;
+/// How often the whole posture is told, changed or not; less a part, so that a fleet does not tell it as one.
+const BASELINE_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Directives that wait to be looked at.
 const DIRECTIVES: usize = 4;
 
@@ -207,7 +209,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let rest = vec![
         tokio::spawn(keeper.run(incoming_directives, stop_rest.clone())),
         tokio::spawn(admin::serve(admin_listener, Arc::new(admin), stop_rest.clone())),
-        tokio::spawn(renew_baseline(spool.clone(), view, stop_rest.clone())),
+        tokio::spawn(renew_baseline(spool.clone(), view, random, stop_rest.clone())),
         tokio::spawn(respond::run(responding, stop_rest.clone())),
     ];
     tracing::info!(?addresses, "the agent accepts connections");
@@ -414,12 +416,16 @@ fn declared(config: &Config) -> Declared {
     Declared { trusting_all: config.trusting_all().into_iter().map(in_words).collect(), ..config.declared.clone() }
 }
 
-/// After events were lost, the whole posture is told anew.
-async fn renew_baseline(spool: Spool, view: Option<Arc<View>>, stop: CancellationToken) {
+/// After events were lost, the whole posture is told anew; and once a day, so that a collector that keeps events for a month
+/// knows of every moment of it how the workload stood.
+async fn renew_baseline(spool: Spool, view: Option<Arc<View>>, random: Random, stop: CancellationToken) {
     let mut wanted = spool.baseline_wanted();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
+            () = tokio::time::sleep(BASELINE_EVERY - part_of(BASELINE_EVERY / 10, random)) => {
+                view.iter().for_each(|view| view.want_baseline());
+            }
             changed = wanted.changed() => match (changed, &view) {
                 (Ok(()), Some(view)) => view.want_baseline(),
                 (Ok(()), None) => {}

@@ -21,6 +21,7 @@ use crate::api;
 use crate::ca::{self, Authority, Issuer, Register};
 use crate::commit::{self, Committer, Parts};
 use crate::config::Config;
+use crate::evidence;
 use crate::fleet::{self, Directives, Fleet};
 use crate::index::{Index, Writer};
 use crate::ingest::{self, Refusals, Shared};
@@ -97,6 +98,9 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
     core.tasks.spawn(fleet::keep(core.clone()));
+    if let Some(folder) = &core.config.evidence.folder {
+        core.tasks.spawn(evidence::folder::keep(core.clone(), evidence::folder::Folder::new(folder)));
+    }
     Ok(App { agents, api, metrics, core, committing, lock })
 }
 
@@ -224,6 +228,7 @@ async fn open_face(core: &Core) -> anyhow::Result<(SocketAddr, SocketAddr)> {
         committer: core.commits.clone(),
         index: core.index.clone(),
         page: format!("https://{name}:{}/", core.config.api.listen.port()),
+        evidence: core.config.evidence.clone(),
         certificate_life: core.config.certificate_life,
         now: core.clock,
     };

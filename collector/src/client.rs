@@ -104,14 +104,35 @@ impl Client {
         self.answer(request.header("content-type", "application/json").body(body.to_string())).await
     }
 
+    /// The same, with a body that is sent as it is.
+    pub async fn tell_bytes(
+        &self,
+        path: &str,
+        query: &[(&'static str, String)],
+        body: Vec<u8>,
+    ) -> anyhow::Result<Value> {
+        let request = self.http.post(url_with(&format!("{}{path}", self.url), query)?);
+        self.answer(request.header("content-type", "application/json").body(body)).await
+    }
+
+    /// What the API answers at `path`, as it is sent.
+    pub async fn ask_text(&self, path: &str, query: &[(&'static str, String)]) -> anyhow::Result<String> {
+        let url = url_with(&format!("{}{path}", self.url), query)?;
+        self.send(self.http.get(url)).await
+    }
+
     async fn answer(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {
+        serde_json::from_str(&self.send(request).await?).context("the answer is no JSON")
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> anyhow::Result<String> {
         let token = self.token.as_ref().with_context(|| format!("API token {}", self.token_fault))?;
         let request = request.bearer_auth(token.reveal());
         let answer = request.send().await.map_err(|error| self.unreachable(error))?;
         let status = answer.status();
         let text = answer.text().await.context("the answer was cut")?;
         if status.is_success() {
-            return serde_json::from_str(&text).context("the answer is no JSON");
+            return Ok(text);
         }
         let body: Value = serde_json::from_str(&text).unwrap_or_default();
         let word = |key: &str| clean(body[key].as_str().unwrap_or_default());
@@ -251,11 +272,22 @@ fn finding_row(standing: &Value) -> Vec<String> {
     let evidence = finding.pointer("/evidence/0/line").map(text).or_else(|| finding.get("grant").map(text));
     vec![
         first_text(finding, &["/ids/v1_3_1"]),
-        text(&finding["verdict"]).to_uppercase(),
+        verdict(finding),
         text(&finding["check"]),
         text(&finding["title"]),
         evidence.unwrap_or_default().chars().take(100).collect(),
     ]
+}
+
+/// The verdict as a person reads it: what is waived is broken, and by whose word it may be.
+fn verdict(finding: &Value) -> String {
+    match finding["verdict"].as_str() {
+        Some("waived") => {
+            let until = finding["until"].as_i64().map(|us| Timestamp(us).to_string()).unwrap_or_default();
+            format!("FAIL (waived by {} until {until})", text(&finding["by"]))
+        }
+        _ => text(&finding["verdict"]).to_uppercase(),
+    }
 }
 
 fn print_event(event: &Value, json: bool) {

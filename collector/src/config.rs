@@ -11,6 +11,7 @@ use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::secret::Secret;
 
 use crate::alert;
+use crate::evidence;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -39,6 +40,8 @@ pub struct Config {
     pub alerts: alert::Config,
     /// How long events are kept.
     pub retention: Retention,
+    /// What scans and attestations must be like.
+    pub evidence: evidence::Config,
 }
 
 /// Where agents come in.
@@ -132,6 +135,7 @@ fn config(reader: &mut Reader<'_>) -> Config {
         metrics: reader.section("metrics", metrics),
         alerts: reader.section("alerts", alert::Config::read),
         retention: reader.section("retention", retention),
+        evidence: reader.section("evidence", evidence::Config::read),
     };
     contradictions(reader, &config);
     config
@@ -235,7 +239,8 @@ mod tests {
         let keys = ["data_dir", "trust_domain", "instance", "certificate_life", "grace", "drain_timeout", "listen"];
         let more = ["handshake_timeout", "max_handshakes", "max_connections", "max_links_per_second", "names", "tls"];
         let last = ["token", "alertmanagers", "webhooks", "url", "ca_file", "log", "hold", "resend", "days", "bytes"];
-        for key in keys.iter().chain(&more).chain(&last) {
+        let evidence = ["fail_on", "with_fix_only", "max_age", "folder", "attestor", "name", "key_file"];
+        for key in keys.iter().chain(&more).chain(&last).chain(&evidence) {
             let shown = EXAMPLE.contains(&format!("{key} = ")) || EXAMPLE.contains(&format!("{key}]]"));
             assert!(shown, "{key} is not in deploy/collector.toml");
         }

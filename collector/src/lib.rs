@@ -9,9 +9,11 @@ pub mod app;
 pub mod config;
 
 pub mod commit;
+pub mod evidence;
 pub mod index;
 pub mod log;
 pub mod posture;
+pub mod report;
 pub mod state;
 
 pub mod ca;

@@ -71,6 +71,27 @@ enum Command {
     /// Who is off the data plane by a gate of the policy, and letting them in
     #[command(subcommand)]
     Quarantine(commands::quarantine::Command),
+    /// The auditor's table: reference, description, status; now or at a past moment, or what changed between two
+    #[command(after_help = commands::report::HELP)]
+    Report {
+        #[command(flatten)]
+        wanted: commands::report::Wanted,
+        #[command(flatten)]
+        at: At,
+    },
+    /// How the score went over time: of all verdicts that apply, how many percent pass
+    Score {
+        #[command(flatten)]
+        span: commands::report::Span,
+        #[command(flatten)]
+        at: At,
+    },
+    /// What scanners found in images (CIS 4.4), and what people attest and sign
+    #[command(subcommand, after_help = commands::evidence::HELP)]
+    Evidence(commands::evidence::Command),
+    /// Who answers for a broken rule, and until when
+    #[command(subcommand, after_help = commands::waiver::HELP)]
+    Waiver(commands::waiver::Command),
     /// What all agents go by: check, diff, test, apply, roll back
     #[command(subcommand, after_help = commands::policy::HELP)]
     Policy(commands::policy::Command),
@@ -221,6 +242,22 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Policy(command) => {
             let client = command.at().map(|at| client(&config, at)).transpose()?;
             runtime(false)?.block_on(commands::policy::run(client.as_ref(), command, &config.trust_domain))
+        }
+        Command::Report { wanted, at } => {
+            let client = client(&config, &at)?;
+            runtime(false)?.block_on(commands::report::run(&client, wanted, &at, &config.trust_domain))
+        }
+        Command::Score { span, at } => {
+            let client = client(&config, &at)?;
+            runtime(false)?.block_on(commands::report::score(&client, span, at.json, &config.trust_domain))
+        }
+        Command::Evidence(command) => {
+            let client = command.at().map(|at| client(&config, at)).transpose()?;
+            runtime(false)?.block_on(commands::evidence::run(client.as_ref(), command, &config.trust_domain))
+        }
+        Command::Waiver(command) => {
+            let client = client(&config, command.at())?;
+            runtime(false)?.block_on(commands::waiver::run(&client, command, &config.trust_domain))
         }
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {

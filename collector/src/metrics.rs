@@ -24,7 +24,8 @@ use crate::alert::{Alert, Alerts, Status as AlertStatus};
 use crate::api::auth;
 use crate::api::serve::{self, Door};
 use crate::app::Core;
-use crate::state::{State, Status};
+use crate::posture::pledges::{self, Names};
+use crate::state::{Agent, State, Status};
 
 /// Different checks that get series of their own; there are fewer than half as many.
 const MAX_CHECKS: usize = 150;
@@ -129,6 +130,7 @@ pub fn of_state(state: &State, now: Timestamp) -> prometheus::Result<Vec<MetricF
     agents(&page, state, now)?;
     events(&page, state)?;
     findings(&page, state, now)?;
+    waivers(&page, state, now)?;
     totals(&page, state)?;
     let present = state.agents.values().filter(|agent| state.status(agent, now) == Status::Live);
     let soonest = present.filter_map(|agent| agent.certificate.as_ref()).map(|certificate| certificate.not_after).min();
@@ -166,19 +168,37 @@ fn findings(page: &Page, state: &State, now: Timestamp) -> prometheus::Result<()
     let findings = page.gauge("findings", "Checks of present instances by verdict.", &["check", "verdict"])?;
     let mut counts: BTreeMap<(&str, &str), i64> = BTreeMap::new();
     let mut checks = 0;
-    for agent in state.agents.values().filter(|a| !matches!(state.status(a, now), Status::Gone | Status::Stopped)) {
+    let ended = |agent: &Agent| matches!(state.status(agent, now), Status::Gone | Status::Stopped);
+    for (id, agent) in state.agents.iter().filter(|(_, agent)| !ended(agent)) {
+        let names = Names::of_instance(id);
         for (check, standing) in &agent.findings {
+            let verdict = &standing.finding.verdict;
+            let waiver = Some(check).filter(|_| *verdict == Verdict::Fail);
+            let waiver = waiver.and_then(|check| pledges::about(&state.waivers, &names, check));
+            let word = if waiver.is_some_and(|waiver| waiver.holds(now)) { "waived" } else { verdict.word() };
             let known = counts.contains_key(&(check.as_str(), Verdict::WORDS[0]));
             let check = if known || checks < MAX_CHECKS { check.as_str() } else { "other" };
             if !counts.contains_key(&(check, Verdict::WORDS[0])) {
                 checks += 1;
                 counts.extend(Verdict::WORDS.iter().map(|word| ((check, *word), 0)));
             }
-            *counts.entry((check, standing.finding.verdict.word())).or_default() += 1;
+            *counts.entry((check, word)).or_default() += 1;
         }
     }
     counts.iter().for_each(|((check, verdict), count)| findings.with_label_values(&[check, verdict]).set(*count));
     Ok(())
+}
+
+fn waivers(page: &Page, state: &State, now: Timestamp) -> prometheus::Result<()> {
+    let waivers = page.gauge("waivers", "Waivers, in force and ended but not removed.", &["state"])?;
+    let holding = state.waivers.iter().filter(|waiver| waiver.holds(now));
+    waivers.with_label_values(&["in_force"]).set(holding.clone().count() as i64);
+    waivers.with_label_values(&["ended"]).set((state.waivers.len() - holding.clone().count()) as i64);
+    page.seconds(
+        "waivers_soonest_end_timestamp_seconds",
+        "When the first waiver in force ends, in seconds since 1970.",
+        holding.map(|waiver| waiver.until_us).min(),
+    )
 }
 
 fn totals(page: &Page, state: &State) -> prometheus::Result<()> {

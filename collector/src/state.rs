@@ -13,6 +13,7 @@ use sidewarden_proto::event::{
     Body, ContainerRef, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged,
     TrustedRoot,
 };
+use sidewarden_proto::evidence::{Pledge, Scan};
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::policy::Happening;
@@ -25,6 +26,10 @@ const MAX_FINDINGS: usize = 512;
 /// Containers of one host, and of one instance.
 const MAX_HOSTED: usize = 4_096;
 const MAX_CONTAINERS: usize = 64;
+/// Waivers kept, ended ones included, and as many attestations.
+pub const MAX_WAIVERS: usize = 2_000;
+/// Images of which a scan is kept; the oldest goes first.
+const MAX_SCANS: usize = 5_000;
 /// Bytes of a text that an agent sent and the state keeps.
 const MAX_TEXT: usize = 2_048;
 /// Trust domains, and roots of each, kept for one agent: as many as can be imported.
@@ -70,6 +75,12 @@ pub struct State {
     /// Every agent that was ever enrolled or heard, until it is forgotten.
     #[serde(with = "pairs")]
     pub agents: BTreeMap<AgentId, Agent>,
+    /// What is broken and somebody answers for, those that ended included until they are removed.
+    pub waivers: Vec<Pledge>,
+    /// What nobody can see and somebody attests.
+    pub attestations: Vec<Pledge>,
+    /// What scanners found in images, one of each image.
+    pub scans: Vec<Scan>,
     /// Sums over all agents, those forgotten included.
     pub totals: Totals,
 }
@@ -313,6 +324,11 @@ impl Agent {
         self.findings.values().filter(|s| s.finding.verdict.word() == verdict).count()
     }
 
+    /// Whether it has told of a check.
+    pub fn knows(&self, check: &str) -> bool {
+        self.findings.contains_key(check) || self.hosted.values().any(|hosted| hosted.findings.contains_key(check))
+    }
+
     fn certified(&mut self, serial: String, spki: String, not_after: Timestamp) {
         self.certificate = Some(Certificate { serial, spki, not_after });
         self.renewal_failed = None;
@@ -322,6 +338,8 @@ impl Agent {
     fn hosted(&mut self, mut container: ContainerRef) -> Option<&mut Hosted> {
         let texts = [&mut container.id, &mut container.name, &mut container.image, &mut container.state];
         texts.into_iter().for_each(|text| *text = short(std::mem::take(text)));
+        container.image_id = short(container.image_id);
+        container.image_digests = container.image_digests.into_iter().take(16).map(short).collect();
         let known = self.hosted.contains_key(&container.id);
         if self.mode != Some(Mode::Node) || (!known && self.hosted.len() >= MAX_HOSTED) {
             return None;
@@ -344,6 +362,14 @@ impl Agent {
     }
 }
 
+/// A pledge takes the place of the one before about the same.
+fn stand_in(pledges: &mut Vec<Pledge>, pledge: Pledge, most: usize) {
+    pledges.retain(|other| !other.is_of_same(&pledge));
+    if pledges.len() < most {
+        pledges.push(pledge);
+    }
+}
+
 fn stand(findings: &mut BTreeMap<String, Standing>, finding: Finding, at: Timestamp) {
     let finding = bounded(finding);
     let same = findings.get(&finding.check).filter(|s| s.finding.verdict.word() == finding.verdict.word());
@@ -362,7 +388,12 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 17] = [
+    const KINDS: [&str; 22] = [
+        "attestation.set",
+        "attestation.removed",
+        "scan.added",
+        "waiver.set",
+        "waiver.removed",
         "trust.store_changed",
         "collector.started",
         "clock.tick",
@@ -581,6 +612,17 @@ impl State {
                     agent.gates.insert(b.gate, Gated { status, why, since });
                 }
             }
+            Body::WaiverSet(b) => stand_in(&mut self.waivers, b.waiver, MAX_WAIVERS),
+            Body::AttestationSet(b) => stand_in(&mut self.attestations, b.attestation, MAX_WAIVERS),
+            Body::AttestationRemoved(b) => self.attestations.retain(|other| !other.is_of_same(&b.attestation)),
+            Body::ScanAdded(b) => {
+                self.scans.retain(|other| !other.is_of_same(&b.scan));
+                self.scans.push(b.scan);
+                if self.scans.len() > MAX_SCANS {
+                    self.scans.remove(0);
+                }
+            }
+            Body::WaiverRemoved(b) => self.waivers.retain(|waiver| !waiver.is_of_same(&b.waiver)),
             Body::AgentDisconnected(b) => {
                 let Ok(instance) = b.instance.parse() else { return };
                 let agent = self.agent(&AgentId { workload: b.workload, instance });

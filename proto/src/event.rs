@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::directive::Revocation;
+use crate::evidence::{Pledge, Scan};
 use crate::finding::{Finding, Vantage};
 use crate::identity::{Sha256, SpiffeId, TrustDomain};
 use crate::time::Timestamp;
@@ -281,6 +282,16 @@ kinds! {
     QuarantineReleased = "quarantine.released",
     /// A policy came into force.
     PolicyApplied = "policy.applied",
+    /// Somebody answers for a broken rule, until a date.
+    WaiverSet = "waiver.set",
+    /// Nobody answers for it any more.
+    WaiverRemoved = "waiver.removed",
+    /// Somebody attests what nobody can see, until a date.
+    AttestationSet = "attestation.set",
+    /// Nobody attests it any more.
+    AttestationRemoved = "attestation.removed",
+    /// A scanner's report about an image was taken in.
+    ScanAdded = "scan.added",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -360,6 +371,12 @@ pub struct ContainerRef {
     /// Its state in the engine's word, for example `running`.
     #[serde(default)]
     pub state: String,
+    /// The id of its image, `sha256:…`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub image_id: String,
+    /// Digests that registries know the image by, `name@sha256:…`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_digests: Vec<String>,
 }
 
 /// Body of `container.posture`.
@@ -1169,6 +1186,66 @@ pub struct PolicyApplied {
     /// The older version whose text it has, if somebody went back to one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restores: Option<u64>,
+}
+
+/// Body of `waiver.set`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WaiverSet {
+    /// What it is.
+    pub waiver: Pledge,
+    /// The one about the same whose place it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Pledge>,
+}
+
+/// Body of `waiver.removed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WaiverRemoved {
+    /// What it was.
+    pub waiver: Pledge,
+    /// The reason given.
+    pub why: String,
+    /// Who did it, by their own account.
+    #[serde(default)]
+    pub by: String,
+    /// The address it came from.
+    #[serde(default)]
+    pub source: String,
+}
+
+/// Body of `attestation.set`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttestationSet {
+    /// What it is.
+    pub attestation: Pledge,
+    /// The one about the same whose place it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Pledge>,
+}
+
+/// Body of `attestation.removed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttestationRemoved {
+    /// What it was.
+    pub attestation: Pledge,
+    /// The reason given.
+    pub why: String,
+    /// Who did it, by their own account.
+    #[serde(default)]
+    pub by: String,
+    /// The address it came from.
+    #[serde(default)]
+    pub source: String,
+}
+
+/// Body of `scan.added`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScanAdded {
+    /// What was found.
+    pub scan: Scan,
+    /// The scan of the same image whose place it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Scan>,
 }
 
 /// Body of `identity.revoked`.

@@ -8,6 +8,7 @@ pub mod crl;
 pub mod directive;
 pub mod enrol;
 pub mod event;
+pub mod evidence;
 pub mod finding;
 pub mod identity;
 pub mod policy;

@@ -77,9 +77,26 @@ impl std::str::FromStr for Timestamp {
     }
 }
 
+/// The end of a day, like `2027-01-31`, or a moment, like `2027-01-31T12:00:00Z`.
+pub fn end_of(text: &str) -> Result<Timestamp, String> {
+    let fault = |_| format!("must be a day, like 2027-01-31, or a time, like 2027-01-31T12:00:00Z, not `{text}`");
+    if text.contains('T') {
+        return text.parse().map_err(fault);
+    }
+    let begin: Timestamp = format!("{text}T00:00:00Z").parse().map_err(fault)?;
+    Ok(begin.plus(Duration::from_secs(24 * 3600)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_day_ends_where_the_next_begins() {
+        assert_eq!(end_of("2027-01-31").unwrap().to_string(), "2027-02-01T00:00:00.000Z");
+        assert_eq!(end_of("2027-01-31T12:00:00Z").unwrap().to_string(), "2027-01-31T12:00:00.000Z");
+        ["", "soon", "2027-13-01", "31.1.2027"].iter().for_each(|bad| assert!(end_of(bad).is_err(), "{bad}"));
+    }
 
     #[test]
     fn shows_and_reads_rfc_3339() {

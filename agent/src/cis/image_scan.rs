@@ -16,7 +16,8 @@ pub const CHECK: Check = Check {
     judge,
 };
 
-const GRANT: &str = "an attestation: `[[attestation]]` in the node agent's configuration, with who, why and until";
+const GRANT: &str =
+    "a scan of this image: `sidewarden-collector evidence add` takes in what `trivy image --format json` writes";
 
 fn judge(case: &Case<'_>) -> Answer {
     case.image()?;

@@ -31,7 +31,7 @@ const UNVERIFIED: [&str; 12] = [
     "--no-check-certificate",
     "strict-ssl false",
 ];
-const GRANT: &str = "an attestation: `[[attestation]]` in the node agent's configuration, with who, why and until";
+const GRANT: &str = "an attestation: `sidewarden-collector evidence sign` and `evidence add`, or `[[attestation]]` in the node agent's configuration";
 
 fn judge(case: &Case<'_>) -> Answer {
     let history = history(case)?;

@@ -16,6 +16,9 @@ use crate::watch::{Origin, differ, differ_container, plain};
 
 use super::exec;
 
+/// Names of an image that are told.
+const MAX_DIGESTS: usize = 8;
+
 /// One container.
 #[derive(Debug)]
 struct Known {
@@ -224,9 +227,10 @@ impl Census {
             let facts = self.facts(machine, processes, known);
             let case = Case { facts: &facts, declared, history: &known.history, now: at };
             let findings = cis::judge_container(&case);
-            events.extend(differ_container(known.told.as_deref(), &findings, &self.host_name, &known.about, at));
+            let about = ContainerRef { image_digests: self.digests(known), ..known.about.clone() };
+            events.extend(differ_container(known.told.as_deref(), &findings, &self.host_name, &about, at));
             if let Some(known) = self.containers.get_mut(&id) {
-                known.told = Some(findings);
+                (known.told, known.about) = (Some(findings), about);
             }
         }
         events
@@ -243,6 +247,14 @@ impl Census {
         let events = differ(self.told_of_host.as_deref(), &findings, &origin, at);
         self.told_of_host = Some(findings);
         events
+    }
+
+    /// By what registries know its image: what a scan elsewhere goes by.
+    fn digests(&self, known: &Known) -> Vec<String> {
+        let image = known.inspect.as_ref().ok().and_then(|inspect| self.images.get(&inspect.image));
+        image.map_or_else(Vec::new, |image| {
+            image.inspect.repo_digests.iter().take(MAX_DIGESTS).map(|d| plain(d)).collect()
+        })
     }
 
     fn away(&self) -> String {
@@ -290,6 +302,8 @@ fn reference(inspect: &Inspect) -> ContainerRef {
         name: plain(inspect.short_name()),
         image: plain(&inspect.config.image),
         state: plain(&inspect.state.status),
+        image_id: inspect.image.clone(),
+        image_digests: Vec::new(),
     }
 }
 

@@ -155,6 +155,8 @@ const SILENCE: Duration = Duration::from_secs(30);
 const RENEWAL: Duration = Duration::from_secs(300);
 /// Ticks come every ten seconds; a gap of this size is a clock that jumped, or a collector that stood still.
 const CLOCK_JUMP: Duration = Duration::from_secs(60);
+/// How long before its end a waiver alerts: a weekend must not hide it.
+const WAIVER_NOTICE: Duration = Duration::from_secs(3 * 24 * 3600);
 /// An agent's clock may be ahead by this much before certificates and time lines suffer.
 const CLOCK_AHEAD: Duration = Duration::from_secs(120);
 
@@ -401,6 +403,22 @@ pub const RULES: &[Rule] = &[
         read: container_checks,
     },
     Rule {
+        name: "WaiverEnding",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &[
+            "posture.baseline",
+            "verdict.changed",
+            "container.posture",
+            "container.verdict_changed",
+            "container.gone",
+        ],
+        meaning: "a broken rule is waived for three days more, or less; after that it is a failure and alerts again",
+        what_to_do: "mend it with the remedy that stands with the check, or have whoever answers for it set the waiver anew",
+        read: waivers,
+    },
+    Rule {
         name: "ContainerExec",
         severity: Severity::Critical,
         lasts: Lasts::Moment,
@@ -479,6 +497,11 @@ pub const RULES: &[Rule] = &[
             "quarantine.changed",
             "quarantine.released",
             "policy.applied",
+            "waiver.set",
+            "waiver.removed",
+            "attestation.set",
+            "attestation.removed",
+            "scan.added",
             "alert.firing",
             "alert.resolved",
         ],
@@ -874,6 +897,41 @@ fn container_checks(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         Some(Body::ContainerGone(body)) => vec![Signal::Gone(container_subject(seen.agent, &body.container))],
         _ => Vec::new(),
     }
+}
+
+/// Every finding says whether it is waived; one that is not named is judged no longer.
+fn waivers(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let of_all = |subject: Subject, findings: &[Finding]| {
+        let named = findings.iter().map(|f| word(&f.check)).collect();
+        let each = findings.iter().filter_map(|finding| waiver(rule, seen, subject.clone(), finding));
+        std::iter::once(Signal::Only(subject.clone(), named)).chain(each).collect()
+    };
+    match seen.body {
+        Some(Body::VerdictChanged(body)) => waiver(rule, seen, seen.agent.into(), &body.finding).into_iter().collect(),
+        Some(Body::PostureBaseline(body)) => of_all(seen.agent.into(), &body.findings),
+        Some(Body::ContainerVerdictChanged(body)) => {
+            waiver(rule, seen, container_subject(seen.agent, &body.container), &body.finding).into_iter().collect()
+        }
+        Some(Body::ContainerPosture(body)) => of_all(container_subject(seen.agent, &body.container), &body.findings),
+        Some(Body::ContainerGone(body)) => vec![Signal::Gone(container_subject(seen.agent, &body.container))],
+        _ => Vec::new(),
+    }
+}
+
+fn waiver(rule: &Rule, seen: &Seen<'_>, subject: Subject, finding: &Finding) -> Option<Signal> {
+    let check = word(&finding.check);
+    let (by, why, until) = match &finding.verdict {
+        Verdict::Waived { by, why, until } => (by, why, until),
+        Verdict::Unknown { .. } => return None,
+        _ => return Some(Signal::Clear(Some(subject), Some(check))),
+    };
+    let id = &finding.ids.v1_3_1;
+    let mut case = case(seen, rule, format!("the waiver of CIS {id} {check} ends {until}"));
+    case.subject = Some(subject);
+    case.due = Some(until.minus(WAIVER_NOTICE));
+    case.evidence = vec![format!("waived by {}: {}", short(by, 100), short(why, 300))];
+    case.apart = Some(("check", check));
+    Some(Signal::Raise(case))
 }
 
 fn container_exec(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {

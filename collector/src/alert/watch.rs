@@ -3,8 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use sidewarden_proto::event::{AlertFiring, AlertResolved, Body, Event, EventsLost, Severity};
-use sidewarden_proto::finding::Verdict;
+use sidewarden_proto::event::{
+    AlertFiring, AlertResolved, Body, ContainerRef, ContainerVerdictChanged, Event, EventsLost, Severity,
+    VerdictChanged,
+};
+use sidewarden_proto::evidence::{Pledge, Scan};
+use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::broadcast::error::RecvError;
@@ -17,8 +21,11 @@ use super::engine::{Alert, Change, Engine, Settings, Status};
 use super::rule::{self, Seen};
 use super::{Config, Notice, SinkError};
 use crate::commit::{Committed, Committer, What};
+use crate::evidence;
 use crate::index::{Index, IndexError, Order, Query, Record};
-use crate::state::{self, Agent, Session, State};
+use crate::posture::Neighbours;
+use crate::posture::pledges::{self, Names};
+use crate::state::{self, Agent, Session, Standing, State};
 
 /// How often time passes for alerts: for `for`, hold and expiry, not for what events raise.
 const STEP: Duration = Duration::from_secs(1);
@@ -41,6 +48,8 @@ pub struct Parts {
     pub index: Index,
     /// Where the page is, for links; empty when not known.
     pub page: String,
+    /// What evidence must be like.
+    pub evidence: evidence::Config,
     /// The life of a certificate, of which the last quarter alerts.
     pub certificate_life: Duration,
     /// The clock.
@@ -88,9 +97,20 @@ pub fn start(
     // Subscribed before the state is read: an event in between is seen twice rather than never.
     let events = parts.committer.subscribe();
     let settings = parts.config.settings();
-    let watcher = Watcher { engine: Engine::new(settings), settings, parts, outbox, show, up_to: 0 };
+    let watcher = Watcher {
+        engine: Engine::new(settings),
+        settings,
+        parts,
+        outbox,
+        show,
+        up_to: 0,
+        looked: Timestamp::default(),
+    };
     Ok((Alerts { shown, stats }, tokio::spawn(watcher.run(events, shutdown))))
 }
+
+/// Kinds that carry verdicts, which waivers change.
+const JUDGED: [&str; 4] = ["posture.baseline", "verdict.changed", "container.posture", "container.verdict_changed"];
 
 struct Watcher {
     parts: Parts,
@@ -100,6 +120,8 @@ struct Watcher {
     show: watch::Sender<Arc<Vec<Alert>>>,
     /// Everything up to this position was in the state that the engine began with.
     up_to: u64,
+    /// Waivers that ended by then are known to have ended.
+    looked: Timestamp,
 }
 
 impl Watcher {
@@ -121,7 +143,7 @@ impl Watcher {
                     }
                     Err(RecvError::Closed) => break,
                 },
-                _ = step.tick() => {}
+                _ = step.tick() => self.end_waivers(),
             }
             self.tell().await;
             if repeated.elapsed() >= self.parts.config.resend {
@@ -147,9 +169,7 @@ impl Watcher {
             return;
         }
         match &link.what {
-            What::Events(events) => {
-                events.iter().for_each(|event| observe(&mut self.engine, &link.agent, link.received, event));
-            }
+            What::Events(events) => self.observe_events(link, events),
             What::Lost(tombstone) => {
                 let body = Body::from(EventsLost {
                     first_seq: tombstone.first_seq,
@@ -158,8 +178,39 @@ impl Watcher {
                     reason: tombstone.reason.word().to_owned(),
                 });
                 let event = Event::new(link.received, Severity::Warning, "events were lost", &body);
-                observe(&mut self.engine, &link.agent, link.received, &event);
+                observe(&mut self.engine, None, &link.agent, link.received, &event);
             }
+        }
+    }
+
+    fn observe_events(&mut self, link: &Committed, events: &[Event]) {
+        let (now, mut changed) = ((self.parts.now)(), Vec::new());
+        for event in events {
+            // Committing waits while the state is held, so it is held where verdicts are read and nowhere else.
+            let state = JUDGED.contains(&event.kind.as_ref()).then(|| self.parts.committer.state());
+            let known = state.as_deref().map(|state| Judging { state, evidence: &self.parts.evidence, now });
+            observe(&mut self.engine, known, &link.agent, link.received, event);
+            if ANSWERING.contains(&event.kind.as_ref()) && state::is_collector_path(&link.agent) {
+                changed.extend(event.body().ok().flatten().and_then(answers));
+            }
+        }
+        if !changed.is_empty() {
+            let state = self.parts.committer.state();
+            let judging = Judging { state: &state, evidence: &self.parts.evidence, now };
+            rejudge(&mut self.engine, judging, &changed);
+        }
+    }
+
+    /// What was waived until a moment ago is a failure again.
+    fn end_waivers(&mut self) {
+        let now = (self.parts.now)();
+        let since = std::mem::replace(&mut self.looked, now);
+        let state = self.parts.committer.state();
+        let ended = |waiver: &&Pledge| since < waiver.until_us && waiver.until_us <= now;
+        let ended: Vec<Answers> = state.waivers.iter().filter(ended).cloned().map(Answers::Pledge).collect();
+        if !ended.is_empty() {
+            let judging = Judging { state: &state, evidence: &self.parts.evidence, now };
+            rejudge(&mut self.engine, judging, &ended);
         }
     }
 
@@ -198,11 +249,13 @@ impl Watcher {
         let mut engine = Engine::new(self.settings);
         {
             let state = self.parts.committer.state();
-            self.up_to = state.position;
-            from_state(&mut engine, &state, now, self.parts.certificate_life);
+            (self.up_to, self.looked) = (state.position, now);
+            let judging = Judging { state: &state, evidence: &self.parts.evidence, now };
+            from_state(&mut engine, judging, self.parts.certificate_life);
         }
         match self.past(now).await {
-            Ok(past) => past.iter().for_each(|record| replay(&mut engine, record)),
+            // What holds of verdicts is in the state; one that was mended since has no warning that says so.
+            Ok(past) => past.iter().filter(|r| !JUDGED.contains(&r.kind.as_str())).for_each(|r| replay(&mut engine, r)),
             Err(error) => tracing::error!(%error, "the last events cannot be read: some alerts may be told again"),
         }
         engine.settle(now);
@@ -256,21 +309,25 @@ fn replay(engine: &mut Engine, record: &Record) {
         summary: record.summary.clone(),
         body: record.body.clone(),
     };
-    observe(engine, &record.agent, record.received_us, &event);
+    observe(engine, None, &record.agent, record.received_us, &event);
 }
 
-/// Shows one event to the engine. What only a collector may say is not believed of anybody else.
-fn observe(engine: &mut Engine, agent: &AgentId, received: Timestamp, event: &Event) {
+/// Shows one event to the engine. What only a collector may say is not believed of anybody else; verdicts count as waivers
+/// make them where those are known.
+fn observe(engine: &mut Engine, known: Option<Judging<'_>>, agent: &AgentId, received: Timestamp, event: &Event) {
     let forged = state::is_of_the_collector(&event.kind) && !state::is_collector_path(agent);
     let read = |rule: &rule::Rule| rule.reads(&event.kind, forged);
     let remembered = ["collector.started", "alert.firing", "alert.resolved"].contains(&event.kind.as_ref());
     if !remembered && !rule::RULES.iter().any(read) {
         return;
     }
-    let body = event.body().unwrap_or_else(|error| {
+    let mut body = event.body().unwrap_or_else(|error| {
         tracing::debug!(%agent, kind = %event.kind, %error, "an event's body does not fit its kind");
         None
     });
+    if let (Some(judging), Some(body)) = (known, &mut body) {
+        answer(judging, agent, body);
+    }
     engine.observe(Seen {
         agent,
         at: event.at_us,
@@ -284,17 +341,136 @@ fn observe(engine: &mut Engine, agent: &AgentId, received: Timestamp, event: &Ev
     });
 }
 
-/// Raises what the state says holds.
-fn from_state(engine: &mut Engine, state: &State, now: Timestamp, certificate_life: Duration) {
+/// By what verdicts count.
+#[derive(Clone, Copy)]
+struct Judging<'a> {
+    state: &'a State,
+    evidence: &'a evidence::Config,
+    now: Timestamp,
+}
+
+/// What changes how verdicts count.
+enum Answers {
+    Pledge(Pledge),
+    Scan(Scan),
+}
+
+/// Kinds of events that tell of it.
+const ANSWERING: [&str; 5] = ["waiver.set", "waiver.removed", "attestation.set", "attestation.removed", "scan.added"];
+
+fn answers(body: Body) -> Option<Answers> {
+    match body {
+        Body::WaiverSet(body) => Some(Answers::Pledge(body.waiver)),
+        Body::WaiverRemoved(body) => Some(Answers::Pledge(body.waiver)),
+        Body::AttestationSet(body) => Some(Answers::Pledge(body.attestation)),
+        Body::AttestationRemoved(body) => Some(Answers::Pledge(body.attestation)),
+        Body::ScanAdded(body) => Some(Answers::Scan(body.scan)),
+        _ => None,
+    }
+}
+
+/// Has people and scanners answer in the verdicts that an event tells of.
+fn answer(Judging { state, evidence, now }: Judging<'_>, id: &AgentId, body: &mut Body) {
+    let apply = |names: &Names<'_>, finding: &mut Finding| {
+        pledges::attest(&state.attestations, names, finding, now);
+        pledges::waive(&state.waivers, names, finding, now);
+    };
+    let neighbours = std::cell::OnceCell::new();
+    let of_container = |container: &ContainerRef, finding: &mut Finding| {
+        let neighbours = neighbours.get_or_init(|| Neighbours::of(state, evidence));
+        if finding.check == evidence::CHECK
+            && let Some(scan) = evidence::scan_of(&state.scans, container)
+        {
+            evidence::answer(evidence, scan, finding, now);
+        }
+        if let Some((id, node)) = state.agents.get_key_value(id) {
+            apply(&Names::of_container(neighbours, id, node, container), finding);
+        }
+    };
+    match body {
+        _ if state.waivers.is_empty() && state.attestations.is_empty() && state.scans.is_empty() => {}
+        Body::VerdictChanged(body) => apply(&Names::of_instance(id), &mut body.finding),
+        Body::PostureBaseline(body) => {
+            let names = Names::of_instance(id);
+            body.findings.iter_mut().for_each(|finding| apply(&names, finding));
+        }
+        Body::ContainerVerdictChanged(body) => of_container(&body.container, &mut body.finding),
+        Body::ContainerPosture(body) => {
+            body.findings.iter_mut().for_each(|finding| of_container(&body.container, finding));
+        }
+        _ => {}
+    }
+}
+
+/// Shows the engine again what these are about, as it stands now.
+fn rejudge(engine: &mut Engine, judging: Judging<'_>, changed: &[Answers]) {
+    let Judging { state, evidence, now } = judging;
+    let by_pledge = |names: &Names<'_>, check: &str| {
+        changed.iter().any(|answers| matches!(answers, Answers::Pledge(pledge) if names.are_meant_by(pledge, check)))
+    };
+    let by_scan = |container: &ContainerRef, check: &str| {
+        let is_of = |scan: &Scan| scan.is_of(&container.image_id, &container.image_digests);
+        check == evidence::CHECK && changed.iter().any(|answers| matches!(answers, Answers::Scan(scan) if is_of(scan)))
+    };
+    let neighbours = Neighbours::of(state, evidence);
     for (id, agent) in &state.agents {
-        match state.status(agent, now) {
-            state::Status::Stopped | state::Status::Gone => continue,
-            _ => from_agent(engine, id, agent, state.started, certificate_life),
+        if matches!(state.status(agent, now), state::Status::Stopped | state::Status::Gone) {
+            continue;
+        }
+        let names = Names::of_instance(id);
+        for (_, standing) in agent.findings.iter().filter(|(check, _)| by_pledge(&names, check)) {
+            stands(engine, judging, id, None, standing, now);
+        }
+        for hosted in agent.hosted.values() {
+            let names = Names::of_container(&neighbours, id, agent, &hosted.container);
+            let meant = |check: &str| by_pledge(&names, check) || by_scan(&hosted.container, check);
+            for (_, standing) in hosted.findings.iter().filter(|(check, _)| meant(check)) {
+                stands(engine, judging, id, Some(&hosted.container), standing, now);
+            }
         }
     }
 }
 
-fn from_agent(engine: &mut Engine, id: &AgentId, agent: &Agent, started: Timestamp, life: Duration) {
+/// Shows the engine a verdict that the state holds, as it counts.
+fn stands(
+    engine: &mut Engine,
+    judging: Judging<'_>,
+    agent: &AgentId,
+    container: Option<&ContainerRef>,
+    standing: &Standing,
+    at: Timestamp,
+) {
+    let finding = standing.finding.clone();
+    let mut body = match container.cloned() {
+        Some(container) => Body::from(ContainerVerdictChanged { container, before: String::new(), finding }),
+        None => Body::from(VerdictChanged { before: String::new(), finding }),
+    };
+    answer(judging, agent, &mut body);
+    engine.observe(Seen {
+        agent,
+        at,
+        received: at,
+        kind: body.kind(),
+        severity: standing.finding.severity,
+        summary: "",
+        body: Some(&body),
+        last_tick: None,
+        forged: false,
+    });
+}
+
+/// Raises what the state says holds.
+fn from_state(engine: &mut Engine, judging: Judging<'_>, certificate_life: Duration) {
+    for (id, agent) in &judging.state.agents {
+        match judging.state.status(agent, judging.now) {
+            state::Status::Stopped | state::Status::Gone => continue,
+            _ => from_agent(engine, judging, id, agent, certificate_life),
+        }
+    }
+}
+
+fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &Agent, life: Duration) {
+    let started = judging.state.started;
     let raise = |engine: &mut Engine, name, case, at| {
         let rule = rule::by_name(name).expect("the name stands in the table of rules");
         engine.raise(rule, case, at);
@@ -302,9 +478,14 @@ fn from_agent(engine: &mut Engine, id: &AgentId, agent: &Agent, started: Timesta
     if let Session::Ended { at, clean: false, .. } = agent.session {
         raise(engine, rule::SILENT, rule::not_back(id, at.max(started)), at);
     }
-    for standing in agent.findings.values().filter(|s| s.finding.verdict == Verdict::Fail) {
-        if let Some(case) = rule::broken(id, &standing.finding) {
-            raise(engine, "CheckFailed", case, standing.since);
+    // What passes now has nothing to tell: there is no alert that it could end.
+    let wanted = |s: &&Standing| s.finding.verdict != Verdict::Pass;
+    for standing in agent.findings.values().filter(wanted) {
+        stands(engine, judging, id, None, standing, standing.since);
+    }
+    for hosted in agent.hosted.values() {
+        for standing in hosted.findings.values().filter(wanted) {
+            stands(engine, judging, id, Some(&hosted.container), standing, standing.since);
         }
     }
     if let Some(certificate) = &agent.certificate {

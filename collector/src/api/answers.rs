@@ -9,8 +9,9 @@ use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
 use crate::alert::{Alert, Status as AlertStatus};
-use crate::posture::{Merged, merged};
-use crate::state::{Agent, Certificate, Counted, Hosted, PeerSeen, Session, Standing, State, Status};
+use crate::evidence;
+use crate::posture::{Merged, Neighbours, merged, of_container};
+use crate::state::{Agent, Certificate, Counted, Hosted, PeerSeen, Session, State, Status};
 
 /// How many checks have which verdict.
 pub type Counts = BTreeMap<&'static str, usize>;
@@ -118,15 +119,17 @@ pub struct ContainerView {
 }
 
 /// Every agent, by workload and instance.
-pub fn agents(state: &State, now: Timestamp) -> Vec<AgentView> {
-    state.agents.iter().map(|(id, agent)| agent_view(state, id, agent, now)).collect()
+pub fn agents(state: &State, evidence: &evidence::Config, now: Timestamp) -> Vec<AgentView> {
+    let neighbours = Neighbours::of(state, evidence);
+    state.agents.iter().map(|(id, agent)| agent_view(state, &neighbours, id, agent, now)).collect()
 }
 
 /// Every workload, those with something wrong first.
-pub fn workloads(state: &State, alerts: &[Alert], now: Timestamp) -> Vec<WorkloadView> {
+pub fn workloads(state: &State, evidence: &evidence::Config, alerts: &[Alert], now: Timestamp) -> Vec<WorkloadView> {
+    let neighbours = Neighbours::of(state, evidence);
     let mut workloads: BTreeMap<String, WorkloadView> = BTreeMap::new();
     for (id, agent) in &state.agents {
-        let view = agent_view(state, id, agent, now);
+        let view = agent_view(state, &neighbours, id, agent, now);
         let workload = workloads.entry(view.workload.clone()).or_insert_with(|| WorkloadView {
             workload: view.workload.clone(),
             name: id.workload.path().to_owned(),
@@ -150,18 +153,30 @@ pub fn workloads(state: &State, alerts: &[Alert], now: Timestamp) -> Vec<Workloa
 }
 
 /// The posture of every instance of `workload`, or of one.
-pub fn posture(state: &State, workload: &str, instance: Option<&str>, now: Timestamp) -> Vec<PostureView> {
+pub fn posture(
+    state: &State,
+    evidence: &evidence::Config,
+    workload: &str,
+    instance: Option<&str>,
+    now: Timestamp,
+) -> Vec<PostureView> {
     let wanted =
         |id: &&AgentId| id.workload.as_str() == workload && instance.is_none_or(|name| id.instance.as_str() == name);
     let of = |id: &AgentId| (id.clone(), &state.agents[id]);
-    let views = state.agents.keys().filter(wanted).map(of).map(|(id, agent)| PostureView {
-        workload: id.workload.to_string(),
-        instance: id.instance.to_string(),
-        status: state.status(agent, now),
-        last_event_us: told(agent.last_event),
-        counts: counts(&merged(state, &id)),
-        findings: worst_first(merged(state, &id)),
-        containers: agent.hosted.values().map(container_view).collect(),
+    let neighbours = Neighbours::of(state, evidence);
+    let views = state.agents.keys().filter(wanted).map(of).map(|(id, agent)| {
+        let findings = merged(state, &neighbours, &id, now);
+        let shown = agent.hosted.values().map(|hosted| container_view(state, &neighbours, &id, agent, hosted, now));
+        let containers = shown.collect();
+        PostureView {
+            workload: id.workload.to_string(),
+            instance: id.instance.to_string(),
+            status: state.status(agent, now),
+            last_event_us: told(agent.last_event),
+            counts: counts(&findings),
+            findings: worst_first(findings),
+            containers,
+        }
     });
     views.collect()
 }
@@ -175,7 +190,7 @@ pub fn presence(state: &State, now: Timestamp) -> BTreeMap<&'static str, usize> 
     counts
 }
 
-fn agent_view(state: &State, id: &AgentId, agent: &Agent, now: Timestamp) -> AgentView {
+fn agent_view(state: &State, neighbours: &Neighbours<'_>, id: &AgentId, agent: &Agent, now: Timestamp) -> AgentView {
     let status = state.status(agent, now);
     AgentView {
         workload: id.workload.to_string(),
@@ -187,7 +202,7 @@ fn agent_view(state: &State, id: &AgentId, agent: &Agent, now: Timestamp) -> Age
         session: agent.session.clone(),
         last_event_us: told(agent.last_event),
         started_us: agent.started.map(|started| started.at),
-        posture: counts(&merged(state, id)),
+        posture: counts(&merged(state, neighbours, id, now)),
         certificate: agent.certificate.clone(),
         renewal_failed: agent.renewal_failed.clone(),
         trust: agent.trust.clone(),
@@ -203,14 +218,20 @@ fn agent_view(state: &State, id: &AgentId, agent: &Agent, now: Timestamp) -> Age
     }
 }
 
-fn container_view(hosted: &Hosted) -> ContainerView {
-    let alone =
-        |s: &Standing| Merged { finding: s.finding.clone(), since_us: s.since, sources: Vec::new(), disagree: false };
-    let findings: Vec<Merged> = hosted.findings.values().map(alone).collect();
+fn container_view(
+    state: &State,
+    neighbours: &Neighbours<'_>,
+    id: &AgentId,
+    node: &Agent,
+    hosted: &Hosted,
+    now: Timestamp,
+) -> ContainerView {
+    let findings = of_container(state, neighbours, id, node, hosted, now);
     ContainerView { container: hosted.container.clone(), counts: counts(&findings), findings: worst_first(findings) }
 }
 
-fn counts(findings: &[Merged]) -> Counts {
+/// How many have which verdict; every word is there.
+pub fn counts(findings: &[Merged]) -> Counts {
     let mut counts: Counts = Verdict::WORDS.iter().map(|word| (*word, 0)).collect();
     for merged in findings {
         *counts.entry(merged.finding.verdict.word()).or_default() += 1;
@@ -219,7 +240,7 @@ fn counts(findings: &[Merged]) -> Counts {
 }
 
 /// Worst first: what fails by severity, then what is unknown, then the rest in the order of the benchmark.
-fn worst_first(mut views: Vec<Merged>) -> Vec<Merged> {
+pub(crate) fn worst_first(mut views: Vec<Merged>) -> Vec<Merged> {
     let rank = |verdict: &Verdict| Verdict::WORDS.iter().position(|word| *word == verdict.word());
     views.sort_by_cached_key(|view| {
         let finding = &view.finding;
@@ -231,7 +252,7 @@ fn worst_first(mut views: Vec<Merged>) -> Vec<Merged> {
 }
 
 /// `5.10` comes after `5.9`.
-fn numbers(id: &str) -> Vec<u32> {
+pub(crate) fn numbers(id: &str) -> Vec<u32> {
     id.split('.').map(|part| part.parse().unwrap_or(u32::MAX)).collect()
 }
 
@@ -269,6 +290,7 @@ fn told(at: Timestamp) -> Option<Timestamp> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Standing;
     use sidewarden_proto::finding::{CisIds, Finding, Remedy};
 
     fn finding(check: &str, id: &str, severity: Severity, verdict: Verdict) -> (String, Standing) {
@@ -283,6 +305,10 @@ mod tests {
             vantage: Vantage::Open,
         };
         (check.into(), Standing { finding, since: Timestamp(1) })
+    }
+
+    fn evidence() -> evidence::Config {
+        crate::config::Config::default().evidence
     }
 
     fn state() -> State {
@@ -309,14 +335,14 @@ mod tests {
 
     #[test]
     fn findings_come_worst_first_and_in_the_order_of_the_benchmark() {
-        let views = posture(&state(), "spiffe://x.test/shop/web", Some("web-1"), Timestamp(0));
+        let views = posture(&state(), &evidence(), "spiffe://x.test/shop/web", Some("web-1"), Timestamp(0));
         let checks: Vec<&str> = views[0].findings.iter().map(|view| view.finding.check.as_str()).collect();
         assert_eq!(checks, ["e", "d", "c", "b", "a"]);
     }
 
     #[test]
     fn a_workload_counts_its_living_instances_and_the_troubled_come_first() {
-        let views = workloads(&state(), &[], Timestamp(0));
+        let views = workloads(&state(), &evidence(), &[], Timestamp(0));
         let names: Vec<&str> = views.iter().map(|view| view.name.as_str()).collect();
         assert_eq!(names, ["shop/web", "shop/db"]);
         assert_eq!((views[0].posture["fail"], views[0].posture["unknown"], views[0].posture["pass"]), (2, 1, 2));
@@ -326,9 +352,9 @@ mod tests {
 
     #[test]
     fn a_workload_that_is_not_there_has_no_posture() {
-        assert!(posture(&state(), "spiffe://x.test/shop/none", None, Timestamp(0)).is_empty());
-        assert!(posture(&state(), "spiffe://x.test/shop/web", Some("none"), Timestamp(0)).is_empty());
-        assert_eq!(posture(&state(), "spiffe://x.test/shop/web", None, Timestamp(0)).len(), 2);
+        assert!(posture(&state(), &evidence(), "spiffe://x.test/shop/none", None, Timestamp(0)).is_empty());
+        assert!(posture(&state(), &evidence(), "spiffe://x.test/shop/web", Some("none"), Timestamp(0)).is_empty());
+        assert_eq!(posture(&state(), &evidence(), "spiffe://x.test/shop/web", None, Timestamp(0)).len(), 2);
     }
 
     #[test]

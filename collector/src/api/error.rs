@@ -53,6 +53,16 @@ impl ApiError {
         ApiError::new(StatusCode::CONFLICT, error, hint)
     }
 
+    /// It is too large.
+    pub fn large(error: impl Into<String>, hint: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, error, hint)
+    }
+
+    /// Whoever asks has the token, and still may not.
+    pub fn forbidden(error: impl Into<String>, hint: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::FORBIDDEN, error, hint)
+    }
+
     /// Not by this method.
     pub fn method() -> ApiError {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this path does not take that method", "see /api/v1/openapi.json")

@@ -76,7 +76,8 @@ impl Asked {
         given.map(str::trim).filter(|kind| !kind.is_empty()).map(str::to_owned).collect()
     }
 
-    fn parsed<T: std::str::FromStr>(&self, name: &str, wanted: &str) -> Result<Option<T>, ApiError> {
+    /// The value of a parameter as a `T`; `wanted` says what it must be.
+    pub fn parsed<T: std::str::FromStr>(&self, name: &str, wanted: &str) -> Result<Option<T>, ApiError> {
         let Some(text) = self.value(name) else { return Ok(None) };
         let shown: String = text.chars().take(60).collect();
         let fault = |_| ApiError::bad_request(format!("{name} is `{shown}`"), format!("{name} must be {wanted}"));
@@ -88,7 +89,7 @@ impl Asked {
     }
 
     /// Microseconds since 1970, as answers have it, or RFC 3339.
-    fn moment(&self, name: &str) -> Result<Option<Timestamp>, ApiError> {
+    pub fn moment(&self, name: &str) -> Result<Option<Timestamp>, ApiError> {
         if let Some(micros) = self.value(name).and_then(|text| text.parse().ok()) {
             return Ok(Some(Timestamp(micros)));
         }

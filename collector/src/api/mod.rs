@@ -8,10 +8,13 @@ pub mod answers;
 pub mod auth;
 mod error;
 pub mod events;
+mod evidence;
 mod policies;
+mod reports;
 mod revocations;
 pub mod routes;
 pub mod serve;
+mod waivers;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -125,6 +128,15 @@ fn handler(operation: Operation) -> MethodRouter<Arc<Api>> {
         Operation::PolicyHistory => get(policies::history),
         Operation::RollBackPolicy => post(policies::roll_back),
         Operation::ComparePolicy => post(policies::compare),
+        Operation::Evidence => get(evidence::list),
+        Operation::AddScan => post(evidence::add_scan),
+        Operation::AddAttestation => post(evidence::add_attestation),
+        Operation::RemoveAttestation => post(evidence::remove_attestation),
+        Operation::Report => get(reports::report),
+        Operation::History => get(reports::history),
+        Operation::Waivers => get(waivers::list),
+        Operation::SetWaiver => post(waivers::set),
+        Operation::RemoveWaiver => post(waivers::remove),
         Operation::OpenApi => get(|| async { Json(routes::openapi()) }),
     }
 }
@@ -201,12 +213,12 @@ async fn status(State(api): State<Arc<Api>>) -> Json<Value> {
 
 async fn workloads(State(api): State<Arc<Api>>) -> Json<Value> {
     let (now, shown) = ((api.core.clock)(), api.alerts.shown());
-    let views = answers::workloads(&api.core.commits.state(), &shown, now);
+    let views = answers::workloads(&api.core.commits.state(), &api.core.config.evidence, &shown, now);
     Json(json!({"workloads": views}))
 }
 
 async fn agents(State(api): State<Arc<Api>>) -> Json<Value> {
-    let views = answers::agents(&api.core.commits.state(), (api.core.clock)());
+    let views = answers::agents(&api.core.commits.state(), &api.core.config.evidence, (api.core.clock)());
     Json(json!({"agents": views}))
 }
 
@@ -222,7 +234,8 @@ async fn posture(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Json<Value
     let hint = "workload must be a SPIFFE ID, as /api/v1/workloads shows it";
     let workload = asked.value("workload").ok_or_else(|| ApiError::bad_request("workload is missing", hint))?;
     let now = (api.core.clock)();
-    let instances = answers::posture(&api.core.commits.state(), workload, asked.value("instance"), now);
+    let (state, evidence) = (api.core.commits.state(), &api.core.config.evidence);
+    let instances = answers::posture(&state, evidence, workload, asked.value("instance"), now);
     if instances.is_empty() {
         return Err(ApiError::not_found("no such workload or instance is known", hint));
     }

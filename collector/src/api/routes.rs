@@ -43,6 +43,24 @@ pub enum Operation {
     RollBackPolicy,
     /// What another one would change.
     ComparePolicy,
+    /// Scans and attestations.
+    Evidence,
+    /// Takes a scan in.
+    AddScan,
+    /// Takes an attestation in.
+    AddAttestation,
+    /// Takes it back.
+    RemoveAttestation,
+    /// The auditor's table.
+    Report,
+    /// The score over time.
+    History,
+    /// Who answers for what is broken.
+    Waivers,
+    /// Answers for something.
+    SetWaiver,
+    /// Does so no longer.
+    RemoveWaiver,
     /// This table.
     OpenApi,
 }
@@ -248,6 +266,90 @@ pub const ROUTES: &[Route] = &[
         access: Access::Token,
         parameters: &[],
         takes: Some("{text}"),
+    },
+    Route {
+        operation: Operation::Evidence,
+        path: "/api/v1/evidence",
+        summary: "What scanners found in images, and what people attest.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::AddScan,
+        path: "/api/v1/evidence/trivy",
+        summary: "Takes in a report of Trivy about an image; 413 beyond 64 MiB, 409 for one older than what is there.",
+        access: Access::Token,
+        parameters: &[("by", "who brings it")],
+        takes: Some("what `trivy image --format json` writes"),
+    },
+    Route {
+        operation: Operation::AddAttestation,
+        path: "/api/v1/evidence/attestation",
+        summary: "Takes in a signed attestation; 403 unless a key of `evidence.attestor` signed it.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("a DSSE envelope with a payload of application/vnd.sidewarden.attestation+json"),
+    },
+    Route {
+        operation: Operation::RemoveAttestation,
+        path: "/api/v1/evidence/attestation/remove",
+        summary: "Takes an attestation back: what it was about is unknown again.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{check, workload, container, why, by}"),
+    },
+    Route {
+        operation: Operation::Report,
+        path: "/api/v1/report",
+        summary: "The auditor's table (reference, description, status) now or at a past moment, and what changed since another.",
+        access: Access::Token,
+        parameters: &[
+            ("workload", "shop/orders, shop/*, or a SPIFFE ID; the whole fleet if not given"),
+            ("instance", "only this instance"),
+            ("at", "the moment to show, RFC 3339 or microseconds since 1970; now if not given"),
+            ("since", "a moment before: tells what changed between the two"),
+            ("numbering", "1.3.1 or 1.6; 1.3.1 if not given"),
+            ("format", "json, text, csv or html (one file, prints well); json if not given"),
+        ],
+        takes: None,
+    },
+    Route {
+        operation: Operation::History,
+        path: "/api/v1/report/history",
+        summary: "The score over time: of all verdicts that apply, how many percent pass.",
+        access: Access::Token,
+        parameters: &[
+            ("workload", "shop/orders, shop/*, or a SPIFFE ID; the whole fleet if not given"),
+            ("since", "the first moment, RFC 3339 or microseconds since 1970; a week ago if not given"),
+            ("until", "the last moment; now if not given"),
+            ("points", "how many moments, 2 to 60; 15 if not given"),
+        ],
+        takes: None,
+    },
+    Route {
+        operation: Operation::Waivers,
+        path: "/api/v1/waivers",
+        summary: "Who answers for broken rules, until when, and how many failures each waiver covers now.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::SetWaiver,
+        path: "/api/v1/waivers/set",
+        summary: "Waives a check of some workloads until a moment; takes the place of a waiver of the same.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{check, workload, container, why, by, until_us}; workload: shop/orders, shop/* or *"),
+    },
+    Route {
+        operation: Operation::RemoveWaiver,
+        path: "/api/v1/waivers/remove",
+        summary: "Removes a waiver: what it covered is a failure again.",
+        access: Access::Token,
+        parameters: &[],
+        takes: Some("{check, workload, container, why, by}"),
     },
     Route {
         operation: Operation::OpenApi,

@@ -1,8 +1,11 @@
 //! The commands that change something, each with its arguments.
 
+pub mod evidence;
 pub mod policy;
 pub mod quarantine;
+pub mod report;
 pub mod revoke;
+pub mod waiver;
 
 use std::time::Duration;
 

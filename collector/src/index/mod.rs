@@ -2,8 +2,10 @@
 //!
 //! Events of warning and above have rows of their own; of all others only the range, the kinds and the highest severity
 //! of their batch are kept, and a batch is decompressed when a question really reaches it. An answer says how far it
-//! looked: no question may hold the store for long.
+//! looked: no question may hold the store for long. Events that say how somebody was judged have rows that name them
+//! (`judged`), so that the posture of any past moment is a few steps away.
 
+mod judged;
 mod query;
 mod writer;
 
@@ -19,6 +21,7 @@ use sidewarden_proto::event::{Event, Severity};
 use sidewarden_proto::identity::{AgentId, InstanceId, SpiffeId};
 use sidewarden_proto::time::Timestamp;
 
+pub use judged::{Past, Told};
 pub use query::Index;
 pub use writer::{Indexed, Writer};
 

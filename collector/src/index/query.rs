@@ -10,8 +10,10 @@ use serde_json::value::RawValue;
 use sidewarden_proto::batch::{Epoch, Link, Malformed};
 use sidewarden_proto::event::{EventRef, Severity};
 use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::policy::Pattern;
 use sidewarden_proto::time::Timestamp;
 
+use super::judged::Past;
 use super::{Answer, IndexError, MAX_LIMIT, Order, Place, Query, Record};
 use crate::log::{Log, LogError, Stored};
 
@@ -22,8 +24,8 @@ const MAX_BATCHES: usize = 512;
 #[derive(Clone)]
 pub struct Index(Arc<Mutex<Reader>>);
 
-struct Reader {
-    db: Connection,
+pub(super) struct Reader {
+    pub(super) db: Connection,
     log: Box<dyn Log>,
 }
 
@@ -52,6 +54,19 @@ impl Index {
         tokio::task::spawn_blocking(move || index.query_now(&query))
             .await
             .unwrap_or_else(|error| Err(IndexError::Damaged(format!("a question did not end: {error}"))))
+    }
+
+    /// What was told by `at` of how those in `scope` were judged, on a thread that may block.
+    pub async fn past(&self, scope: Vec<Pattern>, at: Timestamp) -> Result<Past, IndexError> {
+        let index = self.clone();
+        tokio::task::spawn_blocking(move || index.past_now(&scope, at))
+            .await
+            .unwrap_or_else(|error| Err(IndexError::Damaged(format!("a question did not end: {error}"))))
+    }
+
+    /// The same on this thread.
+    pub fn past_now(&self, scope: &[Pattern], at: Timestamp) -> Result<Past, IndexError> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).past(scope, at)
     }
 
     /// Answers `query` on this thread.
@@ -167,7 +182,7 @@ impl Reader {
     }
 
     /// The link at `position`, unless it was trimmed or is damaged.
-    fn link(&self, position: u64) -> Result<Option<Stored>, IndexError> {
+    pub(super) fn link(&self, position: u64) -> Result<Option<Stored>, IndexError> {
         match self.log.read_from(position, 1) {
             Ok(mut links) => Ok(links.pop().filter(|stored| stored.position == position)),
             Err(LogError::Damaged { .. }) => Ok(None),
@@ -212,7 +227,7 @@ fn place_values(place: Place) -> [Value; 2] {
     [Value::Integer(clamp(place.position)), Value::Integer(clamp(place.seq))]
 }
 
-fn unreadable(error: rusqlite::Error) -> IndexError {
+pub(super) fn unreadable(error: rusqlite::Error) -> IndexError {
     IndexError::Damaged(error.to_string())
 }
 

@@ -8,11 +8,11 @@ use sidewarden_proto::batch::{Lines, Link, Malformed};
 use sidewarden_proto::event::{EventRef, Severity};
 use sidewarden_proto::identity::AgentId;
 
-use super::IndexError;
+use super::{IndexError, judged};
 use crate::log::{Log, LogError, Stored};
 
 /// The form of the file. Another one is not converted but rebuilt.
-const FORM: i64 = 1;
+const FORM: i64 = 2;
 /// Links read from the log at once while catching up.
 const STEP: usize = 256;
 /// Distinct kinds noted for a batch; a batch with more is looked into for every question.
@@ -29,6 +29,11 @@ const SCHEMA: &str = "
         kind TEXT NOT NULL, summary TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (position, seq)) WITHOUT ROWID;
     CREATE INDEX notable_agent ON notable (agent, position, seq);
     CREATE INDEX notable_kind ON notable (kind, position, seq);
+    CREATE TABLE judged (agent INTEGER NOT NULL, container TEXT NOT NULL, position INTEGER NOT NULL,
+        seq INTEGER NOT NULL, received INTEGER NOT NULL, kind TEXT NOT NULL,
+        PRIMARY KEY (agent, container, position, seq)) WITHOUT ROWID;
+    CREATE INDEX judged_container ON judged (container, position) WHERE container <> '';
+    CREATE INDEX judged_position ON judged (position);
     CREATE TABLE reach (position INTEGER NOT NULL);
     INSERT INTO reach VALUES (0);
 ";
@@ -143,6 +148,7 @@ impl Writer {
             let tx = self.db.transaction()?;
             tx.execute("DELETE FROM batch WHERE position < ?1", [tail as i64])?;
             tx.execute("DELETE FROM notable WHERE position < ?1", [tail as i64])?;
+            tx.execute("DELETE FROM judged WHERE position < ?1", [tail as i64])?;
             tx.commit()
         };
         write().map_err(|error| IndexError::Sqlite { path: self.path.clone(), error })
@@ -153,7 +159,7 @@ impl Writer {
         let mut write = || -> Result<(), rusqlite::Error> {
             let tx = self.db.transaction()?;
             tx.execute_batch(
-                "DELETE FROM batch; DELETE FROM notable; DELETE FROM agent; UPDATE reach SET position = 0;",
+                "DELETE FROM batch; DELETE FROM notable; DELETE FROM judged; DELETE FROM agent; UPDATE reach SET position = 0;",
             )?;
             tx.commit()
         };
@@ -232,6 +238,13 @@ fn insert(tx: &Transaction<'_>, link: &Indexed<'_>) -> Result<(), rusqlite::Erro
             event.summary,
             event.body.get()
         ])?;
+    }
+    let mut judged = tx.prepare_cached("INSERT OR IGNORE INTO judged VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+    for event in link.events {
+        let Some((of, container)) = judged::about(&stored.entry.agent, event) else { continue };
+        let of = if of == *stored.entry.agent { agent } else { agent_id(tx, &of)? };
+        let (position, received) = (stored.position as i64, stored.entry.received.0);
+        judged.execute(params![of, container, position, event.seq as i64, received, event.kind])?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ let token = "";
 let running = null; // what the present view has going on, to be stopped when another begins
 const main = document.getElementById("main");
 const WORST_FIRST = ["critical", "warning", "notice", "info"];
-const VERDICT_WORDS = { fail: "FAIL", unknown: "UNKNOWN", pass: "PASS", waived: "WAIVED", not_applicable: "N/A" };
+const VERDICT_WORDS = { fail: "FAIL", unknown: "UNKNOWN", pass: "PASS", waived: "FAIL, WAIVED", not_applicable: "N/A" };
 const MAX_LINES = 500;
 const MAX_BRIEF = 8;
 const REFRESH = 5000;
@@ -81,7 +81,8 @@ function posture(counts) {
     }
     x += width;
   }
-  const told = parts.map(([word, count], i) => [i ? " · " : "", el("b", { class: count ? word : "" }, String(count)), ` ${word}`]);
+  const shown = counts.waived ? [...parts, ["waived", counts.waived]] : parts;
+  const told = shown.map(([word, count], i) => [i ? " · " : "", el("b", { class: count ? word : "" }, String(count)), ` ${word}`]);
   return el("div", { class: "posture" }, bar, el("span", { class: "counts" }, told.flat()));
 }
 

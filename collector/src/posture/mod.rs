@@ -4,15 +4,22 @@
 //! The vantage with more authority has the word; an answer counts more than no answer; all are kept, and where two answers
 //! differ that is shown. A node agent's word counts only for containers of its own host: the agent beside the workload has
 //! told the same host and the container's id. Where two node agents tell of one container, neither has the word.
+//! What people answer for comes last (`pledges`): it changes what counts, not what the agents said.
 
-use std::collections::BTreeMap;
+pub mod past;
+pub mod pledges;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
-use sidewarden_proto::event::Mode;
+use sidewarden_proto::event::{ContainerRef, Mode};
 use sidewarden_proto::finding::{Finding, Vantage, Verdict};
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
+use self::pledges::Names;
+use crate::evidence;
 use crate::state::{Agent, Hosted, Session, Standing, State};
 
 /// One check's answer, and whose it is.
@@ -48,51 +55,134 @@ pub struct Source {
 /// An answer before it is merged.
 struct Answer<'a> {
     agent: &'a AgentId,
-    standing: &'a Standing,
+    finding: Cow<'a, Finding>,
+    since: Timestamp,
     disputed: bool,
 }
 
-/// The posture of the instance `id`, by check.
-pub fn merged(state: &State, id: &AgentId) -> Vec<Merged> {
+impl<'a> Answer<'a> {
+    fn new(agent: &'a AgentId, standing: &'a Standing, disputed: bool) -> Answer<'a> {
+        Answer { agent, finding: Cow::Borrowed(&standing.finding), since: standing.since, disputed }
+    }
+}
+
+/// Has the newest scan of a container's image answer for it.
+pub fn scanned(
+    state: &State,
+    neighbours: &Neighbours<'_>,
+    container: &ContainerRef,
+    finding: &mut Cow<'_, Finding>,
+    now: Timestamp,
+) {
+    if finding.check == evidence::CHECK
+        && let Some(scan) = evidence::scan_of(&state.scans, container)
+    {
+        evidence::answer(neighbours.evidence, scan, finding.to_mut(), now);
+    }
+}
+
+/// Who tells of the same host and the same containers, looked up once for many questions.
+#[derive(Debug)]
+pub struct Neighbours<'a> {
+    /// Node agents that are connected, by host.
+    nodes: HashMap<&'a str, Vec<(&'a AgentId, &'a Agent)>>,
+    /// Agents that stand beside a container, by host and container.
+    beside: HashMap<&'a str, HashMap<&'a str, Vec<&'a AgentId>>>,
+    /// What evidence must be like.
+    evidence: &'a evidence::Config,
+}
+
+impl<'a> Neighbours<'a> {
+    /// Those of `state`.
+    pub fn of(state: &'a State, evidence: &'a evidence::Config) -> Neighbours<'a> {
+        let (mut nodes, mut beside): (HashMap<_, Vec<_>>, HashMap<_, HashMap<_, Vec<_>>>) = Default::default();
+        for (id, agent) in state.agents.iter().filter(|(_, agent)| !agent.host.is_empty()) {
+            let host = agent.host.as_str();
+            if agent.mode == Some(Mode::Node) {
+                let is_live = matches!(agent.session, Session::Live { .. });
+                nodes.entry(host).or_default().extend(is_live.then_some((id, agent)));
+            }
+            for container in &agent.containers {
+                beside.entry(host).or_default().entry(container.as_str()).or_default().push(id);
+            }
+        }
+        Neighbours { nodes, beside, evidence }
+    }
+
+    /// The agents that stand beside a container of a host.
+    pub fn beside(&self, host: &str, container: &str) -> &[&'a AgentId] {
+        self.beside.get(host).and_then(|there| there.get(container)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The node agents that see the containers of `agent` now, and what they see; whether another one does so, too.
+    fn hosts(&self, agent: &Agent) -> Vec<(&'a AgentId, &'a Agent, &'a Hosted, bool)> {
+        let Some(nodes) = self.nodes.get(agent.host.as_str()) else { return Vec::new() };
+        let mut found = Vec::new();
+        for container in &agent.containers {
+            let seen: Vec<_> =
+                nodes.iter().filter_map(|(id, node)| Some((*id, *node, node.hosted.get(container)?))).collect();
+            let disputed = seen.len() > 1;
+            found.extend(seen.into_iter().map(|(id, node, hosted)| (id, node, hosted, disputed)));
+        }
+        found
+    }
+}
+
+/// The posture of the instance `id` at `now`, by check.
+pub fn merged(state: &State, neighbours: &Neighbours<'_>, id: &AgentId, now: Timestamp) -> Vec<Merged> {
     let Some(agent) = state.agents.get(id) else { return Vec::new() };
     let mut answers: BTreeMap<&str, Vec<Answer<'_>>> = BTreeMap::new();
     for (check, standing) in &agent.findings {
-        answers.entry(check).or_default().push(Answer { agent: id, standing, disputed: false });
+        answers.entry(check).or_default().push(Answer::new(id, standing, false));
     }
-    for (node, hosted, disputed) in hosts(state, agent) {
-        for (check, standing) in &hosted.findings {
-            answers.entry(check).or_default().push(Answer { agent: node, standing, disputed });
+    for (node, told, hosted, disputed) in neighbours.hosts(agent) {
+        // What it says of its host's swarm is true of everything there.
+        let of_swarm = told.findings.iter().filter(|(_, s)| s.finding.ids.v1_3_1.starts_with("7."));
+        for (check, standing) in hosted.findings.iter().chain(of_swarm) {
+            let mut answer = Answer::new(node, standing, disputed);
+            scanned(state, neighbours, &hosted.container, &mut answer.finding, now);
+            answers.entry(check).or_default().push(answer);
         }
     }
-    answers.into_values().filter_map(|all| merge(&all)).collect()
+    let mut merged: Vec<Merged> = answers.into_values().filter_map(|all| merge(&all)).collect();
+    answered_for(state, &Names::of_instance(id), &mut merged, now);
+    merged
 }
 
-/// The node agents that see the containers of `agent` now, and what they see; whether another one does so, too.
-fn hosts<'a>(state: &'a State, agent: &'a Agent) -> Vec<(&'a AgentId, &'a Hosted, bool)> {
-    if agent.host.is_empty() {
-        return Vec::new();
-    }
-    let is_node = |node: &Agent| {
-        node.mode == Some(Mode::Node) && node.host == agent.host && matches!(node.session, Session::Live { .. })
+/// The posture at `now` of a container that the node agent `id` tells of, by check.
+pub fn of_container(
+    state: &State,
+    neighbours: &Neighbours<'_>,
+    id: &AgentId,
+    node: &Agent,
+    hosted: &Hosted,
+    now: Timestamp,
+) -> Vec<Merged> {
+    let alone = |standing: &Standing| {
+        let mut finding = Cow::Borrowed(&standing.finding);
+        scanned(state, neighbours, &hosted.container, &mut finding, now);
+        Merged { finding: finding.into_owned(), since_us: standing.since, sources: Vec::new(), disagree: false }
     };
-    let nodes: Vec<_> = state.agents.iter().filter(|(_, node)| is_node(node)).collect();
-    let mut found = Vec::new();
-    for container in &agent.containers {
-        let seen: Vec<_> = nodes.iter().filter_map(|(id, node)| Some((*id, node.hosted.get(container)?))).collect();
-        let disputed = seen.len() > 1;
-        found.extend(seen.into_iter().map(|(id, hosted)| (id, hosted, disputed)));
+    let mut all: Vec<Merged> = hosted.findings.values().map(alone).collect();
+    answered_for(state, &Names::of_container(neighbours, id, node, &hosted.container), &mut all, now);
+    all
+}
+
+fn answered_for(state: &State, names: &Names<'_>, all: &mut [Merged], now: Timestamp) {
+    for merged in all {
+        pledges::attest(&state.attestations, names, &mut merged.finding, now);
+        pledges::waive(&state.waivers, names, &mut merged.finding, now);
     }
-    found
 }
 
 fn merge(answers: &[Answer<'_>]) -> Option<Merged> {
-    let best = answers.iter().filter(|a| !a.disputed).max_by_key(|a| weight(&a.standing.finding))?;
-    let word = |a: &Answer<'_>| a.standing.finding.verdict.word();
+    let best = answers.iter().filter(|a| !a.disputed).max_by_key(|a| weight(&a.finding))?;
+    let word = |a: &Answer<'_>| a.finding.verdict.word();
     let kept = answers.iter().any(|a| word(a) == "pass");
     let broken = answers.iter().any(|a| matches!(word(a), "fail" | "waived"));
     Some(Merged {
-        finding: best.standing.finding.clone(),
-        since_us: best.standing.since,
+        finding: best.finding.clone().into_owned(),
+        since_us: best.since,
         sources: if answers.len() > 1 { answers.iter().map(source).collect() } else { Vec::new() },
         disagree: kept && broken,
     })
@@ -116,7 +206,7 @@ fn weight(finding: &Finding) -> (bool, u8, u8) {
 }
 
 fn source(answer: &Answer<'_>) -> Source {
-    let finding = &answer.standing.finding;
+    let finding = &answer.finding;
     let evidence = finding.evidence.first().map(|e| format!("{}: {}", e.source, e.line)).unwrap_or_default();
     Source {
         agent: answer.agent.to_string(),
@@ -179,7 +269,8 @@ mod tests {
         for (n, node) in nodes.into_iter().enumerate() {
             state.agents.insert(id("hosts/a", &format!("n{n}")), node);
         }
-        let all = merged(&state, &id("shop/web", "w"));
+        let evidence = crate::config::Config::default().evidence;
+        let all = merged(&state, &Neighbours::of(&state, &evidence), &id("shop/web", "w"), Timestamp(1));
         (all[0].finding.verdict.word(), all[0].disagree, all[0].sources.len())
     }
 
