@@ -120,7 +120,7 @@ async fn a_waiver_that_ends_is_told_of_before_and_is_a_failure_after() {
     alert(&scene.app, "CheckFailed", "resolved").await;
     alert(&scene.app, "WaiverEnding", "firing").await;
     // The same again, with an end that comes at once.
-    assert_eq!(tell(&scene.app, "/api/v1/waivers/set", waiver(soon(2))).await.0, 200);
+    assert_eq!(tell(&scene.app, "/api/v1/waivers/set", waiver(soon(6))).await.0, 200);
     alert(&scene.app, "CheckFailed", "firing").await;
     alert(&scene.app, "WaiverEnding", "resolved").await;
     let shown = verdict(&scene.app).await;
@@ -285,6 +285,50 @@ async fn a_report_has_every_form_and_a_wrong_question_an_answer() {
         assert_eq!(answer.status().as_u16(), 400, "{path}");
         let told: Value = answer.json().await.unwrap();
         assert!(told["error"].as_str().unwrap().contains(expected), "{path}: {told}");
+    }
+    scene.app.stop().await;
+}
+
+/// `cargo test --release -p sidewarden-collector --test posture -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "not a test: a measurement of what a past moment costs"]
+async fn the_posture_of_a_past_moment_takes_so_long() {
+    const AGENTS: usize = 1_000;
+    let scene = start("").await;
+    let checks: Vec<String> = (1..=53).map(|n| format!("check-{n}")).collect();
+    let one =
+        |n: usize, verdict| finding(&checks[n], &format!("5.{n}"), "a title", Severity::Warning, verdict, "evidence");
+    let mut agents: Vec<Agent> = (0..AGENTS).map(|n| Agent::new(&format!("shop/s{n}#1"))).collect();
+    for agent in &mut agents {
+        agent.connect(&scene.app, Mode::Sidecar, Vantage::Open).await;
+        let findings = (0..53).map(|n| one(n, Verdict::Pass)).collect();
+        agent
+            .send(
+                &scene.app,
+                vec![event(Severity::Info, "posture", PostureBaseline { findings, ..Default::default() })],
+            )
+            .await;
+    }
+    for round in 0..20 {
+        for agent in &mut agents {
+            let changed = VerdictChanged { before: "pass".into(), finding: one(round, Verdict::Fail) };
+            let mut events = vec![event(Severity::Warning, "changed", changed)];
+            events.extend((0..20).map(|n| scene::plaintext(&format!("10.0.0.{n}:1"))));
+            agent.send(&scene.app, events).await;
+        }
+    }
+    let (at, url) = (between().await, format!("https://127.0.0.1:{}", scene.app.api.port()));
+    let http = client(&scene.app);
+    for (what, query) in [("one workload", "workload=shop/s500&"), ("a thousand agents", "")] {
+        let mut took = Vec::new();
+        for _ in 0..9 {
+            let begun = std::time::Instant::now();
+            let request = http.get(format!("{url}/api/v1/report?{query}at={}&format=csv", at.0));
+            let bytes = request.bearer_auth(token(&scene.app)).send().await.unwrap().bytes().await.unwrap().len();
+            took.push((begun.elapsed(), bytes));
+        }
+        took.sort();
+        eprintln!("the table of {what} at a past moment, over HTTPS: {:?}, {} bytes", took[4].0, took[4].1);
     }
     scene.app.stop().await;
 }

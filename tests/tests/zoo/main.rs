@@ -12,10 +12,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cages::{CAGES, Cage, Image, SOUND};
+use sidewarden_agent::cis::{self, Case, Declared, History};
 use sidewarden_agent::config::Config;
+use sidewarden_agent::facts::{self, ListenerSight, Machine, Subject};
 use sidewarden_agent::node::{self, NodeConfig};
-use sidewarden_proto::event::{Body, Event};
+use sidewarden_agent::watch::{Watch, WatchConfig};
+use sidewarden_proto::event::{Body, Event, Mode};
 use sidewarden_proto::finding::Finding;
+use sidewarden_proto::time::Timestamp;
 use sidewarden_tests::command::run;
 use sidewarden_tests::docker::Docker;
 use sidewarden_tests::interrupt::poll;
@@ -129,7 +133,7 @@ impl Zoo {
         Ok(id.trim().to_owned())
     }
 
-    fn watch(&self) -> Result<sidewarden_agent::watch::Watch> {
+    fn watch(&self) -> Result<Watch> {
         let config = Config::default();
         let node = NodeConfig { interval: Duration::from_secs(5), ..NodeConfig::new(&config, "/".into()) };
         let (told, prefix) = (Arc::clone(&self.told), format!("{}-", self.name));
@@ -253,7 +257,7 @@ const MANY: usize = 100;
 
 /// `cargo test --release -p sidewarden-tests --test zoo -- --ignored --nocapture`
 #[test]
-#[ignore = "not a test: a measurement of what a hundred containers cost a node agent"]
+#[ignore = "not a test: a measurement of what judging and watching cost, one container and a hundred"]
 fn a_hundred_containers_are_judged_within_a_second_of_cpu() -> Result<()> {
     let Some(zoo) = Zoo::open()? else { return Ok(()) };
     let image = zoo.id(Image::Sound)?;
@@ -277,7 +281,49 @@ fn a_hundred_containers_are_judged_within_a_second_of_cpu() -> Result<()> {
         median / u32::try_from(containers)?
     );
     ensure!(median < Duration::from_secs(1), "{spent:?}");
+    let id = zoo.docker.run(["inspect", "--format", "{{.Id}}", &format!("{}-many-0", zoo.name)]).output()?;
+    let subject = |mode| Subject { mode, cgroup: Some(id.trim().to_owned()) };
+    one_judgement(&subject(Mode::Sidecar))?;
+    steady("node, all containers", |stop| Ok(node::start(node, |_| (), stop)?))?;
+    for (what, mode) in [("sidecar, one container", Mode::Sidecar), ("exec, one container", Mode::Exec)] {
+        let watch = WatchConfig::new(subject(mode));
+        steady(what, |stop| Ok(Watch::start(watch, |_| (), stop)?))?;
+    }
     Ok(())
+}
+
+/// Judgements that one is the mean of.
+const JUDGEMENTS: u32 = 200;
+/// How long a watch is measured, once it has settled.
+const SPAN: Duration = Duration::from_secs(30);
+
+/// What one full look at a container and its judgement cost. Here every process of the host is in sight, which a sidecar does
+/// not have to read.
+fn one_judgement(subject: &Subject) -> Result<()> {
+    let (mut listeners, history) = (ListenerSight::new(Machine::new("/")), History::default());
+    let (declared, before) = (Declared::default(), cpu()?);
+    for _ in 0..JUDGEMENTS {
+        let facts = facts::observe(Path::new("/"), subject, &mut listeners);
+        let case = Case { facts: &facts, declared: &declared, history: &history, now: Timestamp::now() };
+        ensure!(cis::judge_all(&case).len() == cis::CHECKS.len(), "not every check was judged");
+    }
+    eprintln!("one container, the full table from beside it: {:.3?} of CPU", (cpu()? - before) / JUDGEMENTS);
+    Ok(())
+}
+
+/// What a watch costs while nothing happens.
+fn steady(what: &str, start: impl FnOnce(CancellationToken) -> Result<Watch>) -> Result<()> {
+    let stop = CancellationToken::new();
+    let watch = start(stop.clone())?;
+    std::thread::sleep(Duration::from_secs(5));
+    let before = cpu()?;
+    std::thread::sleep(SPAN);
+    let spent = cpu()? - before;
+    let memory = std::fs::read_to_string("/proc/self/status")?;
+    let memory = memory.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default().trim();
+    eprintln!("watching, {what}: {:.2} % of a core; this process has {memory}", 100.0 * spent.div_duration_f64(SPAN));
+    stop.cancel();
+    watch.thread.join().map_err(|_| anyhow::anyhow!("the watch of {what} panicked"))
 }
 
 /// CPU time of this process, in user space and in the kernel.
