@@ -1,5 +1,6 @@
 //! Builds everything, in order, and hands back where it listens. Tests call it with port 0.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::alert;
 use crate::api;
-use crate::ca::{self, Authority, Issuer, Register};
+use crate::ca::{self, Authority, Issuer, Register, Terms, Vault, orders};
 use crate::commit::{self, Committer, Parts};
 use crate::config::Config;
 use crate::evidence;
@@ -84,10 +85,12 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let now = clock();
     let (authority, first) = open_authority(&config, now)?;
     let register = Register::open(&dir.join("ca.db"))?;
+    register.attribute(authority.pin())?;
     let issuer = Arc::new(Issuer::new(authority.clone(), register, config.certificate_life, config.grace));
     let own = authority.own().borrow().clone();
     let path = dir.join("directive.json");
-    let directives = Arc::new(Directives::open(&path, &config.trust_domain, authority.root(), &own, now)?);
+    let roots = orders::roots(&issuer, now)?;
+    let directives = Arc::new(Directives::open(&path, &config.trust_domain, roots, &own, now)?);
     let (commits, index, committing) = open_store(&config)?;
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
     let fleet = Arc::new(Fleet::default());
@@ -142,15 +145,22 @@ fn open_authority(config: &Config, now: Timestamp) -> anyhow::Result<(Arc<Author
     let own_life = (config.certificate_life + config.grace) * 2;
     let dir = config.data_dir.join("ca");
     // A new root would lock every agent out: that is never done behind somebody's back.
-    if !dir.join("root").exists() && config.data_dir.join("log.db").exists() {
+    if !Authority::exists(&dir) && config.data_dir.join("log.db").exists() {
         anyhow::bail!(
             "{} is gone and the log beside it is not: restore ca/ from a backup, or move all of {} away to begin a new trust domain",
             dir.join("root").display(),
             config.data_dir.display()
         );
     }
-    let (authority, first) = Authority::open(&dir, &config.trust_domain, &config.api.names, own_life, now)?;
+    let (domain, names) = (config.trust_domain.clone(), config.api.names.clone());
+    let (authority, first) = Authority::open(&dir, Terms { domain, names, own_life, vault: vault(config)? }, now)?;
     Ok((Arc::new(authority), first))
+}
+
+/// How the CA's keys lie on disk, by the settings and what systemd hands over.
+pub fn vault(config: &Config) -> Result<Vault, ca::CaError> {
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(std::path::PathBuf::from);
+    Vault::from_files(config.ca.passphrase_file.as_deref(), credentials.as_deref())
 }
 
 fn open_store(config: &Config) -> anyhow::Result<(Committer, Index, std::thread::JoinHandle<()>)> {
@@ -250,19 +260,23 @@ async fn tick(core: Core) {
     }
 }
 
-/// Renews our own certificates, signs the directive again with the new one, and tells of tokens made elsewhere.
+/// Renews our own certificates, signs the directive again with the new one, notes what agents confirmed, carries out what
+/// commands ask, and tells of tokens made elsewhere.
 async fn keep_house(core: Core) {
     let mut beat = tokio::time::interval(HOUSEKEEPING);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let trust = Arc::new(Mutex::new(Applied::new(&core.config.data_dir)));
+    let mut noted = HashMap::new();
     loop {
         tokio::select! {
             _ = beat.tick() => {}
             () = core.shutdown.cancelled() => return,
         }
         let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
+        let confirmed = newly(&mut noted, core.fleet.confirmed());
         let trust = trust.clone();
         let done = tokio::task::spawn_blocking(move || {
+            issuer.register().confirm(&confirmed)?;
             let mut events = renew_and_collect(&issuer, &directives, now)?;
             let own = issuer.authority().own().borrow().clone();
             let mut trust = trust.lock().unwrap_or_else(PoisonError::into_inner);
@@ -287,6 +301,15 @@ async fn keep_house(core: Core) {
     }
 }
 
+/// What differs from what was noted before; agents that have left are forgotten here, not in the register.
+fn newly(noted: &mut HashMap<AgentId, u64>, confirmed: Vec<(AgentId, u64)>) -> Vec<(AgentId, u64)> {
+    let confirmed: HashMap<AgentId, u64> = confirmed.into_iter().collect();
+    let new = confirmed.iter().filter(|(agent, version)| noted.get(*agent) != Some(*version));
+    let new = new.map(|(agent, version)| (agent.clone(), *version)).collect();
+    *noted = confirmed;
+    new
+}
+
 fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<Vec<Event>> {
     if issuer.authority().renew_due(now)? {
         let own = issuer.authority().own().borrow().clone();
@@ -294,11 +317,12 @@ fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -
         tracing::info!(not_after = %own.peer().not_after, "our own certificate was renewed");
     }
     fleet::refresh(issuer, directives, now)?;
+    let ordered = orders::carry_out(issuer, directives, now)?;
     let created = issuer.register().take_unannounced()?;
     let told = created.into_iter().map(|token| {
         let summary =
             format!("Token {} for {} made, {} uses, until {}", token.id, token.workload, token.uses, token.expires_us);
         Event::new(now, Severity::Notice, summary, &Body::from(token))
     });
-    Ok(told.collect())
+    Ok(ordered.into_iter().chain(told).collect())
 }

@@ -30,6 +30,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long a stop may take.
     pub drain_timeout: Duration,
+    /// The CA's keys.
+    pub ca: Ca,
     /// Where agents come in.
     pub agents: Agents,
     /// The HTTPS API and the page.
@@ -42,6 +44,14 @@ pub struct Config {
     pub retention: Retention,
     /// What scans and attestations must be like.
     pub evidence: evidence::Config,
+}
+
+/// The CA's keys.
+#[derive(Clone, Debug)]
+pub struct Ca {
+    /// The passphrase that seals them. Without one the systemd credential `sidewarden-ca-passphrase` counts, and without
+    /// that they are plain.
+    pub passphrase_file: Option<PathBuf>,
 }
 
 /// Where agents come in.
@@ -130,6 +140,7 @@ fn config(reader: &mut Reader<'_>) -> Config {
         certificate_life: reader.value("certificate_life", DAY),
         grace: reader.value("grace", 7 * DAY),
         drain_timeout: reader.value("drain_timeout", Duration::from_secs(10)),
+        ca: reader.section("ca", ca),
         agents: reader.section("agents", agents),
         api: reader.section("api", api),
         metrics: reader.section("metrics", metrics),
@@ -139,6 +150,10 @@ fn config(reader: &mut Reader<'_>) -> Config {
     };
     contradictions(reader, &config);
     config
+}
+
+fn ca(reader: &mut Reader<'_>) -> Ca {
+    Ca { passphrase_file: reader.optional("passphrase_file") }
 }
 
 fn agents(reader: &mut Reader<'_>) -> Agents {
@@ -240,7 +255,7 @@ mod tests {
         let more = ["handshake_timeout", "max_handshakes", "max_connections", "max_links_per_second", "names", "tls"];
         let last = ["token", "alertmanagers", "webhooks", "url", "ca_file", "log", "hold", "resend", "days", "bytes"];
         let evidence = ["fail_on", "with_fix_only", "max_age", "folder", "attestor", "name", "key_file"];
-        for key in keys.iter().chain(&more).chain(&last).chain(&evidence) {
+        for key in keys.iter().chain(&more).chain(&last).chain(&evidence).chain(&["passphrase_file"]) {
             let shown = EXAMPLE.contains(&format!("{key} = ")) || EXAMPLE.contains(&format!("{key}]]"));
             assert!(shown, "{key} is not in deploy/collector.toml");
         }

@@ -95,6 +95,9 @@ enum Command {
     /// What all agents go by: check, diff, test, apply, roll back
     #[command(subcommand, after_help = commands::policy::HELP)]
     Policy(commands::policy::Command),
+    /// The CA: what stands, rotation, certificates for clients without an agent, sealing, backup
+    #[command(subcommand)]
+    Ca(commands::ca::CaCommand),
     /// Who is there: agents with status, posture and certificate
     Agents {
         #[command(flatten)]
@@ -170,7 +173,7 @@ struct At {
     /// A file with the API token; by default <data_dir>/admin.token
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// The CA that the API's certificate must come from; by default <data_dir>/ca/root/cert.pem
+    /// The CA that the API's certificate must come from; by default <data_dir>/ca/bundle.pem
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// JSON for programs
@@ -259,6 +262,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             let client = client(&config, command.at())?;
             runtime(false)?.block_on(commands::waiver::run(&client, command, &config.trust_domain))
         }
+        Command::Ca(command) => commands::ca::run(&config, command),
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {
             let query = events_query(&config, query)?;
@@ -385,6 +389,6 @@ fn client(config: &Config, at: &At) -> anyhow::Result<Client> {
     let port = config.api.listen.port();
     let url = at.url.clone().unwrap_or_else(|| format!("https://127.0.0.1:{port}"));
     let token = at.token_file.clone().unwrap_or_else(|| config.data_dir.join("admin.token"));
-    let ca = at.ca.clone().unwrap_or_else(|| config.data_dir.join("ca/root/cert.pem"));
+    let ca = at.ca.clone().unwrap_or_else(|| config.data_dir.join("ca/bundle.pem"));
     Client::new(&url, &token, &ca)
 }

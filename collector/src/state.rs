@@ -388,7 +388,7 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 22] = [
+    const KINDS: [&str; 24] = [
         "attestation.set",
         "attestation.removed",
         "scan.added",
@@ -408,6 +408,8 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "quarantine.changed",
         "quarantine.released",
         "policy.applied",
+        "ca.rotated",
+        "ca.issued",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",

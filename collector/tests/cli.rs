@@ -205,6 +205,113 @@ fn the_commands_show_what_the_collector_knows() {
     assert!(refused.0 == Some(1) && refused.2.contains("the token is wrong"), "{refused:?}");
 }
 
+/// Runs a command on `data`, with a passphrase for the CA's keys if there is one.
+fn on(data: &Path, passphrase: Option<&Path>, arguments: &[&str]) -> (bool, String, String) {
+    let mut command = collector();
+    command.args(arguments).arg("--data-dir").arg(data);
+    if let Some(file) = passphrase {
+        command.env("SIDEWARDEN_CA_PASSPHRASE_FILE", file);
+    }
+    let output = command.output().unwrap();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn the_root_is_rotated_by_commands_beside_a_running_collector() {
+    let dir = tempdir().unwrap();
+    let data = dir.path().join("data");
+    let refused = on(&data, None, &["ca", "prepare"]);
+    assert!(!refused.0 && refused.2.contains("start the collector once"), "{refused:?}");
+    let server = Server::start(&data);
+    let before = on(&data, None, &["ca", "status"]).1;
+    assert!(before.contains("active") && before.contains("No rotation is under way"), "{before}");
+    let out_of_turn = on(&data, None, &["ca", "activate"]);
+    assert!(!out_of_turn.0 && out_of_turn.2.contains("begin with `ca prepare`"), "{out_of_turn:?}");
+    assert!(on(&data, None, &["token", "create", "--workload", "shop/web"]).0);
+    for (step, next) in [
+        ("prepare", "Next: `ca activate`"),
+        ("activate", "Next: `ca taint`"),
+        ("taint", "Next: `ca retire`"),
+        ("retire", "The rotation is complete"),
+    ] {
+        let done = on(&data, None, &["ca", step]);
+        assert!(done.0 && done.2.contains(next), "{step}: {done:?}");
+        assert_eq!(done.2.contains("old root's pin"), step == "activate", "{step}: {done:?}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&on(&data, None, &["ca", "status", "--json"]).1).unwrap();
+    assert_eq!((&json["generations"][0]["number"], &json["generations"][0]["stage"]), (&2.into(), &"active".into()));
+    let unasked = on(&data, None, &["ca", "compromise"]);
+    assert!(!unasked.0 && unasked.2.contains("must enrol anew") && unasked.2.contains("--yes"), "{unasked:?}");
+    assert!(on(&data, None, &["ca", "compromise", "--yes"]).0);
+    assert!(on(&data, None, &["ca", "status"]).1.contains("No rotation is under way"));
+    drop(server);
+    let alone = on(&data, None, &["ca", "prepare"]);
+    assert!(!alone.0 && alone.2.contains("no collector runs on"), "{alone:?}");
+}
+
+#[test]
+fn a_client_without_an_agent_gets_a_certificate_by_its_request() {
+    let dir = tempdir().unwrap();
+    let (data, csr) = (dir.path().join("data"), dir.path().join("request.pem"));
+    let key = rcgen::KeyPair::generate().unwrap();
+    let request = rcgen::CertificateParams::default().serialize_request(&key).unwrap();
+    std::fs::write(&csr, request.pem().unwrap()).unwrap();
+    let _server = Server::start(&data);
+    let issue = |name: &str, more: &[&str]| {
+        let arguments = ["ca", "issue", "--csr", csr.to_str().unwrap(), "--name", name];
+        on(&data, None, &[&arguments[..], more].concat())
+    };
+    let done = issue("monitoring/prometheus", &["--dns", "prometheus.internal", "--ttl", "2d"]);
+    assert!(done.0, "{done:?}");
+    let key = key.serialize_pem();
+    let credential = sidewarden_proto::tls::Credential::from_pem(done.1.as_bytes(), key.as_bytes()).unwrap();
+    assert_eq!(credential.peer().name.to_string(), "spiffe://sidewarden.internal/monitoring/prometheus");
+    assert_eq!(credential.chain().len(), 3);
+    for (name, why) in [("sidewarden/collector", "reserved"), ("spiffe://other/a/b", "trust domain")] {
+        let refused = issue(name, &[]);
+        assert!(!refused.0 && refused.2.contains(why) && refused.1.is_empty(), "{name}: {refused:?}");
+    }
+    assert!(on(&data, None, &["token", "create", "--workload", "shop/*"]).0);
+    let refused = issue("shop/web", &[]);
+    assert!(!refused.0 && refused.2.contains("--although-agents-bear-it"), "{refused:?}");
+    assert!(issue("shop/web", &["--although-agents-bear-it"]).0);
+    std::fs::write(&csr, "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n").unwrap();
+    let broken = issue("monitoring/probe", &[]);
+    assert!(!broken.0 && broken.2.contains("certificate request cannot be read"), "{broken:?}");
+}
+
+#[test]
+fn keys_are_sealed_and_a_backup_makes_the_same_collector_again() {
+    let dir = tempdir().unwrap();
+    let (data, passphrase) = (dir.path().join("data"), dir.path().join("passphrase"));
+    std::fs::write(&passphrase, "correct horse battery\n").unwrap();
+    let server = Server::start(&data);
+    assert!(on(&data, Some(&passphrase), &["ca", "seal"]).2.contains("stop the collector first"));
+    drop(server);
+    assert!(on(&data, None, &["ca", "seal"]).2.contains("ca.passphrase_file"));
+    assert!(on(&data, Some(&passphrase), &["ca", "seal"]).2.contains("2 keys sealed"));
+    assert!(!data.join("ca/root/key.pem").exists() && data.join("ca/root/key.sealed").exists());
+    let refused = serve(&data).output().unwrap();
+    assert!(!refused.status.success() && text(&refused.stderr).contains("there is no passphrase"));
+    let pin = |data: &Path| {
+        let status = on(data, Some(&passphrase), &["ca", "status", "--json"]).1;
+        serde_json::from_str::<serde_json::Value>(&status).unwrap()["generations"][0]["pin"].clone()
+    };
+    let out = dir.path().join("backup");
+    let backup = ["ca", "backup", "--out", out.to_str().unwrap()];
+    assert!(on(&data, None, &backup).2.contains("--passphrase-file"));
+    assert!(on(&data, Some(&passphrase), &backup).0);
+    assert!(on(&data, Some(&passphrase), &backup).2.contains("nothing is overwritten"));
+    let restore = ["ca", "restore", out.to_str().unwrap()];
+    assert!(on(&data, Some(&passphrase), &restore).2.contains("nothing is overwritten"));
+    let fresh = dir.path().join("fresh");
+    let restored = on(&fresh, Some(&passphrase), &restore);
+    assert!(restored.0 && restored.2.contains("restored into"), "{restored:?}");
+    assert_eq!(pin(&fresh), pin(&data));
+    assert!(on(&fresh, Some(&passphrase), &["ca", "unseal"]).2.contains("2 keys are plain"));
+    drop(Server::start(&fresh));
+}
+
 #[test]
 fn logs_can_be_json() {
     let dir = tempdir().unwrap();

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 use crate::enrol::Der;
@@ -47,6 +48,9 @@ pub struct Directive {
     /// Whom else agents trust.
     #[serde(default, skip_serializing_if = "ForeignRoots::is_empty")]
     pub foreign: ForeignRoots,
+    /// Whose certificates are to be renewed now, long before they end.
+    #[serde(default)]
+    pub renew: Renew,
     /// Who is off the data plane, and stays in touch with its collector.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quarantined: Vec<Quarantine>,
@@ -87,6 +91,17 @@ pub struct Release {
     pub why: String,
     /// Until when.
     pub until_us: Timestamp,
+}
+
+/// Certificates that are to be renewed now, because their root is about to leave the bundle.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// SHA-256 of the public keys (SPKI) of these roots.
+    #[serde(default)]
+    pub roots: Vec<Sha256>,
+    /// Each agent waits for a random part of this, seconds, so that not all come at once.
+    #[serde(default)]
+    pub within_secs: u32,
 }
 
 /// The roots of those who are not of the trust domain.
@@ -269,6 +284,12 @@ pub enum Deny {
 }
 
 impl Directive {
+    /// Whether a chain (DER, leaf first) leads to a root whose certificates are to be renewed now.
+    pub fn wants_renewed(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let is_listed = |cert| tls::spki_of(cert).is_ok_and(|spki| self.renew.roots.contains(&spki));
+        !self.renew.roots.is_empty() && chain.iter().skip(1).any(is_listed)
+    }
+
     /// Why `peer` is denied on the data plane, if it is.
     pub fn denies(&self, peer: &Peer) -> Option<Denied<'_>> {
         let by_list = || self.deny.iter().find_map(|deny| deny.meets(peer));
@@ -473,6 +494,7 @@ mod tests {
             quarantined: Vec::new(),
             released: Vec::new(),
             policy: None,
+            renew: Renew { roots: vec![spki], within_secs: 2 },
         }
     }
 
@@ -618,5 +640,20 @@ mod tests {
             Revocation { id: "2".into(), what: Target::Serial { serial: "1".into() }, keys: vec![spki], ..one.clone() };
         let directive = directive("td").with_revoked(vec![one, other]);
         assert_eq!((directive.deny.len(), directive.revoked.len(), directive.needs()), (1, 2, 2));
+    }
+
+    #[test]
+    fn a_directive_of_an_earlier_version_wants_nothing_renewed() {
+        let (ca, other) = (Authority::new("td"), Authority::new("td"));
+        let chain = ca.issue("spiffe://td/shop/orders").chain().to_vec();
+        let earlier = r#"{"version":1,"trust_domain":"td","issued_us":1,"bundle":[]}"#;
+        let mut directive: Directive = serde_json::from_str(earlier).unwrap();
+        assert!(!directive.wants_renewed(&chain));
+        directive.renew.roots = vec![tls::spki_of(&other.trust().domains.into_values().next().unwrap()[0]).unwrap()];
+        assert!(!directive.wants_renewed(&chain) && !directive.wants_renewed(&[]));
+        let root = ca.trust().domains.into_values().next().unwrap().remove(0);
+        directive.renew.roots.push(tls::spki_of(&root).unwrap());
+        let with_root = [chain[0].clone(), root];
+        assert!(directive.wants_renewed(&with_root));
     }
 }

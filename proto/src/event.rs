@@ -292,6 +292,10 @@ kinds! {
     AttestationRemoved = "attestation.removed",
     /// A scanner's report about an image was taken in.
     ScanAdded = "scan.added",
+    /// One root is on its way to take over from another: a step of that was taken.
+    CaRotated = "ca.rotated",
+    /// A certificate went to a client without an agent.
+    CaIssued = "ca.issued",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -1092,6 +1096,44 @@ pub struct IngestRefused {
     /// How many connections like this one are counted here.
     #[serde(default = "once")]
     pub count: u64,
+}
+
+/// Body of `ca.rotated`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CaRotated {
+    /// `prepare`, `activate`, `taint`, `retire` or `compromise`.
+    pub step: String,
+    /// Taken although agents had not confirmed the one before.
+    #[serde(default)]
+    pub forced: bool,
+    /// SHA-256 of the public key of the root that issues now.
+    #[serde(default)]
+    pub active: String,
+    /// How many have not followed.
+    #[serde(default)]
+    pub left_behind: u64,
+    /// Some of them.
+    #[serde(default)]
+    pub named: Vec<String>,
+}
+
+/// Body of `ca.issued`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaIssued {
+    /// The SPIFFE ID.
+    pub name: SpiffeId,
+    /// DNS names and addresses.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Its serial number, in hexadecimal.
+    #[serde(default)]
+    pub serial: String,
+    /// SHA-256 of its public key.
+    #[serde(default)]
+    pub spki: String,
+    /// When it ends.
+    #[serde(default)]
+    pub not_after_us: Timestamp,
 }
 
 /// Body of `token.created`.

@@ -37,6 +37,8 @@ use crate::dial::Resolver;
 
 /// A renewal over the session may take this long, waiting for a session included.
 const RENEW_WITHIN: Duration = Duration::from_secs(30);
+/// At most so much of a directive's spread for renewals is believed.
+const LONGEST_SPREAD: Duration = Duration::from_secs(3600);
 /// The clock is looked at again this often: it may be set.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// How often files are looked at.
@@ -92,6 +94,18 @@ pub enum KeeperError {
     /// What was issued cannot be used.
     #[error("what was issued cannot be used: {0}")]
     Unusable(String),
+    /// What was issued a moment ago does not hold now.
+    #[error(
+        "clock: a certificate made just now holds from {from} to {until}, and this machine's clock says {now}: set the clock right, here or at the collector"
+    )]
+    Clock {
+        /// When it begins.
+        from: Timestamp,
+        /// When it ends.
+        until: Timestamp,
+        /// What the clock says.
+        now: Timestamp,
+    },
     /// It cannot be kept.
     #[error("keeping the identity: {0}")]
     Store(#[from] StoreError),
@@ -200,6 +214,8 @@ pub struct Keeper {
     refused: Option<Sha256>,
     /// Where within its span the renewal of this certificate lies.
     jitter: Duration,
+    /// When a renewal is due that the directive asks for.
+    asked: Option<Timestamp>,
     failing: bool,
 }
 
@@ -214,13 +230,15 @@ enum Step {
     Wait(Duration),
 }
 
-/// What is due for a certificate with these dates. `jitter` moves the renewal past half of its life.
-fn plan(dates: Option<(Timestamp, Timestamp)>, jitter: Duration, now: Timestamp) -> Step {
+/// What is due for a certificate with these dates. `jitter` moves the renewal past half of its life; `asked` is when one
+/// is due that the directive asks for.
+fn plan(dates: Option<(Timestamp, Timestamp)>, jitter: Duration, asked: Option<Timestamp>, now: Timestamp) -> Step {
     let Some((from, until)) = dates else { return Step::Enrol };
     if now >= until {
         return Step::RenewEnded;
     }
-    let due = from.plus(until.since(from) / 2).plus(jitter);
+    let half = from.plus(until.since(from) / 2).plus(jitter);
+    let due = asked.map_or(half, |asked| asked.min(half));
     if now >= due { Step::Renew } else { Step::Wait(due.since(now).min(LOOK_AGAIN)) }
 }
 
@@ -258,6 +276,7 @@ impl Keeper {
             key: None,
             refused: None,
             jitter,
+            asked: None,
             failing: false,
         };
         keeper.parts.terms.foreign = keeper.parts.source.foreign.read()?;
@@ -289,8 +308,25 @@ impl Keeper {
         let identity = Identity::build(held, self.directive.clone(), &self.parts.terms)?;
         let (from, until) = (identity.credential.peer().not_before, identity.credential.peer().not_after);
         self.jitter = part_of(until.since(from) / 10, self.parts.random);
+        self.asked = self.asked_renewal(&identity, Timestamp::now());
         self.publish.send_replace(Some(Arc::new(identity)));
         Ok(())
+    }
+
+    /// When the directive wants this certificate renewed. One that is still of an unwanted root after a renewal waits: a
+    /// collector that knows no better would be asked again and again.
+    fn asked_renewal(&self, identity: &Identity, now: Timestamp) -> Option<Timestamp> {
+        let directive = identity.directive.as_ref()?;
+        if !directive.wants_renewed(identity.credential.chain()) {
+            return None;
+        }
+        let within = Duration::from_secs(directive.renew.within_secs.into()).min(LONGEST_SPREAD);
+        let spread = part_of(within, self.parts.random);
+        match self.asked {
+            Some(at) if at > now => Some(at),
+            Some(_) => Some(now.plus(LOOK_AGAIN + spread)),
+            None => Some(now.plus(spread)),
+        }
     }
 
     fn dates(&self) -> Option<(Timestamp, Timestamp)> {
@@ -361,7 +397,7 @@ impl Keeper {
         match self.parts.source.elsewhere {
             Some(Elsewhere::Files(_)) => Step::LookAtFiles,
             Some(Elsewhere::WorkloadApi(_)) => Step::LookAtApi,
-            None => plan(self.dates(), self.jitter, Timestamp::now()),
+            None => plan(self.dates(), self.jitter, self.asked, Timestamp::now()),
         }
     }
 
@@ -632,7 +668,7 @@ impl Keeper {
         let checked = issued.check()?;
         let (renewed, trust) = (self.issued.is_some(), checked.trust.clone());
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
-        identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
+        judge_clock(&identity, Timestamp::now())?;
         self.store.save(&issued)?;
         (self.issued, self.held) = (Some(issued), Some(checked));
         self.publish_current()?;
@@ -727,6 +763,12 @@ fn root_in_words(root: &CertificateDer<'_>) -> Option<TrustedRoot> {
     Some(TrustedRoot { sha256: Sha256::of(&[root]), subject: described.subject, not_after_us: described.not_after })
 }
 
+/// What a collector has just made holds now, or one of the two clocks is wrong.
+fn judge_clock(identity: &Identity, now: Timestamp) -> Result<(), KeeperError> {
+    let (from, until) = (identity.credential.peer().not_before, identity.credential.peer().not_after);
+    identity.usable(now).map_err(|_| KeeperError::Clock { from, until, now })
+}
+
 fn request(source: &Source, key: &KeyPair) -> Result<Request, EnrolError> {
     Ok(Request {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -751,7 +793,7 @@ fn read_token(path: &std::path::Path) -> Result<String, KeeperError> {
 mod tests {
     use std::sync::Mutex;
 
-    use sidewarden_proto::directive::Deny;
+    use sidewarden_proto::directive::{Deny, Renew};
     use sidewarden_proto::enrol::{Der, Refused};
     use sidewarden_proto::tls::Floor;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -767,7 +809,7 @@ mod tests {
     fn a_certificate_is_renewed_past_half_of_its_life_and_enrolled_anew_never_before_its_end() {
         let (from, until) = (Timestamp::from_secs(0), Timestamp::from_secs(7200));
         let check = |now: i64, expected| {
-            let plan = plan(Some((from, until)), Duration::from_secs(100), Timestamp::from_secs(now));
+            let plan = plan(Some((from, until)), Duration::from_secs(100), None, Timestamp::from_secs(now));
             assert_eq!(plan, expected, "at {now}");
         };
         check(-500, Step::Wait(LOOK_AGAIN));
@@ -776,7 +818,85 @@ mod tests {
         check(3700, Step::Renew);
         check(7199, Step::Renew);
         check(7200, Step::RenewEnded);
-        assert_eq!(plan(None, Duration::ZERO, from), Step::Enrol);
+        assert_eq!(plan(None, Duration::ZERO, None, from), Step::Enrol);
+    }
+
+    #[test]
+    fn a_renewal_that_is_asked_for_comes_before_half_of_the_life_and_never_after() {
+        let dates = Some((Timestamp::from_secs(0), Timestamp::from_secs(7200)));
+        let at = |asked, now| plan(dates, HOUR / 60, Some(Timestamp::from_secs(asked)), Timestamp::from_secs(now));
+        assert_eq!(at(1000, 990), Step::Wait(Duration::from_secs(10)));
+        assert_eq!(at(1000, 1000), Step::Renew);
+        assert_eq!(at(7000, 3660), Step::Renew, "half of its life counts as well");
+        assert_eq!(at(1000, 7200), Step::RenewEnded);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_a_day_neither_throws_a_certificate_away_nor_asks_for_a_token() {
+        let day = 86_400;
+        let (from, until) = (Timestamp::from_secs(10 * day - 300), Timestamp::from_secs(11 * day));
+        let at = |now| plan(Some((from, until)), Duration::ZERO, None, Timestamp::from_secs(now));
+        let now = 10 * day + 3600;
+        assert_eq!(at(now), Step::Wait(LOOK_AGAIN));
+        assert_eq!(at(now - day), Step::Wait(LOOK_AGAIN), "a day back: it waits until the clock is right again");
+        assert_eq!(at(now + day), Step::RenewEnded, "a day ahead: renewed with its own key, no token needed");
+        assert_eq!(at(now), Step::Wait(LOOK_AGAIN), "and back: nothing was lost");
+    }
+
+    #[test]
+    fn what_was_made_just_now_and_does_not_hold_is_the_clock() {
+        let identity = Ca::new("td").identity("shop/web");
+        let now = Timestamp::now();
+        assert!(judge_clock(&identity, now).is_ok());
+        for wrong in [now.plus(HOUR * 24), now.minus(HOUR * 24)] {
+            let error = judge_clock(&identity, wrong).unwrap_err().to_string();
+            assert!(error.starts_with("clock: ") && error.contains("set the clock right"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_of_a_root_on_its_way_out_is_renewed_when_the_directive_says_so() {
+        let (ca, next) = (Arc::new(Ca::new("td")), Ca::new("td"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut world = World::new(ca.clone(), nobody, Some(ca.issue("shop/web")));
+        assert!(matches!(world.keeper.next_step(), Step::Wait(_)));
+        let roots = vec![tls::spki_of(&ca.root).unwrap()];
+        let bundle = vec![Der(ca.root.to_vec()), Der(next.root.to_vec())];
+        let directive = |version, renew| Directive {
+            version,
+            trust_domain: "td".parse().unwrap(),
+            issued_us: Timestamp::now(),
+            bundle: bundle.clone(),
+            deny: Vec::new(),
+            revoked: Vec::new(),
+            foreign: Default::default(),
+            renew,
+        };
+        let asks = directive(1, Renew { roots: roots.clone(), within_secs: 0 });
+        world.keeper.take_directive(&Signed::sign(&asks, &ca.collector()).unwrap().to_bytes()).await;
+        assert_eq!(world.keeper.next_step(), Step::Renew);
+
+        // The next directive is signed under the new root, and still counts after a restart.
+        let newer = directive(2, Renew { roots, within_secs: 0 });
+        world.keeper.take_directive(&Signed::sign(&newer, &next.collector()).unwrap().to_bytes()).await;
+        let parts = Parts { source: world.keeper.parts.source.clone(), ..world.keeper.parts };
+        let (mut keeper, current) = Keeper::load(world.keeper.store, parts).unwrap();
+        assert_eq!(current.borrow().as_ref().unwrap().directive_version(), 2);
+        assert_eq!(keeper.next_step(), Step::Renew);
+
+        // A collector that goes on issuing by the old root is not asked again at once.
+        let (key, answer) = renewed(&ca);
+        keeper.adopt(&key, answer).await.unwrap();
+        assert!(matches!(keeper.next_step(), Step::Wait(wait) if wait > Duration::from_secs(30)));
+        let (key, answer) = renewed(&next);
+        keeper.adopt(&key, answer).await.unwrap();
+        assert_eq!(keeper.asked, None);
+    }
+
+    fn renewed(ca: &Ca) -> (Vec<u8>, wire::Issued) {
+        let key = enrol::new_key().unwrap();
+        let csr = enrol::certificate_request(&key).unwrap();
+        (key.serialize_der(), ca.sign_request("shop/web", &csr.0))
     }
 
     /// A collector's enrolment port that answers as told, one answer a request.
@@ -987,7 +1107,7 @@ mod tests {
         let mut world = World::new(ca.clone(), collector, Some(ca.issue_with(&params)));
         let before = world.current.borrow().clone().unwrap();
         assert!(before.usable(now).is_err());
-        world.keeper.act(plan(world.keeper.dates(), Duration::ZERO, now)).await.unwrap();
+        world.keeper.act(plan(world.keeper.dates(), Duration::ZERO, None, now)).await.unwrap();
         let after = world.current.borrow().clone().unwrap();
         assert_eq!(before.credential.peer().spki, after.credential.peer().spki);
         assert!(after.usable(now).is_ok());

@@ -207,7 +207,7 @@ pub mod made_up {
         SanType,
     };
     use rustls::pki_types::CertificateDer;
-    use sidewarden_proto::directive::{Deny, Signed};
+    use sidewarden_proto::directive::{Deny, Renew, Signed};
     use sidewarden_proto::enrol::Der;
 
     use super::*;
@@ -322,6 +322,7 @@ pub mod made_up {
                 deny,
                 revoked: Vec::new(),
                 foreign: ForeignRoots::default(),
+                renew: Renew::default(),
                 quarantined: Vec::new(),
                 released: Vec::new(),
                 policy: None,

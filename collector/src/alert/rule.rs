@@ -502,6 +502,8 @@ pub const RULES: &[Rule] = &[
             "attestation.set",
             "attestation.removed",
             "scan.added",
+            "ca.rotated",
+            "ca.issued",
             "alert.firing",
             "alert.resolved",
         ],
@@ -578,6 +580,16 @@ pub const RULES: &[Rule] = &[
         meaning: "revocation lists of foreign CAs are missing or have ended; in strict mode their peers are refused",
         what_to_do: "bring a newer list of each CA that is named to `trust.crls`; nothing has to be restarted",
         read: revocation_lists,
+    },
+    Rule {
+        name: "CaRotated",
+        severity: Severity::Warning,
+        lasts: Lasts::Moment,
+        wait: NO_WAIT,
+        kinds: &["ca.rotated"],
+        meaning: "a step was taken by which one root of the trust domain takes over from another",
+        what_to_do: "if nobody of you did this, somebody has the collector; `ca status` says what is next, and whom it waits for",
+        read: rotated,
     },
     Rule {
         name: "EnrolmentRefused",
@@ -1107,6 +1119,16 @@ fn revocation_lists(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         Some(Body::TrustCrls(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
         _ => Vec::new(),
     }
+}
+
+fn rotated(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::CaRotated(body)) = seen.body else { return Vec::new() };
+    let mut case = case(seen, rule, format!("the CA's rotation took the step `{}`", short(&body.step, 20)));
+    let steps = ["prepare", "activate", "taint", "retire", "compromise"];
+    (case.subject, case.apart) = (None, Some(("reason", known(&body.step, &steps))));
+    case.evidence = lines([("root that issues now", &body.active), ("left behind", &body.left_behind.to_string())]);
+    case.evidence.extend(body.named.iter().map(|name| format!("left behind: {}", short(name, 200))));
+    vec![Signal::Raise(case)]
 }
 
 /// The case of an agent whose last renewal failed with `error`.

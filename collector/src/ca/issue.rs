@@ -60,7 +60,7 @@ pub struct Issuer {
     grace: Duration,
 }
 
-fn refuse(reason: &str, detail: impl Into<String>, retry: bool) -> Refused {
+pub(super) fn refuse(reason: &str, detail: impl Into<String>, retry: bool) -> Refused {
     Refused { reason: reason.to_owned(), detail: detail.into(), retry }
 }
 
@@ -87,6 +87,11 @@ impl Issuer {
     /// The CA behind it.
     pub fn authority(&self) -> &Arc<Authority> {
         &self.authority
+    }
+
+    /// How long after its end a certificate may be renewed.
+    pub fn grace(&self) -> Duration {
+        self.grace
     }
 
     /// The register, for as long as the guard is held.
@@ -251,9 +256,11 @@ impl Issuer {
         reason: &Reason<'_>,
         now: Timestamp,
     ) -> Result<Grant, Refused> {
-        let chain = self.authority.sign(&agent.workload, key, self.life, now)?;
+        let instance = Some(agent.instance.as_str());
+        let chain = self.authority.sign(&agent.workload, instance, &[], key, self.life, now)?;
         let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("internal", e.to_string(), true))?;
-        self.record(register, &agent, &peer, reason, now)?;
+        let root = chain.last().map(tls::spki_of).transpose().map_err(|e| refuse("internal", e.to_string(), true))?;
+        self.record(register, &agent, &peer, root.unwrap_or(Sha256::ZERO), reason, now)?;
         let event = CertificateIssued {
             workload: agent.workload.clone(),
             instance: agent.instance.to_string(),
@@ -262,7 +269,7 @@ impl Issuer {
             not_after_us: peer.not_after,
             by: reason.way.to_owned(),
         };
-        let bundle = vec![Der(self.authority.root().to_vec())];
+        let bundle = self.authority.bundle();
         let chain = chain.into_iter().map(|cert| Der(cert.to_vec())).collect();
         Ok(Grant { issued: Issued { chain, bundle, directive: None }, agent, event })
     }
@@ -272,6 +279,7 @@ impl Issuer {
         register: &Register,
         agent: &AgentId,
         peer: &Peer,
+        root: Sha256,
         reason: &Reason<'_>,
         now: Timestamp,
     ) -> Result<(), Refused> {
@@ -284,12 +292,13 @@ impl Issuer {
                 return Err(refuse("token_used_up", "the token was used or revoked a moment ago", false));
             }
         }
-        let sql = "INSERT INTO issued (serial, spki, workload, instance, not_before, not_after, issued, way, token)
-                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
+        let sql =
+            "INSERT INTO issued (serial, spki, workload, instance, not_before, not_after, issued, way, token, root)
+                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
         let (workload, instance) = (agent.workload.as_str(), agent.instance.as_str());
         let dates = (peer.not_before.0, peer.not_after.0);
-        let row =
-            params![peer.serial, peer.spki.0, workload, instance, dates.0, dates.1, now.0, reason.way, reason.token];
+        let (spki, serial) = (peer.spki.0, &peer.serial);
+        let row = params![serial, spki, workload, instance, dates.0, dates.1, now.0, reason.way, reason.token, root.0];
         tx.execute(sql, row).map_err(fault)?;
         tx.commit().map_err(fault)
     }
@@ -319,7 +328,7 @@ fn check_denied(directive: &Directive, agent: &AgentId, spki: Sha256, now: Times
 }
 
 /// The key of a certificate request that was signed with it. Everything else in the request is ignored.
-fn read_request(csr: &[u8]) -> Result<(SubjectPublicKeyInfo, Sha256), Refused> {
+pub(super) fn read_request(csr: &[u8]) -> Result<(SubjectPublicKeyInfo, Sha256), Refused> {
     let bad = |detail: &str| refuse("bad_request", detail, false);
     if csr.len() > MAX_CSR {
         return Err(bad("the certificate request is too large"));

@@ -1,24 +1,35 @@
 //! Who may bear which name: the trust domain's own CA, enrolment tokens, and everything that was ever issued.
 //!
-//! The first start makes a root CA (kept apart, so that it can be taken offline) and an issuing CA under it. Of a
-//! certificate request nothing but its key is used; names, usages and dates are decided here.
+//! The first start makes a root CA and, apart from it, an issuing CA under it. A root is replaced in steps (`rotate`), which
+//! commands ask of the running collector (`orders`). Of a certificate request nothing but its key is used; names, usages
+//! and dates are decided here.
 
 mod authority;
+pub mod backup;
+mod certificates;
 mod files;
+pub mod generation;
+mod holders;
 mod issue;
 mod look_up;
+pub mod orders;
+pub mod rotate;
+pub mod seal;
 mod tokens;
+pub mod vault;
 
 #[cfg(test)]
 mod tests;
 
 use std::path::PathBuf;
 
-pub use authority::{Authority, LEEWAY};
+pub use authority::{Authority, Dates, Terms, pem};
+pub use certificates::LEEWAY;
 pub use files::{make_dir, write_secret};
 pub use issue::{Grant, Issuer, KeyState};
 pub use look_up::{Holder, MAX_KEYS};
 pub use tokens::{Pattern, Register, TokenInfo, TokenState};
+pub use vault::Vault;
 
 use sidewarden_proto::tls::TlsError;
 
@@ -43,6 +54,22 @@ pub enum CaError {
         /// What it should be.
         wanted: u32,
     },
+    /// A sealed key, and nothing to open it with.
+    #[error(
+        "{0} is sealed and there is no passphrase: set ca.passphrase_file, or give systemd's LoadCredential sidewarden-ca-passphrase"
+    )]
+    NoPassphrase(PathBuf),
+    /// A sealed file, or a passphrase, that cannot be used.
+    #[error("{path}: {fault}")]
+    Sealed {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        fault: seal::SealFault,
+    },
+    /// A step of a rotation that makes no sense now.
+    #[error(transparent)]
+    OutOfTurn(#[from] rotate::OutOfTurn),
     /// One half of a pair is missing.
     #[error(
         "{present} is there and {missing} is not: restore it from a backup, or move both away to begin a new trust domain"

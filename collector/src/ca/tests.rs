@@ -19,8 +19,13 @@ fn domain() -> TrustDomain {
     "x.example".parse().unwrap()
 }
 
+fn terms(vault: Vault) -> Terms {
+    let names = vec!["localhost".into(), "127.0.0.1".into()];
+    Terms { domain: domain(), names, own_life: 16 * DAY, vault }
+}
+
 fn open_at(dir: &Path, now: Timestamp) -> Result<(Authority, bool), CaError> {
-    Authority::open(dir, &domain(), &["localhost".into(), "127.0.0.1".into()], 16 * DAY, now)
+    Authority::open(dir, terms(Vault::default()), now)
 }
 
 fn made() -> (TempDir, Timestamp) {
@@ -38,7 +43,7 @@ fn the_second_start_finds_the_same_root_and_nobody_else_can_read_the_keys() {
     let (dir, now) = made();
     let pin = Authority::read_pin(dir.path()).unwrap();
     let (again, first) = open_at(dir.path(), now).unwrap();
-    assert!(!first && again.pin().unwrap() == pin);
+    assert!(!first && again.pin() == pin);
     for name in ["root", "issuing"] {
         assert_eq!(mode(&dir.path().join(name)), 0o700, "{name}");
         assert_eq!(mode(&dir.path().join(name).join("key.pem")), 0o600, "{name}");
@@ -101,8 +106,8 @@ fn a_wrong_clock_and_a_wrong_domain_are_named_as_such() {
         let error = open_at(dir.path(), wrong).unwrap_err().to_string();
         assert!(error.contains("clock"), "{error}");
     }
-    let other = "y.example".parse().unwrap();
-    let error = Authority::open(dir.path(), &other, &[], DAY, now).unwrap_err().to_string();
+    let other = Terms { domain: "y.example".parse().unwrap(), ..terms(Vault::default()) };
+    let error = Authority::open(dir.path(), other, now).unwrap_err().to_string();
     assert!(error.contains("trust_domain = \"x.example\""), "{error}");
 }
 
@@ -127,13 +132,13 @@ fn a_leaf_names_its_workload_and_nothing_else_and_never_outlives_its_issuer() {
     let (dir, now) = made();
     let (authority, _) = open_at(dir.path(), now).unwrap();
     let (workload, key) = (domain().workload("shop/web").unwrap(), KeyPair::generate().unwrap());
-    let chain = authority.sign(&workload, &key, DAY, now).unwrap();
+    let chain = authority.sign(&workload, None, &[], &key, DAY, now).unwrap();
     let peer = tls::verify_chain(&chain, &authority.trust(), Usage::Client, now).unwrap();
     assert_eq!((peer.name, chain.len()), (PeerName::Spiffe(workload.clone()), 3));
     assert_eq!(peer.not_before.as_secs(), now.minus(LEEWAY).as_secs());
     assert_eq!(peer.not_after.as_secs(), now.plus(DAY).as_secs());
-    assert_eq!(tls::spki_of(&chain[2]).unwrap(), authority.pin().unwrap());
-    let long = authority.sign(&workload, &key, 900 * DAY, now).unwrap();
+    assert_eq!(tls::spki_of(&chain[2]).unwrap(), authority.pin());
+    let long = authority.sign(&workload, Some("web-1"), &[], &key, 900 * DAY, now).unwrap();
     let peer = tls::peer_of(&long, Usage::Client).unwrap();
     assert!(peer.not_after <= now.plus(366 * DAY), "{}", peer.not_after);
 }

@@ -26,7 +26,15 @@ const SCHEMA: &str = "
         issued INTEGER NOT NULL, way TEXT NOT NULL, token TEXT, seen INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX IF NOT EXISTS issued_instance ON issued (workload, instance);
     CREATE INDEX IF NOT EXISTS issued_spki ON issued (spki);
+    CREATE TABLE IF NOT EXISTS confirmed (workload TEXT NOT NULL, instance TEXT NOT NULL, directive INTEGER NOT NULL,
+        PRIMARY KEY (workload, instance)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS outside (serial TEXT PRIMARY KEY, spki BLOB NOT NULL, name TEXT NOT NULL,
+        not_after INTEGER NOT NULL, issued INTEGER NOT NULL, root BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, text TEXT NOT NULL, reply TEXT);
 ";
+
+/// Columns that came later than their table.
+const LATER: [(&str, &str, &str); 1] = [("issued", "root", "ALTER TABLE issued ADD COLUMN root BLOB")];
 
 /// Which workloads a token is good for: one, or every service of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,6 +156,11 @@ impl Register {
             db.busy_timeout(Duration::from_secs(5))?;
             db.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")?;
             db.execute_batch(SCHEMA)?;
+            for (table, column, change) in LATER {
+                if !has_column(&db, table, column)? {
+                    db.execute_batch(change)?;
+                }
+            }
             Ok(db)
         };
         let db = open().map_err(|error| CaError::Register { path: path.to_owned(), error })?;
@@ -217,6 +230,11 @@ impl Register {
         }
         Ok(self.select("WHERE id = ?1", [id])?.pop())
     }
+}
+
+fn has_column(db: &Connection, table: &str, column: &str) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM pragma_table_info(?1) WHERE name = ?2)";
+    db.query_row(sql, [table, column], |row| row.get(0))
 }
 
 fn hash(secret: &Secret) -> [u8; 32] {

@@ -1,5 +1,6 @@
 //! The commands that change something, each with its arguments.
 
+pub mod ca;
 pub mod evidence;
 pub mod policy;
 pub mod quarantine;

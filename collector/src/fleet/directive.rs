@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Signed, Target};
+use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Renew, Signed, Target};
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::time::Timestamp;
@@ -20,6 +20,15 @@ pub struct InForce {
     pub directive: Directive,
     /// Signed.
     pub signed: Signed,
+}
+
+/// What a directive says of the trust domain's roots.
+#[derive(Clone, Debug, Default)]
+pub struct Roots {
+    /// Those that are trusted.
+    pub bundle: Vec<Der>,
+    /// Those whose certificates are to be renewed now.
+    pub renew: Renew,
 }
 
 /// What can go wrong with it.
@@ -54,14 +63,14 @@ impl Directives {
     pub fn open(
         path: &Path,
         domain: &TrustDomain,
-        root: &[u8],
+        roots: Roots,
         own: &Credential,
         now: Timestamp,
     ) -> Result<Directives, DirectivesError> {
-        let bundle = vec![Der(root.to_vec())];
+        let Roots { bundle, renew } = roots;
         let directive = match read(path)? {
-            Some(kept) if kept.bundle == bundle => kept,
-            Some(kept) => Directive { version: kept.version + 1, issued_us: now, bundle, ..kept },
+            Some(kept) if kept.bundle == bundle && kept.renew.roots == renew.roots => kept,
+            Some(kept) => Directive { version: kept.version + 1, issued_us: now, bundle, renew, ..kept },
             None => Directive {
                 version: 1,
                 trust_domain: domain.clone(),
@@ -70,6 +79,7 @@ impl Directives {
                 deny: Vec::new(),
                 revoked: Vec::new(),
                 foreign: ForeignRoots::default(),
+                renew,
                 quarantined: Vec::new(),
                 released: Vec::new(),
                 policy: None,
@@ -122,6 +132,18 @@ impl Directives {
         self.change(own, now, |old| Ok::<_, DirectivesError>(Directive { foreign, ..old })).map(drop)
     }
 
+    /// Replaces what is said of the roots. Where nothing changes, it is signed anew.
+    ///
+    /// `own` must be a credential that agents trust before they have read it.
+    pub fn set_roots(&self, roots: Roots, own: &Credential, now: Timestamp) -> Result<(), DirectivesError> {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Roots { bundle, renew }, old) = (roots, self.now().directive.clone());
+        if old.bundle == bundle && old.renew.roots == renew.roots {
+            return self.put(old, own);
+        }
+        self.put(Directive { version: old.version + 1, issued_us: now, bundle, renew, ..old }, own)
+    }
+
     /// Signs it anew with our new certificate: agents verify it against the signer's dates.
     pub fn sign_again(&self, own: &Credential) -> Result<(), DirectivesError> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
@@ -159,19 +181,21 @@ fn write(path: &Path, directive: &Directive) -> Result<(), DirectivesError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::Authority;
+    use crate::ca::{Authority, Terms, Vault};
     use sidewarden_proto::directive::Revocation;
     use std::time::Duration;
 
     #[test]
     fn the_version_only_grows_and_survives_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let (domain, now) = ("x.example".parse().unwrap(), Timestamp::now());
-        let (authority, _) =
-            Authority::open(&dir.path().join("ca"), &domain, &[], Duration::from_secs(86400), now).unwrap();
+        let (domain, now): (TrustDomain, _) = ("x.example".parse().unwrap(), Timestamp::now());
+        let own_life = Duration::from_secs(86400);
+        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
+        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
         let own = authority.own().borrow().clone();
         let path = dir.path().join("directive.json");
-        let open = || Directives::open(&path, &domain, authority.root(), &own, now).unwrap();
+        let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
+        let open = || Directives::open(&path, &domain, roots(), &own, now).unwrap();
         let directives = open();
         assert_eq!(directives.now().directive.version, 1);
         let what = Target::Workload { id: domain.workload("shop/web").unwrap() };
@@ -183,6 +207,14 @@ mod tests {
         assert_eq!((again.directive.version, &again.directive.revoked), (2, &revoked));
         assert_eq!(again.directive.deny.len(), 1);
         again.signed.open(&authority.trust(), now).unwrap();
+        let renew = Renew { roots: vec![authority.pin()], within_secs: 5 };
+        for (roots, version) in [(roots(), 2), (Roots { renew: renew.clone(), ..roots() }, 3)] {
+            directives.set_roots(roots, &own, now).unwrap();
+            assert_eq!((directives.now().directive.version, &directives.now().directive.revoked), (version, &revoked));
+        }
+        let roots = Roots { renew, ..roots() };
+        let kept = Directives::open(&path, &domain, roots, &own, now).unwrap().now();
+        assert_eq!(kept.directive.version, 3);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use sidewarden_proto::identity::{AgentId, Sha256};
 use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-pub use directive::{Directives, DirectivesError, InForce};
+pub use directive::{Directives, DirectivesError, InForce, Roots};
 pub use gatekeeper::keep;
 pub use policies::{Application, History, Kept, apply, earlier};
 pub use quarantine::{agent_of, release};
@@ -147,6 +147,12 @@ impl Fleet {
         let mut all: Vec<_> = self.lock().iter().map(|(agent, live)| (agent.clone(), live.clone())).collect();
         all.sort_by(|(one, _), (other, _)| one.cmp(other));
         all
+    }
+
+    /// The directive that each live agent says it runs.
+    pub fn confirmed(&self) -> Vec<(AgentId, u64)> {
+        let confirmed = |live: &Live| live.directive.load(Ordering::Relaxed);
+        self.lock().iter().map(|(agent, live)| (agent.clone(), confirmed(live))).collect()
     }
 
     /// How many sessions are live, over QUIC and over TCP.

@@ -201,8 +201,8 @@ mod tests {
     use sidewarden_proto::identity::Sha256;
 
     use super::*;
-    use crate::ca::{Authority, Register};
-    use crate::fleet::Coming;
+    use crate::ca::{Authority, Register, Terms, Vault};
+    use crate::fleet::{Coming, Roots};
 
     struct Scene {
         _dir: tempfile::TempDir,
@@ -215,11 +215,13 @@ mod tests {
         fn new() -> Scene {
             let dir = tempfile::tempdir().unwrap();
             let (domain, now, day) = ("x.example".parse().unwrap(), Timestamp::now(), Duration::from_secs(86_400));
-            let (authority, _) = Authority::open(&dir.path().join("ca"), &domain, &[], day, now).unwrap();
+            let terms = Terms { domain, names: Vec::new(), own_life: day, vault: Vault::default() };
+            let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
             let authority = Arc::new(authority);
             let own = authority.own().borrow().clone();
             let path = dir.path().join("directive.json");
-            let directives = Directives::open(&path, &domain, authority.root(), &own, now).unwrap();
+            let roots = Roots { bundle: authority.bundle(), ..Roots::default() };
+            let directives = Directives::open(&path, authority.domain(), roots, &own, now).unwrap();
             let register = Register::open(&dir.path().join("ca.db")).unwrap();
             Scene { _dir: dir, issuer: Issuer::new(authority, register, day, day), directives, fleet: Arc::default() }
         }

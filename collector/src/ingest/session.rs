@@ -299,7 +299,7 @@ where
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
-    let end = Session::new(shared, hello, admitted).drive(&mut wire).await;
+    let end = Session::new(shared, come.source, hello, admitted).drive(&mut wire).await;
     tracing::debug!(%agent, source = %come.source, %end, "session ended");
     if end.is_hostile() {
         let reason = end.refuse().map_or_else(|| "malformed".to_owned(), |refuse| refuse.reason);
@@ -333,6 +333,7 @@ async fn tell(shared: &Shared, severity: Severity, summary: String, body: Body) 
 /// A session that stands.
 struct Session<'a> {
     shared: &'a Arc<Shared>,
+    source: SocketAddr,
     agent: Arc<AgentId>,
     peer: Peer,
     place: Place,
@@ -352,12 +353,13 @@ fn now() -> Instant {
 }
 
 impl<'a> Session<'a> {
-    fn new(shared: &'a Arc<Shared>, hello: &Hello, admitted: Admitted) -> Session<'a> {
+    fn new(shared: &'a Arc<Shared>, source: SocketAddr, hello: &Hello, admitted: Admitted) -> Session<'a> {
         let Admitted { agent, peer, place, cursor } = admitted;
         let (receiver, welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
         let life = peer.not_after.since((shared.clock)()).min(Duration::from_secs(365 * 24 * 3600));
         Session {
             shared,
+            source,
             agent,
             peer,
             place,
@@ -494,7 +496,11 @@ impl<'a> Session<'a> {
                 super::enrol::tell_issued(self.shared, &grant).await;
                 Answer::Issued(grant.issued)
             }
-            Ok(Err(refusal)) => Answer::Refused(refusal),
+            Ok(Err(refusal)) => {
+                let (reason, detail) = (&refusal.reason, format!("renewal: {}", refusal.detail));
+                self.shared.refusals.enrolment(self.source, reason, detail, self.agent.workload.to_string());
+                Answer::Refused(refusal)
+            }
             Err(_) => refused("internal", "the collector failed: see its log"),
         }
     }

@@ -172,6 +172,7 @@ mod tests {
             released: vec![],
             policy: None,
             foreign: ForeignRoots { domains, dns: vec![der(&host)] },
+            renew: Default::default(),
         };
         let all = [
             told("a", Some(&[("td", &own, 900), ("partner.example", &partner, 400), (DNS, &host, 900)])),

@@ -243,7 +243,8 @@ fn words(foreign: &ForeignRoots) -> BTreeSet<String> {
 mod tests {
     use super::super::made_up::Ca;
     use super::*;
-    use crate::ca::Authority;
+    use crate::ca::{Authority, Terms, Vault};
+    use crate::fleet::Roots;
     use std::time::Duration;
 
     fn imported(serves: Serves, name: &str) -> Imported {
@@ -286,12 +287,14 @@ mod tests {
     #[test]
     fn what_is_in_the_store_reaches_the_directive_and_a_broken_store_takes_nothing_away() {
         let dir = tempfile::tempdir().unwrap();
-        let (domain, now) = ("x.example".parse().unwrap(), Timestamp::now());
-        let (authority, _) =
-            Authority::open(&dir.path().join("ca"), &domain, &[], Duration::from_secs(86400), now).unwrap();
+        let (domain, now): (TrustDomain, _) = ("x.example".parse().unwrap(), Timestamp::now());
+        let own_life = Duration::from_secs(86400);
+        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
+        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
         let own = authority.own().borrow().clone();
         let path = dir.path().join("directive.json");
-        let directives = Directives::open(&path, &domain, authority.root(), &own, now).unwrap();
+        let roots = Roots { bundle: authority.bundle(), ..Roots::default() };
+        let directives = Directives::open(&path, &domain, roots, &own, now).unwrap();
         let (store, mut applied) = (Store::new(dir.path()), Applied::new(dir.path()));
         assert!(applied.look(&directives, &own, now).unwrap().is_none());
         store.add(vec![imported(partner(), "one")]).unwrap();

@@ -1,0 +1,288 @@
+//! What commands ask of the running collector: steps of a rotation, and certificates for clients without an agent.
+//!
+//! An order is a row in the register, which only the collector's own user can write; the collector looks once a second,
+//! carries it out, and puts the reply beside it. So there is no further door, and everything stays in one hand: the keys
+//! in the collector's memory, the bundle, the directive and the collector's own certificate change together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::{OptionalExtension, params};
+use serde::{Deserialize, Serialize};
+use sidewarden_proto::directive::{Directive, Renew};
+use sidewarden_proto::enrol::Der;
+use sidewarden_proto::event::{Body, CaIssued, CaRotated, Event, Severity};
+use sidewarden_proto::identity::{Peer, PeerName, Sha256, SpiffeId, Usage};
+use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
+
+use super::holders::{Outside, outside_missing};
+use super::issue::read_request;
+use super::rotate::{self, Missing, Step};
+use super::tokens::is_reserved;
+use super::{CaError, Issuer, Register, pem};
+use crate::fleet::{Directives, Roots};
+
+/// An order that nobody has taken by then is taken by nobody.
+const STALE: Duration = Duration::from_secs(30);
+/// Agents renew spread over one second for each so many of them.
+const RENEWALS_PER_SECOND: usize = 50;
+/// Names in an event; the count is always whole.
+const MAX_NAMED: usize = 50;
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// A step of a rotation.
+    Rotate {
+        /// Which.
+        step: Step,
+        /// Take it even if agents are left behind.
+        force: bool,
+    },
+    /// A certificate for a client without an agent.
+    Issue {
+        /// Its request (PKCS#10).
+        csr: Der,
+        /// The SPIFFE ID it gets.
+        name: SpiffeId,
+        /// DNS names and addresses it gets as well.
+        names: Vec<String>,
+        /// How long it lives, seconds.
+        life_secs: u64,
+        /// Also if agents bear this name.
+        although_agents: bool,
+    },
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// The step is taken; these are left behind, or will be unless they come in time.
+    Rotated {
+        /// Who.
+        left: Vec<Missing>,
+    },
+    /// The step is not taken, because of these.
+    Waits {
+        /// Who.
+        missing: Vec<Missing>,
+    },
+    /// A chain in PEM, leaf first, root last.
+    Issued {
+        /// The chain.
+        pem: String,
+    },
+    /// No.
+    Refused {
+        /// Why, and what to do.
+        why: String,
+    },
+}
+
+fn refused(why: impl ToString) -> Reply {
+    Reply::Refused { why: why.to_string() }
+}
+
+impl Register {
+    /// Leaves an order for the running collector.
+    pub fn order(&self, order: &Order, now: Timestamp) -> Result<i64, CaError> {
+        let text = serde_json::to_string(order).expect("orders have string keys and no failing serializer");
+        let sql = "INSERT INTO orders (at, text) VALUES (?1, ?2)";
+        self.db.execute(sql, params![now.0, text]).map_err(|e| self.fault(e))?;
+        Ok(self.db.last_insert_rowid())
+    }
+
+    /// The reply to an order, once there is one.
+    pub fn reply(&self, id: i64) -> Result<Option<Reply>, CaError> {
+        let row = self.db.query_row("SELECT reply FROM orders WHERE id = ?1", [id], |row| row.get(0)).optional();
+        let text: Option<String> = row.map_err(|e| self.fault(e))?.flatten();
+        Ok(text
+            .map(|text| serde_json::from_str(&text).unwrap_or_else(|e| refused(format!("an unreadable reply: {e}")))))
+    }
+
+    /// Takes an order back; false when it is already answered.
+    pub fn withdraw(&self, id: i64) -> Result<bool, CaError> {
+        let deleted = self.db.execute("DELETE FROM orders WHERE id = ?1 AND reply IS NULL", [id]);
+        deleted.map(|count| count > 0).map_err(|e| self.fault(e))
+    }
+
+    fn next_order(&self, now: Timestamp) -> Result<Option<(i64, Order)>, CaError> {
+        let stale = "DELETE FROM orders WHERE reply IS NULL AND abs(?1 - at) > ?2";
+        let stale_us = i64::try_from(STALE.as_micros()).unwrap_or(i64::MAX);
+        let sql = "SELECT id, text FROM orders WHERE reply IS NULL ORDER BY id LIMIT 1";
+        let waiting: Option<(i64, String)> =
+            self.db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?))).optional().map_err(|e| self.fault(e))?;
+        let Some((id, text)) = waiting else { return Ok(None) };
+        if self.db.execute(stale, params![now.0, stale_us]).map_err(|e| self.fault(e))? > 0 {
+            return Ok(None);
+        }
+        match serde_json::from_str(&text) {
+            Ok(order) => Ok(Some((id, order))),
+            Err(error) => {
+                self.put_reply(id, &refused(format!("this collector does not know the order: {error}")))?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn put_reply(&self, id: i64, reply: &Reply) -> Result<(), CaError> {
+        let text = serde_json::to_string(reply).expect("replies have string keys and no failing serializer");
+        // Only the newest are of use to anybody.
+        let sql = "UPDATE orders SET reply = ?2 WHERE id = ?1";
+        self.db.execute(sql, params![id, text]).map_err(|e| self.fault(e))?;
+        self.db.execute("DELETE FROM orders WHERE id < ?1 - 100", [id]).map(drop).map_err(|e| self.fault(e))
+    }
+}
+
+/// Carries out the oldest order, if there is one; what is to be told.
+pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Result<Vec<Event>, CaError> {
+    let Some((id, order)) = issuer.register().next_order(now)? else { return Ok(Vec::new()) };
+    let (reply, event) = match order {
+        Order::Rotate { step, force } => turn(issuer, directives, step, force, now),
+        Order::Issue { csr, name, names, life_secs, although_agents } => {
+            let life = Duration::from_secs(life_secs);
+            issue(issuer, &Ask { csr: &csr.0, name: &name, names: &names, life, although_agents }, now)
+        }
+    };
+    issuer.register().put_reply(id, &reply)?;
+    Ok(event.into_iter().collect())
+}
+
+/// Whom `step` would leave behind now. `active` is the root that issues now or, before it is activated, the one that
+/// does at the time.
+pub fn missing(
+    register: &Register,
+    directive: &Directive,
+    active: Sha256,
+    step: Step,
+    grace: Duration,
+    now: Timestamp,
+) -> Result<Vec<Missing>, CaError> {
+    let mut holders = register.holders(grace, now)?;
+    // Whoever is revoked is not waited for; whoever is quarantined stays in touch, and follows like everybody.
+    holders.retain(|holder| {
+        let name = PeerName::Spiffe(holder.agent.workload.clone());
+        let (serial, not_before, not_after, issuers) = (String::new(), now, now, Arc::default());
+        let peer = Peer { name, spki: holder.spki, serial, not_before, not_after, issuers };
+        directive.revokes(&peer).is_none() && directive.revokes_agent(&holder.agent).is_none()
+    });
+    let mut missing = rotate::missing(&holders, step, directive.version, active, grace, now);
+    if step == Step::Retire {
+        missing.extend(outside_missing(&register.outside(now)?, active));
+    }
+    Ok(missing)
+}
+
+fn turn(issuer: &Issuer, directives: &Directives, step: Step, force: bool, now: Timestamp) -> (Reply, Option<Event>) {
+    let in_force = directives.now();
+    let active = issuer.authority().pin();
+    let before = missing(&issuer.register(), &in_force.directive, active, step, issuer.grace(), now);
+    let before = match before {
+        Ok(missing) => missing,
+        Err(error) => return (refused(error), None),
+    };
+    if let Err(out_of_turn) = rotate::after(&issuer.authority().entries(), step, now) {
+        return (refused(out_of_turn), None);
+    }
+    if !force && before.iter().any(|missing| !missing.away) {
+        return (Reply::Waits { missing: before }, None);
+    }
+    match take(issuer, directives, step, now) {
+        Ok(()) => {
+            let event = rotated(issuer, step, force, &before, now);
+            (Reply::Rotated { left: before }, Some(event))
+        }
+        Err(error) => {
+            tracing::error!(%error, step = step.word(), "a step of the CA's rotation failed");
+            (refused(error), None)
+        }
+    }
+}
+
+/// Takes the step, and tells the agents.
+fn take(issuer: &Issuer, directives: &Directives, step: Step, now: Timestamp) -> anyhow::Result<()> {
+    let authority = issuer.authority();
+    let before = authority.own().borrow().clone();
+    authority.step(step, now)?;
+    let roots = roots(issuer, now)?;
+    // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.
+    let own = if step == Step::Compromise { before } else { authority.own().borrow().clone() };
+    directives.set_roots(roots, &own, now)?;
+    tracing::warn!(step = step.word(), pin = %authority.pin(), "a step of the CA's rotation was taken");
+    Ok(())
+}
+
+/// What directives say of the roots now.
+pub fn roots(issuer: &Issuer, now: Timestamp) -> Result<Roots, CaError> {
+    let (authority, holders) = (issuer.authority(), issuer.register().holders(Duration::ZERO, now)?.len());
+    let within_secs = u32::try_from(holders / RENEWALS_PER_SECOND).unwrap_or(u32::MAX).clamp(1, 600);
+    let roots = authority.tainted();
+    let within_secs = if roots.is_empty() { 0 } else { within_secs };
+    Ok(Roots { bundle: authority.bundle(), renew: Renew { roots, within_secs } })
+}
+
+fn rotated(issuer: &Issuer, step: Step, force: bool, left: &[Missing], now: Timestamp) -> Event {
+    let body = CaRotated {
+        step: step.word().to_owned(),
+        forced: force,
+        active: issuer.authority().pin().to_string(),
+        left_behind: left.len() as u64,
+        named: left.iter().take(MAX_NAMED).map(|missing| missing.who.clone()).collect(),
+    };
+    let severity = if force || step == Step::Compromise { Severity::Critical } else { Severity::Warning };
+    let summary = format!("the CA's rotation took the step `{}`, {} left behind", step.word(), left.len());
+    Event::new(now, severity, summary, &Body::from(body))
+}
+
+/// What [`issue`] is asked.
+struct Ask<'a> {
+    csr: &'a [u8],
+    name: &'a SpiffeId,
+    names: &'a [String],
+    life: Duration,
+    although_agents: bool,
+}
+
+fn issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> (Reply, Option<Event>) {
+    match try_issue(issuer, ask, now) {
+        Ok((pem, event)) => (Reply::Issued { pem }, Some(event)),
+        Err(error) => (refused(error), None),
+    }
+}
+
+fn try_issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> anyhow::Result<(String, Event)> {
+    let authority = issuer.authority();
+    let path = ask.name.path();
+    if ask.name.trust_domain() != *authority.domain() {
+        anyhow::bail!("{} is not of trust domain {}", ask.name, authority.domain());
+    }
+    if is_reserved(path) {
+        return Err(CaError::Reserved(path.to_owned()).into());
+    }
+    if !ask.although_agents && issuer.register().is_an_agents(ask.name.as_str(), path, now)? {
+        anyhow::bail!(
+            "{} is a name that agents bear: whoever has this certificate could pass for the service; take another name, or say --although-agents-bear-it",
+            ask.name
+        );
+    }
+    let (key, spki) = read_request(ask.csr).map_err(|refused| anyhow::anyhow!(refused.detail))?;
+    let chain = authority.sign(ask.name, None, ask.names, &key, ask.life, now)?;
+    let peer = tls::peer_of(&chain, Usage::Client)?;
+    let (serial, name, not_after) = (peer.serial, ask.name.to_string(), peer.not_after);
+    let root = chain.last().map(tls::spki_of).transpose()?.unwrap_or(authority.pin());
+    let outside = Outside { serial, spki, name, not_after, root };
+    issuer.register().record_outside(&outside, now)?;
+    let summary = format!("a certificate for {} went to a client without an agent, until {not_after}", ask.name);
+    let body = CaIssued {
+        name: ask.name.clone(),
+        names: ask.names.to_vec(),
+        serial: outside.serial,
+        spki: spki.to_string(),
+        not_after_us: not_after,
+    };
+    let event = Event::new(now, Severity::Notice, summary, &Body::from(body));
+    Ok((chain.iter().map(pem).collect(), event))
+}
