@@ -871,6 +871,9 @@ mod tests {
             revoked: Vec::new(),
             foreign: Default::default(),
             renew,
+            quarantined: Vec::new(),
+            released: Vec::new(),
+            policy: None,
         };
         let asks = directive(1, Renew { roots: roots.clone(), within_secs: 0 });
         world.keeper.take_directive(&Signed::sign(&asks, &ca.collector()).unwrap().to_bytes()).await;

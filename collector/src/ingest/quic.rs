@@ -23,6 +23,9 @@ const STREAM_WINDOW: u32 = 1 << 20;
 /// Agents ping far more often.
 const IDLE: Duration = Duration::from_secs(30);
 
+/// Sessions get this long to end by themselves.
+const PART_WITHIN: Duration = Duration::from_secs(2);
+
 /// The endpoint on a bound socket.
 pub fn endpoint(socket: UdpSocket, shared: &Shared) -> Result<Endpoint, IngestError> {
     let fault = |e: &dyn std::fmt::Display| IngestError::Quic(e.to_string());
@@ -73,7 +76,21 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>) {
         }
     }
     endpoint.set_server_config(None);
-    let _ = timeout(Duration::from_secs(2), endpoint.wait_idle()).await;
+    if timeout(PART_WITHIN, endpoint.wait_idle()).await.is_err() {
+        endpoint.close(VarInt::from_u32(0), b"shutdown");
+        leave(&endpoint);
+    }
+}
+
+/// Lets go of the port. quinn keeps a connection that was closed in its very first packet (a client that gave up before we
+/// listened) for its idle time, and the socket with it; it keeps one socket back besides, so it is given two others.
+fn leave(endpoint: &Endpoint) {
+    for _ in 0..2 {
+        let other = UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0));
+        if let Err(error) = other.and_then(|socket| endpoint.rebind(socket)) {
+            tracing::warn!(%error, "the QUIC port stays taken until the last connection has timed out");
+        }
+    }
 }
 
 fn take(incoming: Incoming, shared: &Arc<Shared>) {
