@@ -1101,7 +1101,7 @@ pub struct IngestRefused {
 /// Body of `ca.rotated`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CaRotated {
-    /// `prepare`, `activate`, `taint`, `retire` or `compromise`.
+    /// `prepare`, `activate`, `taint`, `retire`, `compromise` or `abandon`.
     pub step: String,
     /// Taken although agents had not confirmed the one before.
     #[serde(default)]

@@ -169,6 +169,27 @@ async fn a_step_waits_for_an_agent_that_is_away_and_names_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_root_is_abandoned_and_leaves_every_bundle() {
+    let world = World::start().await;
+    let (orders, webs) = fleet(&world, 1).await;
+    let (before, count) = (pin(&world), async |count: usize| {
+        let trusts = async || webs.iter().chain([&orders]).all(|a| roots_of(a).1.len() == count).then_some(());
+        eventually(|| format!("an agent does not trust {count} roots"), trusts).await;
+    });
+    turn(&world, Step::Prepare).await;
+    count(2).await;
+    assert!(matches!(ask(&world, Step::Abandon, false).await, Reply::Rotated { .. }));
+    count(1).await;
+    assert_eq!(pin(&world), before);
+    assert!(!world.dir.path().join("collector/ca/g2").exists(), "its keys are gone");
+    assert!(matches!(ask(&world, Step::Abandon, false).await, Reply::Refused { .. }));
+    turn(&world, Step::Prepare).await;
+    turn(&world, Step::Activate).await;
+    assert!(matches!(ask(&world, Step::Abandon, true).await, Reply::Refused { .. }), "it has issued by now");
+    assert_eq!(says(&mut webs[0].dial().await, b"hello").await.unwrap(), b"hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_goes_on_after_everything_was_restarted_in_the_middle() {
     let mut world = World::start().await;
     let (orders, mut webs) = fleet(&world, 1).await;
@@ -196,6 +217,8 @@ async fn after_a_compromise_connected_agents_go_on_and_the_old_root_counts_for_n
     let away = webs.pop().unwrap();
     away.app.stop("test").await;
     let old = pin(&world);
+    let mut stands = webs[0].dial().await;
+    assert_eq!(says(&mut stands, b"before").await.unwrap(), b"before");
     assert!(matches!(ask(&world, Step::Compromise, true).await, Reply::Rotated { .. }));
     let renewed = async || webs.iter().chain([&orders]).all(|agent| roots_of(agent).0 != old).then_some(());
     eventually(|| "an agent keeps its certificate of the old root".into(), renewed).await;
@@ -203,8 +226,12 @@ async fn after_a_compromise_connected_agents_go_on_and_the_old_root_counts_for_n
     for web in &webs {
         let out = async || (roots_of(web).1 == vec![pin(&world)]).then_some(());
         eventually(|| "an agent still trusts the old root".into(), out).await;
-        assert_eq!(says(&mut web.dial().await, b"hello").await.unwrap(), b"hello");
+        let through = async || (says(&mut web.dial().await, b"hello").await.ok()? == b"hello").then_some(());
+        eventually(|| "nothing gets through after the compromise".into(), through).await;
     }
+    let end = async { while says(&mut stands, b"still").await.is_ok() {} };
+    let ended = tokio::time::timeout(Duration::from_secs(60), end).await;
+    ended.expect("a connection that the old root vouches for ends");
     // One that was away still has its old certificate; nobody lets it in.
     let back = world.agent_without_token("web-3", &outbound(orders.inbound(), "shop/orders")).await;
     assert_eq!(roots_of(&back).0, old);

@@ -1124,7 +1124,7 @@ fn revocation_lists(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 fn rotated(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::CaRotated(body)) = seen.body else { return Vec::new() };
     let mut case = case(seen, rule, format!("the CA's rotation took the step `{}`", short(&body.step, 20)));
-    let steps = ["prepare", "activate", "taint", "retire", "compromise"];
+    let steps = ["prepare", "activate", "taint", "retire", "compromise", "abandon"];
     (case.subject, case.apart) = (None, Some(("reason", known(&body.step, &steps))));
     case.evidence = lines([("root that issues now", &body.active), ("left behind", &body.left_behind.to_string())]);
     case.evidence.extend(body.named.iter().map(|name| format!("left behind: {}", short(name, 200))));

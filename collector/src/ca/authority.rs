@@ -112,6 +112,13 @@ impl Authority {
         generations.iter().filter(|g| g.entry.stage == Stage::Tainted).map(|g| g.root.spki).collect()
     }
 
+    /// The public keys of roots that somebody else may have the keys of, and of the issuing CAs under them.
+    pub fn compromised(&self) -> Vec<Sha256> {
+        let generations = self.generations();
+        let lost = generations.iter().filter(|generation| generation.entry.compromised);
+        lost.flat_map(|one| [Some(one.root.spki), tls::spki_of(&one.issuing.cert).ok()]).flatten().collect()
+    }
+
     /// The one trust domain with its roots.
     pub fn trust(&self) -> Trust {
         let roots = self.generations().iter().map(|generation| generation.root.cert.clone()).collect();
@@ -158,8 +165,9 @@ impl Authority {
             self.reopen(&self.entries(), now)?;
             tracing::info!(not_after = %active(&self.generations()).issuing.not_after, "the issuing CA was renewed");
         }
-        let half = self.own.borrow().peer().not_after.minus(self.terms.own_life / 2);
-        if now < half {
+        let (begins, ends) = (self.own.borrow().peer().not_before, self.own.borrow().peer().not_after);
+        // One that was made while the clock was ahead does not hold yet: nobody could come in until it does.
+        if begins <= now && now < ends.minus(self.terms.own_life / 2) {
             return Ok(false);
         }
         self.renew_own(now)?;

@@ -21,7 +21,7 @@ use super::issue::read_request;
 use super::rotate::{self, Missing, Step};
 use super::tokens::is_reserved;
 use super::{CaError, Issuer, Register, pem};
-use crate::fleet::{Directives, Roots};
+use crate::fleet::{self, Directives, Roots};
 
 /// An order that nobody has taken by then is taken by nobody.
 const STALE: Duration = Duration::from_secs(30);
@@ -206,6 +206,16 @@ fn turn(issuer: &Issuer, directives: &Directives, step: Step, force: bool, now: 
 fn take(issuer: &Issuer, directives: &Directives, step: Step, now: Timestamp) -> anyhow::Result<()> {
     let authority = issuer.authority();
     let before = authority.own().borrow().clone();
+    if step == Step::Retire {
+        // Roots that leave say nothing of connections that stand: those of a thief must end as well.
+        fleet::deny_issuers(
+            directives,
+            &before,
+            &authority.compromised(),
+            "its CA was replaced after a compromise",
+            now,
+        )?;
+    }
     authority.step(step, now)?;
     let roots = roots(issuer, now)?;
     // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.

@@ -45,12 +45,15 @@ pub struct Entry {
     /// Its root's key is kept by another collector: this one has only an issuing CA.
     #[serde(default)]
     pub member: bool,
+    /// Somebody else may have its keys: whatever they have signed ends with it.
+    #[serde(default)]
+    pub compromised: bool,
 }
 
 impl Entry {
     /// The generation that the first start makes.
     pub fn first(now: Timestamp) -> Entry {
-        Entry { number: 1, stage: Stage::Active, since_us: now, member: false }
+        Entry { number: 1, stage: Stage::Active, since_us: now, member: false, compromised: false }
     }
 }
 
@@ -68,6 +71,8 @@ pub enum Step {
     Retire,
     /// The first three at once, because the key is known to somebody else.
     Compromise,
+    /// The new root goes again, before it has issued anything.
+    Abandon,
 }
 
 impl Step {
@@ -79,13 +84,14 @@ impl Step {
             Step::Taint => "taint",
             Step::Retire => "retire",
             Step::Compromise => "compromise",
+            Step::Abandon => "abandon",
         }
     }
 
     /// What the step waits for.
     pub const fn wants(self) -> Wants {
         match self {
-            Step::Prepare | Step::Compromise => Wants::Nothing,
+            Step::Prepare | Step::Compromise | Step::Abandon => Wants::Nothing,
             Step::Activate | Step::Taint => Wants::Confirmed,
             Step::Retire => Wants::Renewed,
         }
@@ -112,6 +118,9 @@ pub enum OutOfTurn {
     /// There is nothing to activate.
     #[error("no new root is prepared: begin with `ca prepare`")]
     NothingPrepared,
+    /// There is nothing to abandon.
+    #[error("no root is prepared that has not issued yet: once it is activated, the way is forward")]
+    NothingToAbandon,
     /// There is nothing to taint.
     #[error("there is no old root: `ca prepare` and `ca activate` come first")]
     NothingOld,
@@ -131,6 +140,8 @@ pub fn after(entries: &[Entry], step: Step, now: Timestamp) -> Result<Vec<Entry>
         Step::Prepare => Ok(with_another(entries, Stage::Prepared, now)),
         Step::Activate if !has(Stage::Prepared) => Err(OutOfTurn::NothingPrepared),
         Step::Activate => Ok(moved(entries, &[(Stage::Active, Stage::Old), (Stage::Prepared, Stage::Active)], now)),
+        Step::Abandon if !has(Stage::Prepared) => Err(OutOfTurn::NothingToAbandon),
+        Step::Abandon => Ok(entries.iter().filter(|e| e.stage != Stage::Prepared).cloned().collect()),
         Step::Taint if !has(Stage::Old) => Err(OutOfTurn::NothingOld),
         Step::Taint => Ok(moved(entries, &[(Stage::Old, Stage::Tainted)], now)),
         Step::Retire if !has(Stage::Old) && !has(Stage::Tainted) => Err(OutOfTurn::NothingOld),
@@ -138,7 +149,9 @@ pub fn after(entries: &[Entry], step: Step, now: Timestamp) -> Result<Vec<Entry>
         // Whatever was under way: a prepared root lay on the same disk, so it is as lost as the active one.
         Step::Compromise => {
             let all = [Stage::Prepared, Stage::Active, Stage::Old].map(|stage| (stage, Stage::Tainted));
-            Ok(with_another(&moved(entries, &all, now), Stage::Active, now))
+            let mut lost = moved(entries, &all, now);
+            lost.iter_mut().for_each(|entry| entry.compromised = true);
+            Ok(with_another(&lost, Stage::Active, now))
         }
     }
 }
@@ -157,7 +170,7 @@ pub const fn is_leaving(stage: Stage) -> bool {
 
 fn with_another(entries: &[Entry], stage: Stage, now: Timestamp) -> Vec<Entry> {
     let number = entries.iter().map(|entry| entry.number).max().unwrap_or(0) + 1;
-    let made = Entry { number, stage, since_us: now, member: false };
+    let made = Entry { number, stage, since_us: now, member: false, compromised: false };
     entries.iter().cloned().chain([made]).collect()
 }
 
@@ -237,6 +250,7 @@ mod tests {
             stage: *stage,
             since_us: Timestamp(0),
             member: false,
+            compromised: false,
         };
         stages.iter().enumerate().map(entry).collect()
     }
@@ -245,7 +259,7 @@ mod tests {
     fn each_step_has_its_turn() {
         use Stage::*;
         type Row<'a> = (&'a [Stage], Step, Result<&'a [(u32, Stage)], OutOfTurn>);
-        let rows: [Row<'_>; 13] = [
+        let rows: [Row<'_>; 17] = [
             (&[Active], Step::Prepare, Ok(&[(1, Active), (2, Prepared)])),
             (&[Active, Prepared], Step::Prepare, Err(OutOfTurn::UnderWay)),
             (&[Old, Active], Step::Prepare, Err(OutOfTurn::UnderWay)),
@@ -257,6 +271,10 @@ mod tests {
             (&[Active, Prepared], Step::Retire, Err(OutOfTurn::NothingOld)),
             (&[Old, Active], Step::Retire, Ok(&[(2, Active)])),
             (&[Tainted, Active], Step::Retire, Ok(&[(2, Active)])),
+            (&[Active, Prepared], Step::Abandon, Ok(&[(1, Active)])),
+            (&[Active], Step::Abandon, Err(OutOfTurn::NothingToAbandon)),
+            (&[Old, Active], Step::Abandon, Err(OutOfTurn::NothingToAbandon)),
+            (&[Tainted, Active], Step::Abandon, Err(OutOfTurn::NothingToAbandon)),
             (&[Active], Step::Compromise, Ok(&[(1, Tainted), (2, Active)])),
             (&[Active, Prepared], Step::Compromise, Ok(&[(1, Tainted), (2, Tainted), (3, Active)])),
         ];
@@ -280,10 +298,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_compromised_stays_so_and_what_comes_after_is_not() {
+        let lost = after(&list(&[Stage::Active, Stage::Prepared]), Step::Compromise, NOW).unwrap();
+        assert_eq!(lost.iter().map(|e| e.compromised).collect::<Vec<_>>(), [true, true, false]);
+        assert!(!after(&lost, Step::Retire, NOW).unwrap()[0].compromised);
+    }
+
+    #[test]
     fn a_collector_without_the_roots_key_rotates_nothing() {
         let mut list = list(&[Stage::Active]);
         list[0].member = true;
-        for step in [Step::Prepare, Step::Activate, Step::Taint, Step::Retire, Step::Compromise] {
+        for step in [Step::Prepare, Step::Activate, Step::Taint, Step::Retire, Step::Compromise, Step::Abandon] {
             assert_eq!(after(&list, step, NOW), Err(OutOfTurn::Member));
         }
     }

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use rcgen::KeyPair;
+use sidewarden_proto::directive::Directive;
+use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::{PeerName, TrustDomain, Usage};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
@@ -125,6 +127,71 @@ fn certificates_renew_before_they_run_out() {
     assert_ne!(std::fs::read(dir.path().join("issuing/cert.pem")).unwrap(), issuing);
     let later = now.plus(250 * DAY);
     tls::verify_chain(own.borrow().chain(), &authority.trust(), Usage::Server, later).unwrap();
+}
+
+/// An issuer with a token, an agent's certificate of `now`, and the request for the next one.
+fn issuer(dir: &Path, now: Timestamp) -> (Issuer, sidewarden_proto::enrol::Token) {
+    let authority = std::sync::Arc::new(open_at(dir, now).unwrap().0);
+    let register = Register::open(&dir.join("ca.db")).unwrap();
+    let pattern = "shop/web".parse().unwrap();
+    let token = register.create(&pattern, 9, DAY / 24, authority.pin(), now).unwrap().0;
+    (Issuer::new(authority, register, DAY, 7 * DAY), token)
+}
+
+fn ask(token: &sidewarden_proto::enrol::Token, key: &KeyPair) -> sidewarden_proto::enrol::Request {
+    sidewarden_proto::enrol::Request {
+        version: String::new(),
+        workload: None,
+        instance: "c1".parse().unwrap(),
+        token_id: token.id.clone(),
+        token_secret: token.secret.clone(),
+        csr: Der(rcgen::CertificateParams::default().serialize_request(key).unwrap().der().to_vec()),
+        previous: Vec::new(),
+    }
+}
+
+#[test]
+fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_holds_by_no_right_clock() {
+    let (dir, now) = made();
+    let ((issuer, token), key) = (issuer(dir.path(), now), KeyPair::generate().unwrap());
+    let directive: Directive = serde_json::from_value(
+        serde_json::json!({"version": 1, "trust_domain": domain(), "issued_us": now, "bundle": []}),
+    )
+    .unwrap();
+    let enrol = |request: &sidewarden_proto::enrol::Request, at| issuer.enrol(request, &directive, &|_| None, at);
+    let holds = |grant: &Grant, at| {
+        let chain: Vec<_> = grant.issued.chain.iter().map(|der| der.0.clone().into()).collect();
+        tls::verify_chain(&chain, &issuer.authority().trust(), Usage::Client, at).is_ok()
+    };
+    let (ahead, behind) = (now.plus(DAY), now.minus(DAY).plus(DAY / 24));
+    assert_eq!(enrol(&ask(&token, &key), ahead).unwrap_err().reason, "token_expired");
+    let good = enrol(&ask(&token, &key), now).unwrap();
+    assert!(holds(&good, now), "the token was not spent by the wrong clock");
+
+    // By a clock that is ahead the certificate has ended: it is renewed by its own key, and does not hold yet.
+    let previous = good.issued.chain.clone();
+    let renewal = sidewarden_proto::enrol::Request { token_id: String::new(), previous, ..ask(&token, &key) };
+    let early = enrol(&renewal, ahead).unwrap();
+    assert!(holds(&early, ahead) && !holds(&early, now), "an agent whose clock is right says that a clock is wrong");
+    // By one that is behind it does not hold yet, and nothing is made of it.
+    assert_eq!(enrol(&renewal, behind).unwrap_err().reason, "bad_request");
+    let late = enrol(&ask(&token, &key), behind).unwrap();
+    assert!(holds(&late, behind) && !holds(&late, now.plus(DAY / 12)), "it ends with the wrong clock's day");
+    assert!(enrol(&renewal, now).is_ok(), "once the clock is right all is as before");
+}
+
+#[test]
+fn our_own_certificate_that_was_made_by_a_clock_ahead_is_made_anew_when_the_clock_is_right() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now.plus(DAY)).unwrap();
+    let own = authority.own();
+    let holds = |at| tls::verify_chain(own.borrow().chain(), &authority.trust(), Usage::Server, at).is_ok();
+    assert!(holds(now.plus(DAY)) && !holds(now));
+    assert!(authority.renew_due(now).unwrap());
+    assert!(holds(now) && !authority.renew_due(now).unwrap());
+    // A day back hurts nobody: it holds until long after the right time.
+    let (behind, _) = open_at(dir.path(), now.minus(DAY / 2)).unwrap();
+    assert!(tls::verify_chain(behind.own().borrow().chain(), &behind.trust(), Usage::Server, now).is_ok());
 }
 
 #[test]

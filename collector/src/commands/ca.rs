@@ -43,6 +43,8 @@ pub enum CaCommand {
     Taint(Anyway),
     /// Rotation, step 4: take the old root out of every bundle and delete its keys; waits until nobody needs it
     Retire(Anyway),
+    /// Take a prepared root back, before it has issued anything
+    Abandon,
     /// A key of the CA may be in wrong hands: a new root at once, everything renewed, the old roots out
     Compromise(Anyway),
     /// A certificate for a client without an agent (Prometheus, a probe), by its certificate request; PEM to stdout
@@ -110,6 +112,7 @@ pub fn run(config: &Config, command: CaCommand) -> anyhow::Result<()> {
         CaCommand::Activate(anyway) => step(config, Step::Activate, &anyway),
         CaCommand::Taint(anyway) => step(config, Step::Taint, &anyway),
         CaCommand::Retire(anyway) => step(config, Step::Retire, &anyway),
+        CaCommand::Abandon => step(config, Step::Abandon, &Anyway { force: false, yes: true }),
         CaCommand::Compromise(anyway) => compromise(config, &anyway),
         CaCommand::Issue { csr, name, dns, ttl, although_agents_bear_it } => {
             let id = client::workload(&name, &config.trust_domain)?;
@@ -235,6 +238,7 @@ fn step(config: &Config, step: Step, anyway: &Anyway) -> anyhow::Result<()> {
         rotate::next(&Standing::read(config)?.generations.iter().map(|one| one.entry.clone()).collect::<Vec<_>>());
     match next {
         Some(next) => eprintln!("Next: `ca {}`; `ca status` shows who is missing.", next.word()),
+        None if step == Step::Abandon => eprintln!("No rotation is under way any more."),
         None => eprintln!("The rotation is complete."),
     }
     Ok(())
@@ -283,6 +287,9 @@ fn compromise(config: &Config, anyway: &Anyway) -> anyhow::Result<()> {
     eprintln!("  - agents that are connected ({all} have a certificate that holds) renew within moments and go on");
     eprintln!("  - agents that are not connected now must enrol anew, with a new token");
     eprintln!("  - tokens that are out and certificates made by `ca issue` end with the old roots");
+    eprintln!(
+        "  - once the old roots are out, connections that were proven by them end; what is busy on them breaks once"
+    );
     eprintln!("  - until the old roots are out, whoever has the key can still pass for any service");
     confirm(anyway)?;
     take(config, Step::Compromise, true)?;

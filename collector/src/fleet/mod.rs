@@ -24,7 +24,7 @@ pub use gatekeeper::keep;
 pub use policies::{Application, History, Kept, apply, earlier};
 pub use quarantine::{agent_of, release};
 pub use reach::Reach;
-pub use revocations::{Asked, Done, RevokeError, hand_out, reason, refresh, revoke, undo};
+pub use revocations::{Asked, Done, RevokeError, deny_issuers, hand_out, reason, refresh, revoke, undo};
 
 /// A session that is live.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Refused;
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256};
 use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::Credential;
 
 use super::quarantine::agent_of;
 use super::{Directives, DirectivesError, Fleet};
@@ -88,15 +89,37 @@ pub fn revoke(
         return Err(RevokeError::Unconfirmed(told.confirm));
     }
     let own = issuer.authority().own().borrow().clone();
-    let mut id = [0; 6];
-    crate::random(&mut id);
-    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-    let revocation = Revocation { id, what, why, at_us: now, keys: known.keys };
+    let revocation = Revocation { id: new_id(), what, why, at_us: now, keys: known.keys };
     let version = directives.change(&own, now, |directive| add(directive, revocation.clone()))?;
     // A key that was recorded between the look-up and now is found by this one: whoever hands it out later asks again.
     let version = refresh(issuer, directives, now)?.unwrap_or(version);
     let notes = told.confirm.into_iter().chain(told.notes).collect();
     Ok(Done { revocation, version, notes })
+}
+
+/// Denies whatever these CA keys have signed, connections that stand included.
+pub fn deny_issuers(
+    directives: &Directives,
+    own: &Credential,
+    keys: &[Sha256],
+    why: &str,
+    now: Timestamp,
+) -> Result<(), RevokeError> {
+    directives.change(own, now, |directive| {
+        let new = |what: &Target| directive.revoked.iter().all(|known| known.what != *what);
+        let all = keys.iter().map(|spki| Target::IssuingKey { spki: *spki }).filter(new);
+        let added =
+            all.map(|what| Revocation { id: new_id(), what, why: why.to_owned(), at_us: now, keys: Vec::new() });
+        let revoked = directive.revoked.iter().cloned().chain(added).collect();
+        Ok::<_, RevokeError>(directive.clone().with_revoked(revoked))
+    })?;
+    Ok(())
+}
+
+fn new_id() -> String {
+    let mut id = [0; 6];
+    crate::random(&mut id);
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Undoes the revocation `id`.
