@@ -108,6 +108,9 @@ pub async fn undo(
     Ok(answer(&done))
 }
 
+/// How long is waited until the event of an act is in the log.
+const TELL_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// The register and the directive are on disk.
 pub(super) async fn off_the_runtime<T: Send + 'static>(
     core: &Core,
@@ -135,7 +138,11 @@ fn changed(done: &Done, why: String, by: String, Source(source): Source) -> Revo
 
 pub(super) async fn tell(core: &Core, severity: Severity, summary: String, body: Body) -> Result<(), ApiError> {
     let event = Event::new((core.clock)(), severity, summary, &body);
-    core.commits.own(event).await.map_err(|error| ApiError::internal("telling of it", &error))
+    core.commits.own(event).await.map_err(|error| ApiError::internal("telling of it", &error))?;
+    // Whoever did it may ask for the event at once. What is done is in force all the same: a store that stands still is told
+    // elsewhere.
+    let _ = tokio::time::timeout(TELL_WITHIN, core.commits.flush()).await;
+    Ok(())
 }
 
 fn answer(done: &Done) -> Json<Value> {
