@@ -254,11 +254,18 @@ impl Watcher {
             from_state(&mut engine, judging, self.parts.certificate_life);
         }
         match self.past(now).await {
-            // What holds of verdicts is in the state; one that was mended since has no warning that says so.
-            Ok(past) => past.iter().filter(|r| !JUDGED.contains(&r.kind.as_str())).for_each(|r| replay(&mut engine, r)),
+            // What holds of verdicts is in the state; one that was mended since has no warning that says so. What came after
+            // the state was read is no past: it is heard in its turn, and told.
+            Ok(past) => {
+                let is_past = |record: &&Record| record.cursor.position <= self.up_to;
+                let is_judged = |record: &&Record| JUDGED.contains(&record.kind.as_str());
+                let past = past.iter().filter(is_past).filter(|record| !is_judged(record));
+                past.for_each(|record| replay(&mut engine, record));
+            }
             Err(error) => tracing::error!(%error, "the last events cannot be read: some alerts may be told again"),
         }
-        engine.settle(now);
+        // What happened up to the state that was read has happened by now: to be told, it must not seem to come later.
+        engine.settle((self.parts.now)());
         self.engine = engine;
     }
 
