@@ -210,6 +210,8 @@ pub struct Keeper {
     directive: Option<Arc<Directive>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
     key: Option<KeyPair>,
+    /// A renewal that is under way.
+    pending: Option<Pending>,
     /// The token that was refused for good.
     refused: Option<Sha256>,
     /// Where within its span the renewal of this certificate lies.
@@ -217,6 +219,32 @@ pub struct Keeper {
     /// When a renewal is due that the directive asks for.
     asked: Option<Timestamp>,
     failing: bool,
+}
+
+/// A renewal over the session.
+struct Pending {
+    key: KeyPair,
+    /// Until the session has taken it.
+    request: Option<Renewal>,
+    answered: oneshot::Receiver<Vec<u8>>,
+}
+
+impl Pending {
+    fn new() -> Result<Pending, KeeperError> {
+        let key = enrol::new_key()?;
+        let csr = enrol::certificate_request(&key)?.0;
+        let (answer, answered) = oneshot::channel();
+        Ok(Pending { key, request: Some(Renewal { csr, answer }), answered })
+    }
+
+    /// The answer; may be cancelled and called again.
+    async fn answer(&mut self, renewals: &mpsc::Sender<Renewal>) -> Option<Vec<u8>> {
+        if self.request.is_some() {
+            let permit = renewals.reserve().await.ok()?;
+            permit.send(self.request.take()?);
+        }
+        (&mut self.answered).await.ok()
+    }
 }
 
 /// What is due.
@@ -274,6 +302,7 @@ impl Keeper {
             looked_at_crls: None,
             directive,
             key: None,
+            pending: None,
             refused: None,
             jitter,
             asked: None,
@@ -351,6 +380,9 @@ impl Keeper {
         loop {
             self.tell_trust();
             let step = self.next_step();
+            if step != Step::Renew {
+                self.pending = None;
+            }
             let wait = match step {
                 Step::Wait(wait) => wait,
                 Step::LookAtFiles => LOOK_AT_FILES,
@@ -626,16 +658,17 @@ impl Keeper {
         Ok(())
     }
 
-    /// Over the session, with a new key.
+    /// Over the session, with a new key. A directive may come first: then this is called again, and goes on waiting for the
+    /// same answer. Another request would be one too many for the collector.
     async fn renew(&mut self) -> Result<(), KeeperError> {
-        let key = enrol::new_key()?;
-        let csr = enrol::certificate_request(&key)?.0;
-        let (answer, answered) = oneshot::channel();
-        let exchange = async {
-            self.parts.renewals.send(Renewal { csr, answer }).await.ok()?;
-            answered.await.ok()
-        };
-        let payload = timeout(RENEW_WITHIN, exchange).await.ok().flatten().ok_or(KeeperError::NoSession)?;
+        let renewals = self.parts.renewals.clone();
+        if self.pending.is_none() {
+            self.pending = Some(Pending::new()?);
+        }
+        let Some(pending) = &mut self.pending else { return Ok(()) };
+        let payload = timeout(RENEW_WITHIN, pending.answer(&renewals)).await.ok().flatten();
+        let Some(Pending { key, .. }) = self.pending.take() else { return Ok(()) };
+        let payload = payload.ok_or(KeeperError::NoSession)?;
         let unusable = |e: wire::EnrolError| KeeperError::Unusable(e.to_string());
         match wire::from_payload(&payload).map_err(unusable)? {
             Answer::Issued(issued) => self.adopt(&key.serialize_der(), issued).await,
@@ -1083,6 +1116,23 @@ mod tests {
         let after = world.current.borrow().clone().unwrap();
         assert_ne!(before.credential.peer().spki, after.credential.peer().spki);
         assert_eq!(world.events.lock().unwrap()[0].kind, "identity.renewed");
+    }
+
+    #[tokio::test]
+    async fn a_renewal_that_a_directive_interrupts_goes_on_with_the_same_request() {
+        let ca = Arc::new(Ca::new("td"));
+        let kept = ca.issue("shop/web");
+        let mut world = World::new(ca.clone(), HostPort { host: "127.0.0.1".into(), port: 1 }, Some(kept));
+        let before = world.serial();
+        let mut requests = std::mem::replace(&mut world.renewal_requests, mpsc::channel(1).1);
+        // Cancelled while it waits, as by a directive.
+        assert!(timeout(Duration::from_millis(50), world.keeper.act(Step::Renew)).await.is_err());
+        let renewal = requests.recv().await.unwrap();
+        let answer = Answer::Issued(ca.sign_request("shop/web", &renewal.csr));
+        renewal.answer.send(wire::to_message(&answer)[4..].to_vec()).unwrap();
+        world.keeper.act(Step::Renew).await.unwrap();
+        assert_ne!(world.serial(), before);
+        assert!(requests.try_recv().is_err(), "there is no second request");
     }
 
     #[tokio::test(start_paused = true)]

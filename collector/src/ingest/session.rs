@@ -480,10 +480,10 @@ impl<'a> Session<'a> {
             Answer::Refused(Refused { reason: reason.into(), detail: detail.into(), retry: true })
         };
         let too_soon = self.renewed.is_some_and(|last| now().duration_since(last) < RENEW_EVERY);
-        self.renewed = Some(now());
         if too_soon {
             return refused("bad_request", "one certificate request every 5 s");
         }
+        self.renewed = Some(now());
         let (issuer, agent, peer) = (self.shared.issuer.clone(), self.agent.clone(), self.peer.clone());
         let (directives, at) = (self.shared.directives.clone(), (self.shared.clock)());
         let issued = tokio::task::spawn_blocking(move || {
