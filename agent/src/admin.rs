@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::identity::Current;
 use crate::metrics::Metrics;
+use crate::proxy::connections::Registry;
 use crate::spool::Spool;
 use crate::uplink::SharedStatus;
 use crate::watch::View;
@@ -57,6 +58,8 @@ pub struct Admin {
     pub spool: Spool,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Whose certificates were seen.
+    pub connections: Arc<Registry>,
     /// What the watch sees, where there is one.
     pub view: Option<Arc<View>>,
     /// Set once nothing is accepted any more.
@@ -126,6 +129,7 @@ impl Admin {
             "/metrics" => {
                 let identity = self.identity.borrow().clone();
                 let (view, now) = (self.view.as_deref(), Timestamp::now());
+                self.metrics.certificates(identity.as_deref(), &self.connections.peer_ends(now));
                 let body = self.metrics.render(self.spool.stats(), identity.as_deref(), view, now);
                 response(StatusCode::OK, "text/plain; version=0.0.4", body)
             }

@@ -203,6 +203,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
         uplink: uplink_status.clone(),
         spool: spool.clone(),
         metrics,
+        connections: shared.registry.clone(),
         view: view.clone(),
         stopping: shared.stop.clone(),
     };

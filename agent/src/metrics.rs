@@ -3,12 +3,15 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
+use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{Direction, RefusalReason, Severity};
 use sidewarden_proto::finding::Verdict;
+use sidewarden_proto::identity::PeerName;
 use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
 
 use crate::identity::Identity;
 use crate::proxy::accounting::Traffic;
@@ -36,6 +39,8 @@ pub struct Metrics {
     uplink_failures: IntCounter,
     acknowledge: Histogram,
     certificate_end: Gauge,
+    ca_end: GaugeVec,
+    peer_end: GaugeVec,
     directive_version: IntGauge,
     policy_version: IntGauge,
     directive_age: Gauge,
@@ -103,6 +108,26 @@ impl Metrics {
             certificate_end: register(
                 &registry,
                 Gauge::new(name("certificate_not_after_seconds"), "When our certificate ends, Unix time; 0 for none."),
+            ),
+            ca_end: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        name("ca_certificate_not_after_seconds"),
+                        "When the first CA above our certificate, and the first root we trust, ends, Unix time.",
+                    ),
+                    &["what"],
+                ),
+            ),
+            peer_end: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        name("peer_certificate_not_after_seconds"),
+                        "When the certificate ends that a peer was last seen with, Unix time; at most 256 peers.",
+                    ),
+                    &["peer"],
+                ),
             ),
             directive_version: gauge(&registry, "directive_version", "Version of the directive in force; 0 for none."),
             policy_version: gauge(
@@ -218,6 +243,22 @@ impl Metrics {
         self.acknowledge.observe(after.as_secs_f64());
     }
 
+    /// When certificates end that are not ours: of the CAs, and of peers as they were last seen.
+    pub fn certificates(&self, identity: Option<&Identity>, peers: &[(PeerName, Timestamp)]) {
+        self.ca_end.reset();
+        self.peer_end.reset();
+        let roots = identity.into_iter().flat_map(|i| i.trust.domains.values().flatten().chain(&i.trust.dns_roots));
+        let above = identity.into_iter().flat_map(|i| i.credential.chain().iter().skip(1));
+        for (what, soonest) in [("issuer", soonest(above)), ("root", soonest(roots))] {
+            if let Some(end) = soonest {
+                self.ca_end.with_label_values(&[what]).set(end.as_secs() as f64);
+            }
+        }
+        for (peer, end) in peers {
+            self.peer_end.with_label_values(&[&peer.to_string()]).set(end.as_secs() as f64);
+        }
+    }
+
     /// The text a scraper reads, with what the spool, the identity and the watch say now.
     pub fn render(
         &self,
@@ -263,6 +304,10 @@ impl Metrics {
             self.findings.with_label_values(&[word]).set(count as i64);
         }
     }
+}
+
+fn soonest<'a>(certificates: impl Iterator<Item = &'a CertificateDer<'static>>) -> Option<Timestamp> {
+    certificates.filter_map(|cert| tls::validity(cert).ok()).map(|(_, end)| end).min()
 }
 
 /// Brings a counter up to a total that is counted elsewhere.
@@ -316,5 +361,22 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "no {line} in:\n{text}");
         }
+    }
+
+    #[test]
+    fn a_peer_that_is_forgotten_and_a_root_that_is_gone_leave_no_series() {
+        let metrics = Metrics::new("1.2.3");
+        let text = || String::from_utf8(metrics.render(&SpoolStats::default(), None, None, Timestamp(0))).unwrap();
+        let peer = PeerName::Spiffe("spiffe://td/shop/web".parse().unwrap());
+        let identity = crate::identity::made_up::Ca::new("td").identity("shop/orders");
+        metrics.certificates(Some(&identity), &[(peer, Timestamp::from_secs(700))]);
+        let shown = text();
+        let of_peer = r#"sidewarden_agent_peer_certificate_not_after_seconds{peer="spiffe://td/shop/web"} 700"#;
+        assert!(shown.lines().any(|line| line == of_peer), "{shown}");
+        for what in ["issuer", "root"] {
+            assert!(shown.contains(&format!("ca_certificate_not_after_seconds{{what=\"{what}\"}}")), "{shown}");
+        }
+        metrics.certificates(None, &[]);
+        assert!(!text().contains("not_after_seconds{"), "{}", text());
     }
 }

@@ -104,6 +104,7 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     if let Some(folder) = &core.config.evidence.folder {
         core.tasks.spawn(evidence::folder::keep(core.clone(), evidence::folder::Folder::new(folder)));
     }
+    core.tasks.spawn(ca::tell(core.clone()));
     Ok(App { agents, api, metrics, core, committing, lock })
 }
 

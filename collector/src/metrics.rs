@@ -246,7 +246,20 @@ fn of_parts(core: &Core) -> prometheus::Result<Vec<MetricFamily>> {
     let own = core.issuer.authority().own().borrow().peer().not_after;
     let help = "When the collector's own certificate ends, in seconds since 1970.";
     page.seconds("certificate_end_timestamp_seconds", help, Some(own))?;
+    ca_ends(&page, core)?;
     Ok(page.0.gather())
+}
+
+/// The CAs of every generation.
+fn ca_ends(page: &Page, core: &Core) -> prometheus::Result<()> {
+    let help = "When each root and its issuing CA end, in seconds since 1970.";
+    let opts = Opts::new("sidewarden_collector_ca_end_timestamp_seconds", help);
+    let gauge = GaugeVec::new(opts, &["what", "generation"])?;
+    for dates in core.issuer.authority().dates().into_iter().filter(|dates| dates.what != "collector") {
+        let generation = dates.number.to_string();
+        gauge.with_label_values(&[dates.what, &generation]).set(dates.not_after.0 as f64 / 1e6);
+    }
+    page.0.register(Box::new(gauge))
 }
 
 #[cfg(test)]

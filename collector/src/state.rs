@@ -388,7 +388,7 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 24] = [
+    const KINDS: [&str; 25] = [
         "attestation.set",
         "attestation.removed",
         "scan.added",
@@ -410,6 +410,7 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "policy.applied",
         "ca.rotated",
         "ca.issued",
+        "ca.certificates",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",
@@ -792,7 +793,14 @@ mod tests {
     fn connected() -> AgentConnected {
         let workload = WEB.parse::<AgentId>().unwrap().workload;
         let (source, transport) = ("10.0.0.1:1".into(), "quic".into());
-        AgentConnected { workload, instance: "c1".into(), source, transport, version: "0.1.0".into() }
+        AgentConnected {
+            workload,
+            instance: "c1".into(),
+            source,
+            transport,
+            version: "0.1.0".into(),
+            clock_ahead_us: 0,
+        }
     }
 
     fn disconnected(clean: bool) -> AgentDisconnected {

@@ -296,6 +296,8 @@ kinds! {
     CaRotated = "ca.rotated",
     /// A certificate went to a client without an agent.
     CaIssued = "ca.issued",
+    /// Every certificate that the collector answers for: after a start, and after a change of one.
+    CaCertificates = "ca.certificates",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -1071,6 +1073,9 @@ pub struct AgentConnected {
     pub transport: String,
     /// The agent's version.
     pub version: String,
+    /// How far its clock is ahead of the collector's, microseconds; negative when it is behind, 0 when it does not tell.
+    #[serde(default)]
+    pub clock_ahead_us: i64,
 }
 
 /// Body of `agent.disconnected`.
@@ -1133,6 +1138,29 @@ pub struct CaIssued {
     pub spki: String,
     /// When it ends.
     #[serde(default)]
+    pub not_after_us: Timestamp,
+}
+
+/// Body of `ca.certificates`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CaCertificates {
+    /// The root, the issuing CA and the collector's own.
+    #[serde(default)]
+    pub certificates: Vec<CaCertificate>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaCertificate {
+    /// `root`, `issuing` or `collector`.
+    pub what: String,
+    /// Which one, where there are several.
+    #[serde(default)]
+    pub name: String,
+    /// When it begins.
+    #[serde(default)]
+    pub not_before_us: Timestamp,
+    /// When it ends.
     pub not_after_us: Timestamp,
 }
 

@@ -374,6 +374,7 @@ mod tests {
             directive: 0,
             heartbeat_secs: 5,
             understands: 2,
+            at_us: Timestamp(0),
         }
     }
 

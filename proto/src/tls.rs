@@ -525,6 +525,13 @@ pub fn not_before(cert: &CertificateDer<'_>) -> Result<crate::time::Timestamp, L
     Ok(crate::time::Timestamp::from_secs(cert.validity().not_before.timestamp()))
 }
 
+/// When a certificate begins, and when it ends.
+pub fn validity(cert: &CertificateDer<'_>) -> Result<(Timestamp, Timestamp), LeafFault> {
+    let (_, cert) = X509Certificate::from_der(cert).map_err(|e| LeafFault::Unreadable(e.to_string()))?;
+    let at = |time: x509_parser::time::ASN1Time| Timestamp::from_secs(time.timestamp());
+    Ok((at(cert.validity().not_before), at(cert.validity().not_after)))
+}
+
 /// A server whose clients must show a certificate that `trust` verifies.
 pub fn server_config(
     credential: &Credential,

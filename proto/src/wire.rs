@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Epoch, Link, MAX_LINK, Malformed};
 use crate::identity::InstanceId;
+use crate::time::Timestamp;
 
 /// ALPN of the session between agent and collector.
 pub const ALPN: &[u8] = b"sidewarden/1";
@@ -42,6 +43,9 @@ pub struct Hello {
     /// What it understands of directives ([`crate::directive::UNDERSTANDS`]); the first agents do not say.
     #[serde(default)]
     pub understands: u32,
+    /// What its clock says; 0 from agents that do not tell.
+    #[serde(default)]
+    pub at_us: Timestamp,
 }
 
 /// The collector's answer.
@@ -251,6 +255,7 @@ mod tests {
                 directive: 3,
                 heartbeat_secs: 5,
                 understands: 2,
+                at_us: Timestamp(7),
             }),
             Frame::Welcome(Welcome { version: "0.1.0".into(), cursor }),
             Frame::Link(Link::Tombstone(tombstone)),

@@ -36,6 +36,20 @@ async fn two_workloads_meet_and_the_collector_knows_who_they_are() {
         assert!(seen.summary.contains(peer), "{}", seen.summary);
     }
     assert!(orders.admin("/readyz").await.starts_with("HTTP/1.1 200 "), "{}", orders.admin("/readyz").await);
+    let metrics = orders.admin("/metrics").await;
+    for wanted in [
+        "peer_certificate_not_after_seconds{peer=\"spiffe://sidewarden.internal/shop/web\"}",
+        "ca_certificate_not_after_seconds{what=\"issuer\"}",
+        "ca_certificate_not_after_seconds{what=\"root\"}",
+    ] {
+        assert!(metrics.contains(wanted), "{wanted} is not in:\n{metrics}");
+    }
+    let told = world.event("ca.certificates", |_| true).await;
+    for what in ["collector", "issuing", "root"] {
+        assert!(told.body.get().contains(&format!("\"what\":\"{what}\"")), "{}", told.body.get());
+    }
+    let clock = world.event("agent.connected", |record| record.summary.contains("shop/web")).await;
+    assert!(clock.body.get().contains("clock_ahead_us"), "{}", clock.body.get());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,10 +5,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::identity::Peer;
+use sidewarden_proto::identity::{Peer, PeerName};
+use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::policy::{Decision, Rules};
@@ -36,10 +38,17 @@ impl Live {
     }
 }
 
+/// A peer's certificate that ended is remembered this much longer.
+const FORGET_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// Most peers whose certificates are remembered.
+const MAX_PEERS: usize = 256;
+
 /// All of them.
 #[derive(Debug, Default)]
 pub struct Registry {
     live: Mutex<HashMap<u64, Arc<Live>>>,
+    /// When the certificate ends that each peer was last seen with.
+    ends: Mutex<HashMap<PeerName, Timestamp>>,
     next: AtomicU64,
 }
 
@@ -61,11 +70,34 @@ impl Registry {
         rules: Arc<Rules>,
         parent: &CancellationToken,
     ) -> Registered {
+        // Where nobody looks at certificates, their ends mean nothing.
+        if !matches!(*rules, Rules::Anybody(_)) {
+            self.remember(&peer);
+        }
         let (cancel, ended_for) = (parent.child_token(), OnceLock::new());
         let live = Arc::new(Live { direction, peer, shown, rules, cancel, ended_for });
         let id = self.next.fetch_add(1, Relaxed);
         self.lock().insert(id, live.clone());
         Registered { registry: self.clone(), id, live }
+    }
+
+    /// Once there are too many, only those that are known are kept up to date.
+    fn remember(&self, peer: &Peer) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = ends.len() >= MAX_PEERS;
+        match ends.get_mut(&peer.name) {
+            Some(end) => *end = peer.not_after,
+            None if is_full => {}
+            None => drop(ends.insert(peer.name.clone(), peer.not_after)),
+        }
+    }
+
+    /// When the certificate ends that each peer was last seen with. One that ended a day ago says no more: that peer is
+    /// gone.
+    pub fn peer_ends(&self, now: Timestamp) -> Vec<(PeerName, Timestamp)> {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.retain(|_, end| now < end.plus(FORGET_AFTER));
+        ends.iter().map(|(name, end)| (name.clone(), *end)).collect()
     }
 
     /// Asks `decide` about every connection and ends those that are no longer allowed.
@@ -113,8 +145,7 @@ impl Drop for Registered {
 
 #[cfg(test)]
 mod tests {
-    use sidewarden_proto::identity::{PeerName, Sha256};
-    use sidewarden_proto::time::Timestamp;
+    use sidewarden_proto::identity::Sha256;
 
     use super::*;
 
@@ -138,5 +169,23 @@ mod tests {
         assert!(!stays.cancel.is_cancelled() && stays.ended_for().is_none());
         drop(goes);
         assert_eq!(registry.len(), 1);
+    }
+
+    #[test]
+    fn the_ends_of_peers_certificates_are_known_and_bounded_in_number_and_time() {
+        let (registry, root) = (Arc::new(Registry::default()), CancellationToken::new());
+        let rules = Arc::new(Rules::OutboundToDns("x".into()));
+        let see = |name: &str, end: i64| {
+            let name = PeerName::Spiffe(format!("spiffe://td/{name}").parse().unwrap());
+            let seen = Peer { name, not_after: Timestamp::from_secs(end), ..peer(1) };
+            drop(registry.register(Direction::Inbound, seen, None, rules.clone(), &root));
+        };
+        see("shop/web", 100);
+        see("shop/web", 200);
+        assert_eq!(registry.peer_ends(Timestamp(0))[0].1, Timestamp::from_secs(200), "the newest counts");
+        (0..2 * MAX_PEERS).for_each(|n| see(&format!("x/n{n}"), 300));
+        assert_eq!(registry.peer_ends(Timestamp(0)).len(), MAX_PEERS);
+        assert_eq!(registry.peer_ends(Timestamp::from_secs(250 + 86_400)).len(), MAX_PEERS - 1);
+        assert!(registry.peer_ends(Timestamp::from_secs(300 + 86_400)).is_empty());
     }
 }

@@ -9,6 +9,7 @@ use sidewarden_proto::batch::Cursor;
 use sidewarden_proto::directive::UNDERSTANDS;
 use sidewarden_proto::identity::InstanceId;
 use sidewarden_proto::session::{FromCollector, Sender, SessionError};
+use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::{Decoder, Frame, Hello, Welcome, WireError};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot};
@@ -103,6 +104,7 @@ where
         directive,
         heartbeat_secs: HEARTBEAT_SECS,
         understands: UNDERSTANDS,
+        at_us: Timestamp::now(),
     };
     let (sender, first) = Sender::new(hello, now());
     let mut driver = Driver { session, sender, writer, waiting: None, sent: VecDeque::new(), directive };

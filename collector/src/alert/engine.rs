@@ -533,6 +533,7 @@ mod tests {
             source: "10.0.0.7:1".into(),
             transport: "quic".into(),
             version: "0.1.0".into(),
+            clock_ahead_us: 0,
         })
     }
 
@@ -675,7 +676,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_alerts_in_its_last_quarter_unless_it_is_renewed() {
+    fn a_certificate_alerts_in_its_last_third_and_tenth_unless_it_is_renewed() {
         let issued = |until| {
             Body::from(CertificateIssued {
                 workload: orders().workload,
@@ -687,14 +688,17 @@ mod tests {
             })
         };
         play(vec![
-            (0, Some(issued(400)), &[]),
-            (200, Some(issued(600)), &[]),
-            (300, None, &[]),
-            (499, None, &[]),
-            (500, None, &["+CertificateExpiring"]),
-            (510, Some(issued(910)), &["-CertificateExpiring"]),
-            (809, None, &[]),
-            (810, None, &["+CertificateExpiring"]),
+            (0, Some(issued(300)), &[]),
+            (150, Some(issued(450)), &[]),
+            (200, None, &[]),
+            (349, None, &[]),
+            (350, None, &["+CertificateExpiring"]),
+            (360, Some(issued(660)), &["-CertificateExpiring"]),
+            (559, None, &[]),
+            (560, None, &["+CertificateExpiring"]),
+            (629, None, &[]),
+            (630, None, &["+CertificateEnding"]),
+            (640, Some(issued(940)), &["-CertificateExpiring", "-CertificateEnding"]),
         ]);
     }
 

@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use sidewarden_proto::event::{
-    Body, ConnectionRefused, ContainerRef, Direction, GateStatus, IdentityRestored, IdentityRevoked, KINDS,
-    ListenerExposed, ProcessInfo, Protocol, RefusalReason, Severity,
+    AgentConnected, Body, CaCertificate, ConnectionRefused, ContainerRef, Direction, GateStatus, IdentityRestored,
+    IdentityRevoked, KINDS, ListenerExposed, ProcessInfo, Protocol, RefusalReason, Severity,
 };
 use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
@@ -504,6 +504,7 @@ pub const RULES: &[Rule] = &[
             "scan.added",
             "ca.rotated",
             "ca.issued",
+            "ca.certificates",
             "alert.firing",
             "alert.resolved",
         ],
@@ -517,9 +518,39 @@ pub const RULES: &[Rule] = &[
         lasts: Lasts::UntilCleared,
         wait: NO_WAIT,
         kinds: &["certificate.issued"],
-        meaning: "less than a quarter of a certificate's life is left and it was not renewed",
+        meaning: "less than a third of a certificate's life is left and it was not renewed",
         what_to_do: "read why renewing fails in the agent's log; restarting it never makes a valid certificate worse",
         read: issued,
+    },
+    Rule {
+        name: "CertificateEnding",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["certificate.issued"],
+        meaning: "less than a tenth of a certificate's life is left and it was not renewed: the workload is about to fall silent",
+        what_to_do: "read why renewing fails in the agent's log; a certificate that has ended can be renewed within the grace",
+        read: issued,
+    },
+    Rule {
+        name: "CaExpiring",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: RENEWAL,
+        kinds: &["ca.certificates"],
+        meaning: "less than a third of the life of the root, the issuing CA or the collector's own certificate is left",
+        what_to_do: "the root: plan to replace it; the others renew by themselves, and the collector's log says why they do not",
+        read: ca_dates,
+    },
+    Rule {
+        name: "CaEnding",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: RENEWAL,
+        kinds: &["ca.certificates"],
+        meaning: "less than a tenth of the life of the root, the issuing CA or the collector's own certificate is left",
+        what_to_do: "the root: replace it now, every agent falls silent with it; the others: the collector's log says why they are not renewed",
+        read: ca_dates,
     },
     Rule {
         name: "RenewalFailing",
@@ -616,8 +647,8 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Warning,
         lasts: Lasts::Moment,
         wait: NO_WAIT,
-        kinds: &["agent.started", "connections.summary", "posture.baseline"],
-        meaning: "an agent's clock is ahead of the collector's: times mislead, and certificates may be refused",
+        kinds: &["agent.started", "agent.connected", "connections.summary", "posture.baseline"],
+        meaning: "an agent's clock differs from the collector's: times mislead, and certificates may be refused",
         what_to_do: "synchronise both hosts' clocks (chrony, systemd-timesyncd); if many agents show this it is the collector's",
         read: agent_clock,
     },
@@ -1064,10 +1095,15 @@ fn damaged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
-fn issued(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+/// How much of a certificate's life is left when a rule is due: a third, and a tenth where it is critical.
+pub fn share(severity: Severity) -> u32 {
+    if severity == Severity::Critical { 10 } else { 3 }
+}
+
+fn issued(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::CertificateIssued(body)) = seen.body else { return Vec::new() };
     let life = body.not_after_us.since(seen.at);
-    let mut case = expiring(seen.agent, body.not_after_us, body.not_after_us.minus(life / 4));
+    let mut case = expiring(seen.agent, body.not_after_us, body.not_after_us.minus(life / share(rule.severity)));
     case.subject = Some(subject(&body.workload, &body.instance));
     case.evidence = lines([("serial", &body.serial), ("issued by", &body.by)]);
     vec![Signal::Raise(case)]
@@ -1129,6 +1165,29 @@ fn rotated(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     case.evidence = lines([("root that issues now", &body.active), ("left behind", &body.left_behind.to_string())]);
     case.evidence.extend(body.named.iter().map(|name| format!("left behind: {}", short(name, 200))));
     vec![Signal::Raise(case)]
+}
+
+/// All of them at once: what is no longer listed has been replaced.
+fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::CaCertificates(body)) = seen.body else { return Vec::new() };
+    let whats = ["root", "issuing", "collector"];
+    // One alert for each kind, about the one that ends first.
+    let soonest = |what: &&str| {
+        let of_kind = body.certificates.iter().filter(|one| one.what == **what);
+        of_kind.min_by_key(|one| due(one, rule.severity)).cloned()
+    };
+    let raise = |one: CaCertificate| {
+        let which = if one.name.is_empty() { String::new() } else { format!(" ({})", short(&one.name, 120)) };
+        let mut case = case(seen, rule, format!("the {} certificate{which} ends at {}", one.what, one.not_after_us));
+        (case.subject, case.due) = (None, Some(due(&one, rule.severity)));
+        case.apart = Some(("reason", known(&one.what, &whats)));
+        Signal::Raise(case)
+    };
+    [Signal::Clear(None, None)].into_iter().chain(whats.iter().filter_map(soonest).map(raise)).collect()
+}
+
+fn due(one: &CaCertificate, severity: Severity) -> Timestamp {
+    one.not_after_us.minus(one.not_after_us.since(one.not_before_us) / share(severity))
 }
 
 /// The case of an agent whose last renewal failed with `error`.
@@ -1233,12 +1292,27 @@ fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 }
 
 fn agent_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    if let Some(Body::AgentConnected(body)) = seen.body {
+        return connected_clock(rule, seen, body);
+    }
     let ahead = seen.at.since(seen.received);
     if ahead < CLOCK_AHEAD {
         return Vec::new();
     }
     let mut case = case(seen, rule, format!("its clock is {} s ahead of the collector's", ahead.as_secs()));
     case.evidence = vec![format!("agent {}, collector {}", seen.at, seen.received)];
+    vec![Signal::Raise(case)]
+}
+
+/// Events may lie in a spool for days, so only at the handshake can a clock that is behind be told.
+fn connected_clock(rule: &Rule, seen: &Seen<'_>, body: &AgentConnected) -> Vec<Signal> {
+    let off = Duration::from_micros(body.clock_ahead_us.unsigned_abs());
+    if off < CLOCK_AHEAD {
+        return Vec::new();
+    }
+    let way = if body.clock_ahead_us > 0 { "ahead of" } else { "behind" };
+    let mut case = case(seen, rule, format!("its clock is {} s {way} the collector's", off.as_secs()));
+    case.subject = Some(subject(&body.workload, &body.instance));
     vec![Signal::Raise(case)]
 }
 
@@ -1639,7 +1713,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expiring_certificate_is_due_at_the_last_quarter() {
+    fn an_expiring_certificate_is_due_at_the_last_third_and_tenth() {
         let body = CertificateIssued {
             workload: agent().workload,
             instance: "orders-1".into(),
@@ -1648,9 +1722,59 @@ mod tests {
             not_after_us: Timestamp::from_secs(500),
             by: "token".into(),
         };
-        let signals = read(100, 100, None, &body.into());
-        let due = signals.iter().find_map(|(_, s)| if let Signal::Raise(case) = s { case.due } else { None });
-        assert_eq!(due, Some(Timestamp::from_secs(400)));
+        let body = CertificateIssued { not_after_us: Timestamp::from_secs(400), ..body };
+        assert_eq!(
+            dues(&read(100, 100, None, &body.into())),
+            [("CertificateExpiring", 300), ("CertificateEnding", 370)]
+        );
+    }
+
+    fn dues(signals: &[(&'static str, Signal)]) -> Vec<(&'static str, i64)> {
+        let due = |(name, signal): &(&'static str, Signal)| match signal {
+            Signal::Raise(Case { due: Some(due), .. }) => Some((*name, due.as_secs())),
+            _ => None,
+        };
+        signals.iter().filter_map(due).collect()
+    }
+
+    #[test]
+    fn of_each_kind_of_ca_certificate_the_first_to_end_is_told() {
+        let one = |what: &str, name: &str, until| CaCertificate {
+            what: what.into(),
+            name: name.into(),
+            not_before_us: Timestamp::from_secs(0),
+            not_after_us: Timestamp::from_secs(until),
+        };
+        let certificates =
+            vec![one("root", "1", 3000), one("root", "2", 6000), one("collector", "", 300), one("odd", "", 9)];
+        let signals = read(0, 0, None, &CaCertificates { certificates }.into());
+        let expected = [("CaExpiring", 2000), ("CaExpiring", 200), ("CaEnding", 2700), ("CaEnding", 270)];
+        assert_eq!(dues(&signals), expected);
+        let cleared = signals.iter().filter(|(_, signal)| *signal == Signal::Clear(None, None)).count();
+        assert_eq!(cleared, 2, "what was replaced alerts no more");
+    }
+
+    #[test]
+    fn a_clock_that_is_off_at_the_handshake_is_told_either_way() {
+        for (ahead_secs, told) in
+            [(0, None), (60, None), (-60, None), (90_000, Some("ahead of")), (-90_000, Some("behind"))]
+        {
+            let body = AgentConnected {
+                workload: agent().workload,
+                instance: "orders-1".into(),
+                source: "10.0.0.1:1".into(),
+                transport: "quic".into(),
+                version: String::new(),
+                clock_ahead_us: ahead_secs * 1_000_000,
+            };
+            let signals = read(100, 100, None, &body.into());
+            let what = signals.iter().find_map(|(name, signal)| match signal {
+                Signal::Raise(case) if *name == "AgentClock" => Some(case.what.clone()),
+                _ => None,
+            });
+            assert_eq!(what.is_some(), told.is_some(), "{ahead_secs}");
+            assert!(what.zip(told).is_none_or(|(what, word)| what.contains(word)), "{ahead_secs}");
+        }
     }
 
     #[test]

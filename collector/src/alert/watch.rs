@@ -50,7 +50,7 @@ pub struct Parts {
     pub page: String,
     /// What evidence must be like.
     pub evidence: evidence::Config,
-    /// The life of a certificate, of which the last quarter alerts.
+    /// The life of a certificate, of which the last third alerts.
     pub certificate_life: Duration,
     /// The clock.
     pub now: fn() -> Timestamp,
@@ -496,8 +496,11 @@ fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &A
         }
     }
     if let Some(certificate) = &agent.certificate {
-        let due = certificate.not_after.minus(life / 4);
-        raise(engine, "CertificateExpiring", rule::expiring(id, certificate.not_after, due), started);
+        for (name, severity) in [("CertificateExpiring", Severity::Warning), ("CertificateEnding", Severity::Critical)]
+        {
+            let due = certificate.not_after.minus(life / rule::share(severity));
+            raise(engine, name, rule::expiring(id, certificate.not_after, due), started);
+        }
     }
     if let Some(error) = &agent.renewal_failed {
         raise(engine, "RenewalFailing", rule::not_renewed(id, error), started);

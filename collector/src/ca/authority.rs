@@ -157,7 +157,8 @@ impl Authority {
         generations.iter().flat_map(of).chain([collector]).collect()
     }
 
-    /// Renews what is due: the issuing CA at a third of its life, our own certificate at half. Whether ours was.
+    /// Renews what is due: the issuing CA at a third of its life, our own certificate at half, and with the issuing CA, so
+    /// that its chain is always the one in use. Whether ours was.
     pub fn renew_due(&self, now: Timestamp) -> Result<bool, CaError> {
         let _changing = self.lock();
         let due = active(&self.generations()).issuing.is_due(now) && active(&self.generations()).root.ca.is_some();
@@ -167,7 +168,7 @@ impl Authority {
         }
         let (begins, ends) = (self.own.borrow().peer().not_before, self.own.borrow().peer().not_after);
         // One that was made while the clock was ahead does not hold yet: nobody could come in until it does.
-        if begins <= now && now < ends.minus(self.terms.own_life / 2) {
+        if !due && begins <= now && now < ends.minus(self.terms.own_life / 2) {
             return Ok(false);
         }
         self.renew_own(now)?;

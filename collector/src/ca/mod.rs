@@ -7,6 +7,7 @@
 mod authority;
 pub mod backup;
 mod certificates;
+mod dates;
 mod files;
 pub mod generation;
 mod holders;
@@ -25,6 +26,7 @@ use std::path::PathBuf;
 
 pub use authority::{Authority, Dates, Terms, pem};
 pub use certificates::LEEWAY;
+pub use dates::{dates_of, tell};
 pub use files::{make_dir, write_secret};
 pub use issue::{Grant, Issuer, KeyState};
 pub use look_up::{Holder, MAX_KEYS};

@@ -258,3 +258,36 @@ fn a_new_token_is_told_once() {
     assert_eq!(register.take_unannounced().unwrap().len(), 0);
     assert!(matches!(register.revoke("nope"), Err(CaError::NoToken(_))));
 }
+
+#[test]
+fn every_certificate_of_the_ca_is_told_with_its_end_and_its_generation() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    let told = |authority: &Authority| -> Vec<(String, String, u64)> {
+        let days =
+            |one: &sidewarden_proto::event::CaCertificate| one.not_after_us.since(now).as_secs().div_ceil(86_400);
+        dates_of(authority).iter().map(|one| (one.what.clone(), one.name.clone(), days(one))).collect()
+    };
+    let line = |what: &str, name: &str, days| (what.to_owned(), name.to_owned(), days);
+    let ends = [line("root", "", 3650), line("issuing", "", 365), line("collector", "", 16)];
+    assert_eq!(told(&authority), ends);
+    authority.step(rotate::Step::Prepare, now).unwrap();
+    let names: Vec<String> = told(&authority).into_iter().map(|(what, name, _)| format!("{what} {name}")).collect();
+    assert_eq!(names[0], "root 1, active");
+    assert!(names.contains(&"root 2, prepared".to_owned()), "{names:?}");
+}
+
+#[test]
+fn with_the_issuing_ca_the_collectors_own_certificate_is_renewed() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    let issuing = || authority.own().borrow().chain()[1].clone();
+    let before = issuing();
+    let is_new = || authority.dates().iter().any(|one| one.what == "issuing" && one.not_before > now);
+    let due = (1..365).find(|days| {
+        authority.renew_due(now.plus(DAY * *days)).unwrap();
+        is_new()
+    });
+    assert!(due.is_some(), "the issuing CA is renewed before its end");
+    assert_ne!(issuing(), before, "the chain in use is that of the new one");
+}

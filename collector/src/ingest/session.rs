@@ -13,6 +13,7 @@ use sidewarden_proto::enrol::{Answer, Refused};
 use sidewarden_proto::event::{AgentConnected, AgentDisconnected, Body, Event, Severity};
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Usage};
 use sidewarden_proto::session::{FromAgent, Receiver, SessionError};
+use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
 use sidewarden_proto::wire::{Decoder, Frame, Hello, Refuse, WireError};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -296,6 +297,7 @@ where
         source: come.source.to_string(),
         transport: come.transport.to_owned(),
         version: hello.version.chars().take(64).collect(),
+        clock_ahead_us: clock_ahead(hello.at_us, (shared.clock)()),
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
@@ -310,6 +312,11 @@ where
         tell_disconnected(shared, &agent, &end).await;
     }
     wire.close(end.refuse()).await;
+}
+
+/// How far the agent's clock is ahead, microseconds; the way here took less than the time limit of a handshake.
+fn clock_ahead(theirs: Timestamp, ours: Timestamp) -> i64 {
+    if theirs == Timestamp(0) { 0 } else { theirs.0.saturating_sub(ours.0) }
 }
 
 async fn tell_disconnected(shared: &Shared, agent: &AgentId, end: &End) {

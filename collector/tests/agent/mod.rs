@@ -117,7 +117,15 @@ impl Agent {
 
     pub fn hello(&self) -> Hello {
         let instance = self.id.instance.clone();
-        Hello { version: "0.1.0".into(), instance, epoch: self.epoch, directive: 0, heartbeat_secs: 5, understands: 0 }
+        Hello {
+            version: "0.1.0".into(),
+            instance,
+            epoch: self.epoch,
+            directive: 0,
+            heartbeat_secs: 5,
+            understands: 0,
+            at_us: Timestamp::now(),
+        }
     }
 
     pub fn cursor(&self) -> Cursor {

@@ -90,6 +90,7 @@ impl Agent {
             source: "172.18.0.4:40112".into(),
             transport: "quic".into(),
             version: "0.1.0".into(),
+            clock_ahead_us: 0,
         };
         own(app, Severity::Info, "agent connected", connected).await;
         let started = AgentStarted { version: "0.1.0".into(), mode, vantage, clean: true, heartbeat_secs: 5 };
