@@ -3,22 +3,19 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
-};
 use sidewarden_agent::app::{self, Setup};
 use sidewarden_agent::backoff;
 use sidewarden_agent::config::Config;
-use sidewarden_agent::identity::{Issued, Store};
-use sidewarden_proto::enrol::Der;
 use sidewarden_proto::event::Mode;
 use tempfile::TempDir;
+
+mod made_up;
+
+use made_up::Ca;
 
 const WEB: &str = "spiffe://td/shop/web";
 const ORDERS: &str = "spiffe://td/shop/orders";
@@ -60,34 +57,6 @@ fn given_out() -> i64 {
     // SAFETY: mallinfo2(3) reads counters.
     let info = unsafe { nix::libc::mallinfo2() };
     i64::try_from(info.uordblks + info.hblkhd).unwrap()
-}
-
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    root: Der,
-}
-
-impl Ca {
-    fn new() -> Ca {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.distinguished_name.push(DnType::CommonName, "made up root");
-        let key = KeyPair::generate().unwrap();
-        let root = Der(params.self_signed(&key).unwrap().der().to_vec());
-        Ca { issuer: Issuer::new(params, key), root }
-    }
-
-    fn identify(&self, id: &str, dir: &Path) {
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let key = KeyPair::generate().unwrap();
-        let leaf = Der(params.signed_by(&key, &self.issuer).unwrap().der().to_vec());
-        let issued = Issued::new(&key.serialize_der(), vec![leaf, self.root.clone()], vec![self.root.clone()]);
-        Store::open(dir).unwrap().save(&issued).unwrap();
-    }
 }
 
 /// Starts an agent on a thread of its own; it lives as long as the test.

@@ -3,54 +3,22 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
-};
-use sidewarden_agent::identity::{Issued, Store};
-use sidewarden_proto::enrol::Der;
 use tempfile::TempDir;
+
+mod made_up;
+
+use made_up::Ca;
 
 /// Nothing here takes longer, or the test fails.
 const LIMIT: Duration = Duration::from_secs(30);
 const WEB: &str = "spiffe://td/shop/web";
 const ORDERS: &str = "spiffe://td/shop/orders";
-
-/// A CA that puts identities where agents look for them: no collector is needed.
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    root: Der,
-}
-
-impl Ca {
-    fn new() -> Ca {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.distinguished_name.push(DnType::CommonName, "made up root");
-        let key = KeyPair::generate().unwrap();
-        let root = Der(params.self_signed(&key).unwrap().der().to_vec());
-        Ca { issuer: Issuer::new(params, key), root }
-    }
-
-    fn identify(&self, id: &str, dir: &Path) {
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let key = KeyPair::generate().unwrap();
-        let leaf = Der(params.signed_by(&key, &self.issuer).unwrap().der().to_vec());
-        let issued = Issued::new(&key.serialize_der(), vec![leaf, self.root.clone()], vec![self.root.clone()]);
-        Store::open(dir).unwrap().save(&issued).unwrap();
-    }
-}
 
 /// A running agent; ended with the test.
 struct Agent {

@@ -23,36 +23,3 @@ fn judge(case: &Case<'_>) -> Answer {
     case.image()?;
     Err(Unseen::new(GRANT))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::super::sample::check_rows;
-    use super::*;
-
-    #[test]
-    fn it_is_unknown_until_somebody_answers_for_it() {
-        check_rows(
-            &CHECK,
-            &[
-                ("without the API", |_| (), "unknown"),
-                ("with it", |s| s.asked(), "unknown"),
-                (
-                    "attested",
-                    |s| {
-                        s.asked();
-                        s.attest(CHECK.slug, true);
-                    },
-                    "pass",
-                ),
-                (
-                    "attested once",
-                    |s| {
-                        s.asked();
-                        s.attest(CHECK.slug, false);
-                    },
-                    "unknown",
-                ),
-            ],
-        );
-    }
-}

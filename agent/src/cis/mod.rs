@@ -14,6 +14,7 @@ use sidewarden_proto::time::Timestamp;
 use crate::facts::engine::{Host, HostConfig, Image, Inspect, Swarm};
 use crate::facts::{Container, Engine, Facts, Hidden, Seen, Told};
 
+mod attested;
 mod explain;
 mod host_path;
 mod releases;

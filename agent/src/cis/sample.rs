@@ -366,3 +366,15 @@ pub(crate) fn check_rows(check: &Check, rows: &[Row]) {
         }
     }
 }
+
+/// Judges `check`, prepared so, with somebody who answers for it still, and no longer.
+pub(crate) fn check_attested(check: &Check, prepare: fn(&mut Sample)) {
+    for (still, expected) in [(true, "pass"), (false, "unknown")] {
+        let mut sample = Sample::sound();
+        prepare(&mut sample);
+        sample.attest(check.slug, still);
+        let case = sample.case();
+        let got = check.promised(&case, check.judge(&case));
+        assert_eq!(got.verdict.word(), expected, "{}: attested {still}: {got:?}", check.slug);
+    }
+}

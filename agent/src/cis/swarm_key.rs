@@ -2,7 +2,7 @@
 
 use sidewarden_proto::event::Severity;
 
-use super::{Answer, Case, Check, Unseen, no_swarm};
+use super::{Check, attested};
 
 pub const CHECK: Check = Check {
     slug: "swarm-unlock-key",
@@ -13,41 +13,5 @@ pub const CHECK: Check = Check {
     docker_run: "docker swarm unlock-key --rotate, and attest it",
     compose: "the same: it is set on the host",
     kubernetes: "not applicable: Kubernetes is no swarm",
-    judge,
+    judge: attested::swarm,
 };
-
-const GRANT: &str = "an attestation: `[[attestation]]` in the node agent's configuration, with who, why and until";
-
-fn judge(case: &Case<'_>) -> Answer {
-    let host = case.host()?;
-    if host.info.swarm.local_node_state == "inactive" {
-        return Ok(no_swarm(host));
-    }
-    Err(Unseen::new(GRANT))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::sample::check_rows;
-    use super::*;
-
-    #[test]
-    fn it_is_told_by_the_engine() {
-        check_rows(
-            &CHECK,
-            &[
-                ("without the API", |_| (), "unknown"),
-                ("no swarm", |s| s.only_the_host(), "not_applicable"),
-                ("a swarm", |s| s.in_a_swarm(), "unknown"),
-                (
-                    "attested",
-                    |s| {
-                        s.told_swarm();
-                        s.attest(CHECK.slug, true);
-                    },
-                    "pass",
-                ),
-            ],
-        );
-    }
-}

@@ -2,6 +2,7 @@
 
 use sidewarden_proto::event::Severity;
 
+use super::attested::GRANT;
 use super::{Answer, Case, Check, Judgement, Unseen, api, history};
 
 pub const CHECK: Check = Check {
@@ -31,7 +32,6 @@ const UNVERIFIED: [&str; 12] = [
     "--no-check-certificate",
     "strict-ssl false",
 ];
-const GRANT: &str = "an attestation: `sidewarden-collector evidence sign` and `evidence add`, or `[[attestation]]` in the node agent's configuration";
 
 fn judge(case: &Case<'_>) -> Answer {
     let history = history(case)?;

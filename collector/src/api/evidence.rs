@@ -6,7 +6,6 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Extension, State};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use sidewarden_proto::event::{AttestationRemoved, AttestationSet, Severity};
 use sidewarden_proto::evidence::{Pledge, Scan};
@@ -16,7 +15,7 @@ use super::error::ApiError;
 use super::revocations::{body, name, tell};
 use super::routes::Operation;
 use super::serve::Source;
-use super::waivers::{end, subject};
+use super::waivers::{RemoveRequest, end, subject};
 use super::{Api, Pairs, asked};
 use crate::evidence::attest::{self, AttestError, Key, Statement};
 use crate::evidence::taken::{self, Taken};
@@ -30,19 +29,6 @@ static READING: Semaphore = Semaphore::const_new(1);
 const MAX_ENVELOPE: usize = 64 << 10;
 /// How old the newer of two attestations may make the older one.
 const SIGNED_AHEAD: std::time::Duration = std::time::Duration::from_secs(300);
-
-/// What an attestation is taken back with.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RemoveRequest {
-    check: String,
-    workload: String,
-    #[serde(default)]
-    container: Option<String>,
-    why: String,
-    #[serde(default)]
-    by: String,
-}
 
 /// All of it.
 pub async fn list(State(api): State<Arc<Api>>) -> Json<Value> {

@@ -40,17 +40,17 @@ pub struct SetRequest {
     until_us: Timestamp,
 }
 
-/// What one is removed with.
+/// What one is removed with, and an attestation taken back.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveRequest {
-    check: String,
-    workload: String,
+    pub(super) check: String,
+    pub(super) workload: String,
     #[serde(default)]
-    container: Option<String>,
-    why: String,
+    pub(super) container: Option<String>,
+    pub(super) why: String,
     #[serde(default)]
-    by: String,
+    pub(super) by: String,
 }
 
 /// What is wrong with whom a pledge is about.
