@@ -1,0 +1,33 @@
+//! What rules read of the collector itself, and of events that somebody made up.
+
+use super::*;
+
+pub(super) fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::IngestRefused(body)) = seen.body else { return Vec::new() };
+    let mut case = case(seen, rule, format!("a connection to the collector was refused: {}", body.reason));
+    case.subject = None;
+    case.apart = Some(("reason", word(&first_word(&body.reason))));
+    case.count = body.count.max(1);
+    case.source = host_of(&body.source).to_owned();
+    vec![Signal::Raise(case)]
+}
+
+pub(super) fn collector_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(before) = seen.last_tick else { return Vec::new() };
+    let (gap, way) = if seen.at < before { (before.since(seen.at), "back") } else { (seen.at.since(before), "ahead") };
+    let jumped = gap > CLOCK_JUMP || (way == "back" && gap > Duration::from_secs(1));
+    if !jumped {
+        return Vec::new();
+    }
+    let mut case =
+        case(seen, rule, format!("the collector's clock went {way} by {} s between two ticks", gap.as_secs()));
+    case.subject = None;
+    case.evidence = vec![format!("tick before {before}, tick now {}", seen.at)];
+    vec![Signal::Raise(case)]
+}
+
+pub(super) fn forged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let mut case = case(seen, rule, format!("it sent a {} event, which only the collector may tell", word(seen.kind)));
+    case.evidence = vec![short(seen.summary, 200)];
+    vec![Signal::Raise(case)]
+}

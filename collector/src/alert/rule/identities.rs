@@ -1,0 +1,189 @@
+//! What rules read of certificates, trust, revocations and policies.
+
+use super::*;
+
+/// How much of a certificate's life is left when a rule is due: a third, and a tenth where it is critical.
+pub fn share(severity: Severity) -> u32 {
+    if severity == Severity::Critical { 10 } else { 3 }
+}
+
+pub(super) fn issued(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::CertificateIssued(body)) = seen.body else { return Vec::new() };
+    let life = body.not_after_us.since(seen.at);
+    let mut case = expiring(seen.agent, body.not_after_us, body.not_after_us.minus(life / share(rule.severity)));
+    case.subject = Some(subject(&body.workload, &body.instance));
+    case.evidence = lines([("serial", &body.serial), ("issued by", &body.by)]);
+    vec![Signal::Raise(case)]
+}
+
+/// The case of a certificate that ends at `not_after` and should have been renewed by `due`.
+pub fn expiring(agent: &AgentId, not_after: Timestamp, due: Timestamp) -> Case {
+    let what = format!("the certificate ends at {not_after} and was not renewed");
+    let mut case = about(agent, "read why renewing fails in the agent's log, or enrol it anew", what);
+    case.due = Some(due);
+    case
+}
+
+pub(super) fn renewal(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::IdentityRenewalFailed(body)) => {
+            let mut case = not_renewed(seen.agent, &body.error);
+            case.evidence.push(format!("the certificate in use ends at {}", body.not_after_us));
+            vec![Signal::Raise(case)]
+        }
+        Some(Body::IdentityRenewed(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        Some(Body::CertificateIssued(body)) => vec![Signal::Clear(Some(subject(&body.workload, &body.instance)), None)],
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn trust_files(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::TrustFilesRefused(body)) => {
+            let mut case = case(seen, rule, format!("trust files cannot be used: {}", short(&body.error, 200)));
+            case.evidence = lines([("error", &body.error)]);
+            vec![Signal::Raise(case)]
+        }
+        // An agent does not start with files that cannot be used.
+        Some(Body::TrustChanged(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn revocation_lists(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    match seen.body {
+        Some(Body::TrustCrls(body)) if !body.lacking.is_empty() => {
+            let then = if body.strict { "its peers are refused" } else { "its peers are not asked about" };
+            let mut case = case(seen, rule, format!("{}: {then}", short(&body.lacking[0], 200)));
+            case.evidence = body.lacking.iter().take(20).map(|lack| short(lack, 300)).collect();
+            vec![Signal::Raise(case)]
+        }
+        // One that starts tells anew, or was told not to ask for lists any more.
+        Some(Body::TrustCrls(_) | Body::AgentStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn rotated(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::CaRotated(body)) = seen.body else { return Vec::new() };
+    let mut case = case(seen, rule, format!("the CA's rotation took the step `{}`", short(&body.step, 20)));
+    let steps = ["prepare", "activate", "taint", "retire", "compromise", "abandon"];
+    (case.subject, case.apart) = (None, Some(("reason", known(&body.step, &steps))));
+    case.evidence = lines([("root that issues now", &body.active), ("left behind", &body.left_behind.to_string())]);
+    case.evidence.extend(body.named.iter().map(|name| format!("left behind: {}", short(name, 200))));
+    vec![Signal::Raise(case)]
+}
+
+/// All of them at once: what is no longer listed has been replaced.
+pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::CaCertificates(body)) = seen.body else { return Vec::new() };
+    let whats = ["root", "issuing", "collector"];
+    // One alert for each kind, about the one that ends first.
+    let soonest = |what: &&str| {
+        let of_kind = body.certificates.iter().filter(|one| one.what == **what);
+        of_kind.min_by_key(|one| due(one, rule.severity)).cloned()
+    };
+    let raise = |one: CaCertificate| {
+        let which = if one.name.is_empty() { String::new() } else { format!(" ({})", short(&one.name, 120)) };
+        let mut case = case(seen, rule, format!("the {} certificate{which} ends at {}", one.what, one.not_after_us));
+        (case.subject, case.due) = (None, Some(due(&one, rule.severity)));
+        case.apart = Some(("reason", known(&one.what, &whats)));
+        Signal::Raise(case)
+    };
+    [Signal::Clear(None, None)].into_iter().chain(whats.iter().filter_map(soonest).map(raise)).collect()
+}
+
+fn due(one: &CaCertificate, severity: Severity) -> Timestamp {
+    one.not_after_us.minus(one.not_after_us.since(one.not_before_us) / share(severity))
+}
+
+/// The case of an agent whose last renewal failed with `error`.
+pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
+    let what = format!("renewing the certificate fails: {}", short(error, 200));
+    let mut case = about(agent, "the error says why; the certificate in use holds until its end", what);
+    case.evidence = lines([("error", &error.to_owned())]);
+    case
+}
+
+/// What was asked for is not verified, so it stays out of the labels.
+pub(super) fn quarantined(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (who, gate, status, why) = match seen.body {
+        Some(Body::QuarantineChanged(body)) => {
+            (subject(&body.workload, &body.instance), &body.gate, body.status, &body.why)
+        }
+        Some(Body::QuarantineAlone(body)) => {
+            let status = if body.on { GateStatus::Quarantined } else { GateStatus::Clear };
+            (Subject::from(seen.agent), &body.gate, status, &body.why)
+        }
+        _ => return Vec::new(),
+    };
+    let (severity, what) = match status {
+        GateStatus::Clear => return vec![Signal::Clear(Some(who), Some(word(gate)))],
+        GateStatus::Quarantined => (Severity::Critical, "is quarantined by"),
+        GateStatus::Capped => (Severity::Critical, "breaks, and is let be because of the limits of,"),
+        GateStatus::DryRun => (Severity::Warning, "would be quarantined by"),
+    };
+    let mut case = case(seen, rule, format!("it {what} the gate {}: {why}", word(gate)));
+    case.subject = Some(who);
+    case.severity = Some(severity);
+    case.apart = Some(("gate", word(gate)));
+    case.evidence = lines([("gate", gate), ("broken", why)]);
+    vec![Signal::Raise(case)]
+}
+
+pub(super) fn policy_changed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (what, text, by, source, why) = match seen.body {
+        Some(Body::PolicyApplied(body)) => {
+            ("policy", format!("policy {} was applied", body.version), &body.by, &body.source, &body.why)
+        }
+        Some(Body::QuarantineReleased(body)) => {
+            let text = format!("{}#{} is let in until {}", body.workload, body.instance, body.until_us);
+            ("release", text, &body.by, &body.source, &body.why)
+        }
+        _ => return Vec::new(),
+    };
+    let mut case = case(seen, rule, format!("{text} by {by}: {why}"));
+    case.subject = None;
+    case.apart = Some(("change", what.to_owned()));
+    case.source = host_of(source).to_owned();
+    case.evidence = lines([("reason", why), ("by", by)]);
+    vec![Signal::Raise(case)]
+}
+
+pub(super) fn revoked(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let (what, body) = match seen.body {
+        Some(Body::IdentityRevoked(IdentityRevoked(body))) => ("revoked", body),
+        Some(Body::IdentityRestored(IdentityRestored(body))) => ("restored", body),
+        _ => return Vec::new(),
+    };
+    let mut case = case(seen, rule, format!("{} was {what} by {}: {}", body.revocation.what, body.by, body.why));
+    case.subject = None;
+    case.apart = Some(("change", what.to_owned()));
+    case.source = host_of(&body.source).to_owned();
+    case.evidence = lines([("revocation", &body.revocation.id), ("reason", &body.why), ("by", &body.by)]);
+    vec![Signal::Raise(case)]
+}
+
+pub(super) fn enrolment(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::EnrolmentRefused(body)) = seen.body else { return Vec::new() };
+    let asked = if body.workload.is_empty() { "a workload" } else { &body.workload };
+    let mut case = case(seen, rule, format!("a certificate for {} was refused: {}", short(asked, 120), body.reason));
+    case.subject = None;
+    case.apart = Some(("reason", known(&first_word(&body.reason), ENROLMENT_REASONS)));
+    case.count = body.count.max(1);
+    case.source = host_of(&body.source).to_owned();
+    case.evidence = lines([("asked for (not verified)", &body.workload), ("reason", &body.reason)]);
+    vec![Signal::Raise(case)]
+}
+
+const ENROLMENT_REASONS: &[&str] = &[
+    "token_unknown",
+    "token_used_up",
+    "token_expired",
+    "token_other_workload",
+    "bad_request",
+    "revoked",
+    "grace_over",
+    "second_instance",
+    "internal",
+];
