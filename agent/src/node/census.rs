@@ -39,8 +39,8 @@ pub struct Census {
     told_of_host: Option<Vec<Finding>>,
     /// Why the engine does not answer, once that was told.
     lost: Option<String>,
-    /// The stream of events has been there without a gap since the beginning.
-    watching: bool,
+    /// Since when the stream of events has been there without a gap.
+    watching_since: Option<Timestamp>,
 }
 
 impl Census {
@@ -50,13 +50,13 @@ impl Census {
     }
 
     /// The stream of events begins. What happened before is not known.
-    pub fn watch_begins(&mut self) {
-        self.watching = true;
+    pub fn watch_begins(&mut self, at: Timestamp) {
+        self.watching_since = Some(at);
     }
 
     /// The stream of events broke off: from now on nobody knows who has entered.
     pub fn watch_broke(&mut self) {
-        self.watching = false;
+        self.watching_since = None;
         self.containers.values_mut().for_each(|known| known.history.unbroken = false);
     }
 
@@ -96,18 +96,28 @@ impl Census {
             return self.remove(&inspect.id, at);
         }
         let about = reference(&inspect);
-        let history = History { unbroken: self.watching, ..History::default() };
+        let history = History { unbroken: self.saw_it_start(&inspect), ..History::default() };
         let fresh = Known { inspect: Ok(Arc::new(inspect)), about, history, told: None };
         match self.containers.get_mut(&fresh.about.id) {
             None => drop(self.containers.insert(fresh.about.id.clone(), fresh)),
             Some(known) => {
-                if started(known) != started(&fresh) {
-                    known.history = fresh.history;
+                match started(known) {
+                    // Who came in while it could not be read was not remembered, and it may be the same still.
+                    None => known.history.unbroken = false,
+                    before if before != started(&fresh) => known.history = fresh.history,
+                    Some(_) => {}
                 }
                 (known.inspect, known.about) = (fresh.inspect, fresh.about);
             }
         }
         Vec::new()
+    }
+
+    /// Whether nobody can have come in before the stream of events began.
+    fn saw_it_start(&self, inspect: &Inspect) -> bool {
+        let Some(since) = self.watching_since else { return false };
+        let started = inspect.state.started_at.parse::<Timestamp>();
+        inspect.state.status == "created" || started.is_ok_and(|started| started > since)
     }
 
     /// What the engine told of one container cannot be read.
@@ -313,6 +323,8 @@ mod tests {
     use crate::facts::engine::tests::{INFO, INSPECT};
 
     const AT: Timestamp = crate::cis::sample::NOW;
+    /// Before the sample's container was started.
+    const BEGIN: Timestamp = Timestamp::from_secs(1_000_000_000);
 
     fn inspect(id: &str, change: fn(&mut Inspect)) -> Inspect {
         let mut one: Inspect = serde_json::from_str(INSPECT).unwrap();
@@ -330,7 +342,7 @@ mod tests {
             let (networks, secrets) = (Seen::Hidden(Hidden::missing("n")), Seen::Hidden(Hidden::missing("s")));
             let host = host::host(&machine, serde_json::from_str(INFO).unwrap(), networks, secrets);
             let mut census = Census::new("h".into());
-            census.watch_begins();
+            census.watch_begins(BEGIN);
             census.set_host(host);
             Rig(census, root)
         }
@@ -421,12 +433,68 @@ mod tests {
         assert_eq!(kinds(rig.0.entered(&"a".repeat(64), "e", Some(&exec), AT)), ["container.exec"]);
         rig.judge();
         assert_eq!(rig.verdict("a", "exec-privileged"), "fail");
-        rig.0.set_container(inspect("a", |i| i.state.started_at = "2027".into()), AT);
+        rig.0.set_container(inspect("a", |i| i.state.started_at = "2027-01-01T00:00:00.123456789Z".into()), AT);
         rig.judge();
         assert_eq!(rig.verdict("a", "exec-privileged"), "pass");
         rig.0.watch_broke();
         rig.judge();
         assert_eq!(rig.verdict("a", "exec-privileged"), "unknown");
+    }
+
+    #[test]
+    fn only_a_container_that_was_seen_to_start_is_known_to_be_untouched() {
+        let later: Timestamp = "2026-11-22T09:00:00Z".parse().unwrap();
+        let after_a_gap = |rig: &mut Rig| {
+            rig.0.watch_broke();
+            rig.0.watch_begins(later);
+        };
+        let check = |what: &str, gap: bool, change: fn(&mut Inspect), expected: &str| {
+            let mut rig = Rig::new();
+            rig.0.set_container(inspect("a", |_| ()), AT);
+            if gap {
+                after_a_gap(&mut rig);
+            }
+            rig.0.set_container(inspect("a", change), AT);
+            rig.0.set_container(inspect("b", change), AT);
+            rig.judge();
+            for (name, check) in [("a", "exec-root"), ("b", "exec-privileged")] {
+                assert_eq!(rig.verdict(name, check), expected, "{what}: {name}");
+            }
+        };
+        check("as before", false, |_| (), "pass");
+        check("it goes on after a gap", true, |_| (), "unknown");
+        check("started in the gap", true, |i| i.state.started_at = "2026-11-22T08:59:59Z".into(), "unknown");
+        check("started after the gap", true, |i| i.state.started_at = "2026-11-22T09:00:01Z".into(), "pass");
+        check("no time that can be read", false, |i| i.state.started_at = "soon".into(), "unknown");
+    }
+
+    #[test]
+    fn a_container_that_never_ran_was_entered_by_nobody() {
+        let mut rig = Rig::new();
+        let made =
+            |i: &mut Inspect| (i.state.status, i.state.started_at) = ("created".into(), "0001-01-01T00:00:00Z".into());
+        rig.0.set_container(inspect("a", made), AT);
+        rig.judge();
+        assert_eq!(rig.verdict("a", "exec-privileged"), "pass");
+    }
+
+    #[test]
+    fn what_was_seen_of_a_container_outlives_an_answer_that_cannot_be_read() {
+        let mut rig = Rig::new();
+        let exec: Exec = serde_json::from_str(
+            r#"{"ContainerID":"a","ProcessConfig":{"privileged":true,"user":"","entrypoint":"sh","arguments":null}}"#,
+        )
+        .unwrap();
+        for name in ["a", "b"] {
+            rig.0.set_container(inspect(name, |_| ()), AT);
+        }
+        rig.0.entered(&"a".repeat(64), "e", Some(&exec), AT);
+        for name in ["a", "b"] {
+            rig.0.set_unreadable(&name.repeat(64), "half an answer".into());
+            rig.0.set_container(inspect(name, |_| ()), AT);
+        }
+        rig.judge();
+        assert_eq!([rig.verdict("a", "exec-privileged"), rig.verdict("b", "exec-privileged")], ["fail", "unknown"]);
     }
 
     #[test]

@@ -213,9 +213,10 @@ impl Node {
         loop {
             let begun = Instant::now();
             let Err(error) = self.follow().await;
+            // Also where the stream had begun and nothing could be asked yet.
+            self.census.watch_broke();
             if self.away_since.is_none() {
                 tracing::warn!(%error, "the container engine is lost");
-                self.census.watch_broke();
             }
             if begun.elapsed() > RETRY.1 {
                 backoff.reset();
@@ -234,7 +235,7 @@ impl Node {
         let client = Client::connect(&self.config.socket).await?;
         // Asked for before the containers are, so that no change falls between.
         let mut events = client.events().await?;
-        self.census.watch_begins();
+        self.census.watch_begins(Timestamp::now());
         self.refresh(&client, &Changed::Everything).await?;
         let mut due = Instant::now() + self.config.interval;
         loop {
@@ -258,14 +259,23 @@ impl Node {
                     }
                 }
                 () = sleep_until(until) => {
-                    return Ok(if until == due { Changed::Everything } else { changed });
+                    let changed = if until == due { Changed::Everything } else { changed };
+                    return Ok(if self.tells_anew() { Changed::Everything } else { changed });
                 }
             }
-            if self.view.take_baseline_wanted() {
-                self.census.tell_anew();
+            if self.tells_anew() {
                 return Ok(Changed::Everything);
             }
         }
+    }
+
+    /// Whether everything is to be told anew, which is wanted once a day.
+    fn tells_anew(&mut self) -> bool {
+        let wanted = self.view.take_baseline_wanted();
+        if wanted {
+            self.census.tell_anew();
+        }
+        wanted
     }
 
     /// Takes one event in; whether there is something to look at.
@@ -463,6 +473,68 @@ mod tests {
         assert_eq!(safe("sha256:ab12"), "sha256:ab12");
         assert_eq!(safe("../secrets?x=1#y"), "secretsx1y");
         assert_eq!(safe(&"a".repeat(9000)).len(), 128);
+    }
+
+    /// A node agent that knows one container, which it saw start, and the engine behind its socket.
+    fn node() -> (Node, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let config = NodeConfig {
+            root: dir.path().into(),
+            socket: dir.path().join("engine.sock"),
+            interval: Duration::from_secs(60),
+            declared: Declared::default(),
+            random: backoff::random,
+        };
+        let mut node = Node::new(config, Arc::new(View::new()), Box::new(|_| ()));
+        let inspect: Inspect = serde_json::from_str(crate::facts::engine::tests::INSPECT).unwrap();
+        let info: Info = serde_json::from_str(crate::facts::engine::tests::INFO).unwrap();
+        let none = || Hidden::missing("x");
+        node.census.set_host(host::host(&node.machine, info, Seen::Hidden(none()), Seen::Hidden(none())));
+        node.census.watch_begins(Timestamp(0));
+        node.census.set_container(inspect, Timestamp::now());
+        (node, dir)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_begins_and_breaks_while_the_engine_is_away_is_a_gap_too() {
+        let (mut node, _dir) = node();
+        node.away_since = Some(Instant::now());
+        let _ = tokio::time::timeout(Duration::from_secs(1), node.run()).await;
+        node.census.found("20", Timestamp::now());
+        node.judge(None);
+        let (_, findings) = node.census.findings().next().unwrap();
+        let of = |check: &str| findings.iter().find(|f| f.check == check).unwrap().verdict.word();
+        assert_eq!([of("exec-root"), of("exec-privileged")], ["unknown"; 2]);
+    }
+
+    #[tokio::test]
+    async fn on_a_quiet_host_everything_is_told_anew_when_it_is_wanted() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut node, _dir) = node();
+        node.judge(None);
+        let id = node.census.ids().remove(0);
+        assert!(!node.census.is_new(&id));
+        let listener = tokio::net::UnixListener::bind(&node.config.socket).unwrap();
+        let engine = tokio::spawn(async move {
+            let version = r#"{"ApiVersion":"1.41"}"#;
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{version}", version.len());
+            let quiet = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned();
+            let mut open = Vec::new();
+            for answer in [head, quiet] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 4096]).await.unwrap();
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                open.push(stream);
+            }
+            std::future::pending::<()>().await;
+        });
+        let client = Client::connect(&node.config.socket).await.unwrap();
+        let mut events = client.events().await.unwrap();
+        node.view.want_baseline();
+        assert_eq!(node.gather(&client, &mut events, Instant::now()).await.unwrap(), Changed::Everything);
+        assert!(node.census.is_new(&id), "it is to be told anew");
+        assert_eq!(node.gather(&client, &mut events, Instant::now()).await.unwrap(), Changed::Everything);
+        engine.abort();
     }
 
     #[test]
