@@ -56,10 +56,14 @@ fn judge_release(case: &Case<'_>, image: &Image) -> Result<Option<Evidence>, Evi
     }
 }
 
-/// Whether `name` (`registry/name@sha256:…` or an id) is what `trusted` names: a digest, a whole name, or a beginning that
-/// ends with a slash.
+/// Whether `name` (`registry/name@sha256:…`, `registry/name:tag` or an id) is what `trusted` names: a digest, a whole name,
+/// or a beginning that ends with a slash.
 fn is_from(name: &str, trusted: &str) -> bool {
-    let (repository, digest) = name.split_once('@').unwrap_or(("", name));
+    let (repository, digest) = match name.split_once('@') {
+        Some((repository, digest)) => (without_tag(repository), digest),
+        None if name.starts_with("sha256:") => ("", name),
+        None => (without_tag(name), ""),
+    };
     // Docker's own registry is not spelt out in names.
     let full = match repository.split('/').next() {
         Some(first) if first.contains(['.', ':']) || first == "localhost" => repository.to_owned(),
@@ -67,7 +71,13 @@ fn is_from(name: &str, trusted: &str) -> bool {
         _ => format!("docker.io/library/{repository}"),
     };
     let has = |name: &str| if trusted.ends_with('/') { name.starts_with(trusted) } else { name == trusted };
-    trusted == digest || trusted == name || (!repository.is_empty() && (has(repository) || has(&full)))
+    let is_whole = !trusted.is_empty() && (trusted == digest || trusted == name);
+    is_whole || (!repository.is_empty() && (has(repository) || has(&full)))
+}
+
+/// The part behind the last colon is a tag, unless it is a registry's port.
+fn without_tag(name: &str) -> &str {
+    name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(repository, _)| repository)
 }
 
 #[cfg(test)]
@@ -126,6 +136,12 @@ mod tests {
             ("bitnami/redis@sha256:1", "docker.io/library/", false),
             ("localhost:5000/x@sha256:1", "docker.io/", false),
             ("evil.example/docker.io/library/nginx@sha256:1", "docker.io/", false),
+            ("nginx:1.27@sha256:1", "docker.io/library/nginx", true),
+            ("registry.example:5000/x:1", "registry.example:5000/x", true),
+            ("registry.example:5000/x", "registry.example:5000/", true),
+            ("sha256:ab", "docker.io/library/", false),
+            ("sha256:ab", "sha256:ab", true),
+            ("nginx:1", "", false),
         ];
         for (name, trusted, expected) in rows {
             assert_eq!(is_from(name, trusted), expected, "{name} {trusted}");

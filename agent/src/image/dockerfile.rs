@@ -13,8 +13,10 @@ use crate::facts::{Hidden, Seen};
 
 /// Largest file.
 pub const MAX_FILE: u64 = 1 << 20;
-/// Stages that are built upon each other, and variables in a name, are followed this far.
+/// Stages that are built upon each other are followed this far.
 const MAX_HOPS: usize = 64;
+/// Longest text that variables may make.
+const MAX_EXPANDED: usize = 4096;
 
 const BUILT: &str = "the built image: `sidewarden-agent image`";
 
@@ -26,6 +28,8 @@ struct Instruction {
     /// In capitals.
     word: String,
     rest: String,
+    /// It stands behind ONBUILD: it is done when another image is built upon this one.
+    on_build: bool,
 }
 
 /// A stage: what it is built upon, and its instructions.
@@ -90,10 +94,12 @@ fn placed(evidence: &mut Evidence, lines: &[usize]) {
 /// The image that these instructions make on `base`. Its history begins with where the base comes from.
 fn image(base: &str, instructions: &[Instruction]) -> Result<Image, String> {
     let (mut user, mut health, mut env, mut labels) = (String::new(), None, Vec::new(), serde_json::Map::new());
-    for Instruction { word, rest, .. } in instructions {
+    for Instruction { line, word, rest, on_build } in instructions {
         match word.as_str() {
+            // What only an image built upon this one gets mends nothing here.
+            "USER" | "HEALTHCHECK" if *on_build => {}
             "USER" => user = rest.clone(),
-            "HEALTHCHECK" => health = Some(healthcheck(rest)),
+            "HEALTHCHECK" => health = Some(healthcheck(rest).map_err(|why| format!("line {line}: {why}"))?),
             "ENV" | "ARG" => env.extend(pairs(rest).into_iter().map(|(name, value)| format!("{name}={value}"))),
             "LABEL" => labels.extend(pairs(rest).into_iter().map(|(name, value)| (name, json!(value)))),
             _ => {}
@@ -123,9 +129,14 @@ fn created_by(i: &Instruction) -> String {
     }
 }
 
-fn healthcheck(rest: &str) -> Vec<String> {
-    let words: Vec<&str> = rest.split_whitespace().skip_while(|word| word.starts_with("--")).collect();
-    words.into_iter().map(str::to_owned).collect()
+fn healthcheck(rest: &str) -> Result<Vec<String>, String> {
+    let mut words = rest.split_whitespace().skip_while(|word| word.starts_with("--"));
+    let kind = words.next().unwrap_or_default().to_ascii_uppercase();
+    let command: Vec<String> = words.map(str::to_owned).collect();
+    match (kind.as_str(), command.is_empty()) {
+        ("NONE", true) | ("CMD", false) => Ok([vec![kind], command].concat()),
+        _ => Err(format!("`HEALTHCHECK {}` is none", crate::watch::plain(rest))),
+    }
 }
 
 /// `NAME=value other="more words"`, or the old form `NAME the rest`.
@@ -166,7 +177,9 @@ fn last(stages: &[Stage]) -> Result<(String, Vec<Instruction>), String> {
         let Some(earlier) = before.iter().rev().find(|stage| stage.name.eq_ignore_ascii_case(&at.from)) else {
             // What the base brings is one entry of the history; an ADD that comes first makes a base of its own.
             let (line, rest) = (at.line, at.from.clone());
-            let base = (at.from != "scratch").then_some(Instruction { line, word: "FROM".into(), rest });
+            let makes_none = instructions.first().is_some_and(|first| first.on_build);
+            let from = Instruction { line, word: "FROM".into(), rest, on_build: false };
+            let base = (at.from != "scratch" || makes_none).then_some(from);
             instructions.splice(0..0, base);
             return Ok((at.from.clone(), instructions));
         };
@@ -181,7 +194,13 @@ fn stages(text: &str) -> Result<Vec<Stage>, String> {
     for instruction in instructions(text)? {
         match (instruction.word.as_str(), stages.last_mut()) {
             ("FROM", _) => stages.push(from(&instruction, &arguments)?),
-            ("ARG", None) => arguments.extend(pairs(&instruction.rest)),
+            ("ARG", None) if !instruction.on_build => {
+                for (name, value) in pairs(&instruction.rest) {
+                    let value =
+                        expanded(&value, &arguments).map_err(|why| format!("line {}: {why}", instruction.line))?;
+                    arguments.insert(name, value);
+                }
+            }
             (_, None) => return Err(format!("line {}: {} stands before any FROM", instruction.line, instruction.word)),
             (_, Some(stage)) => stage.instructions.push(instruction),
         }
@@ -190,7 +209,7 @@ fn stages(text: &str) -> Result<Vec<Stage>, String> {
 }
 
 fn from(instruction: &Instruction, arguments: &BTreeMap<String, String>) -> Result<Stage, String> {
-    let rest = expanded(&instruction.rest, arguments);
+    let rest = expanded(&instruction.rest, arguments).map_err(|why| format!("line {}: {why}", instruction.line))?;
     let words: Vec<&str> = rest.split_whitespace().filter(|word| !word.starts_with("--")).collect();
     let name = match words[..] {
         [_, word, name] if word.eq_ignore_ascii_case("as") => name,
@@ -201,20 +220,30 @@ fn from(instruction: &Instruction, arguments: &BTreeMap<String, String>) -> Resu
 }
 
 /// `$NAME`, `${NAME}` and `${NAME:-default}` by what ARG gives them.
-fn expanded(text: &str, arguments: &BTreeMap<String, String>) -> String {
+fn expanded(text: &str, arguments: &BTreeMap<String, String>) -> Result<String, String> {
+    let is_letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let (mut out, mut rest) = (String::new(), text);
     while let Some((before, after)) = rest.split_once('$') {
         out += before;
         let (inner, next) = match after.strip_prefix('{').and_then(|braced| braced.split_once('}')) {
             Some(braced) => braced,
-            None => after.split_at(after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len())),
+            None => after.split_at(after.find(|c: char| !is_letter(c)).unwrap_or(after.len())),
         };
         let (name, default) = inner.split_once(":-").unwrap_or((inner, ""));
+        if !name.chars().all(is_letter) || default.contains('$') {
+            return Err(format!(
+                "`${{{}}}` is not read: write `${{NAME}}` or `${{NAME:-default}}`",
+                crate::watch::plain(inner)
+            ));
+        }
         let given = arguments.get(name).filter(|value| !value.is_empty());
         out += given.map_or(default, String::as_str);
         rest = next;
+        if out.len() > MAX_EXPANDED {
+            return Err(format!("what its variables make is longer than {MAX_EXPANDED} bytes"));
+        }
     }
-    out + rest
+    Ok(out + rest)
 }
 
 /// Every instruction: comments left out, continued lines joined, the text of here-documents taken in.
@@ -228,7 +257,7 @@ fn instructions(text: &str) -> Result<Vec<Instruction>, String> {
             continue;
         }
         let mut whole = first.to_owned();
-        while let Some(continued) = whole.strip_suffix(escape).map(str::to_owned) {
+        while let Some(continued) = continued(&whole, escape).map(str::to_owned) {
             // Empty lines and comments may stand between.
             let next =
                 lines.by_ref().map(|(_, next)| next.trim()).find(|next| !next.is_empty() && !next.starts_with('#'));
@@ -238,21 +267,33 @@ fn instructions(text: &str) -> Result<Vec<Instruction>, String> {
             };
             whole = format!("{} {next}", continued.trim_end());
         }
-        for end in here_documents(&whole) {
-            let text = lines.by_ref().map(|(_, next)| next).take_while(|next| next.trim() != end);
-            let text: Vec<&str> = text.collect();
-            whole = format!("{whole} {}", text.join(" ; "));
+        let mut instruction = instruction(line, &whole)?;
+        if ["RUN", "COPY", "ADD"].contains(&instruction.word.as_str()) {
+            for document in here_documents(&whole) {
+                let text =
+                    document.text(&mut lines).ok_or_else(|| format!("line {line}: its here-document has no end"))?;
+                instruction.rest += &format!(" {text}");
+            }
         }
-        instructions.push(instruction(line, &whole)?);
+        instructions.push(instruction);
     }
     Ok(instructions)
 }
 
+/// The line without its escape, where it goes on in the next one: an escape that is escaped is only itself.
+fn continued(line: &str, escape: char) -> Option<&str> {
+    line.strip_suffix(escape).filter(|before| !before.ends_with(escape))
+}
+
 fn instruction(line: usize, whole: &str) -> Result<Instruction, String> {
-    let (word, rest) = whole.split_once(char::is_whitespace).unwrap_or((whole, ""));
-    // What is to happen when another image is built upon this one happens all the same.
-    if word.eq_ignore_ascii_case("ONBUILD") {
-        return instruction(line, rest.trim());
+    let split = |text: &str| {
+        let (word, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+        (word.to_ascii_uppercase(), rest.trim().to_owned())
+    };
+    let (mut word, mut rest) = split(whole);
+    let on_build = word == "ONBUILD";
+    if on_build {
+        (word, rest) = split(&rest);
     }
     let known = [
         "FROM",
@@ -273,11 +314,13 @@ fn instruction(line: usize, whole: &str) -> Result<Instruction, String> {
         "HEALTHCHECK",
         "SHELL",
     ];
-    let word = word.to_ascii_uppercase();
+    if on_build && ["", "ONBUILD", "FROM", "MAINTAINER"].contains(&word.as_str()) {
+        return Err(format!("line {line}: `ONBUILD {word}` is none"));
+    }
     if !known.contains(&word.as_str()) {
         return Err(format!("line {line}: `{}` is no instruction of a Dockerfile", crate::watch::plain(&word)));
     }
-    Ok(Instruction { line, word, rest: rest.trim().to_owned() })
+    Ok(Instruction { line, word, rest, on_build })
 }
 
 /// The character that continues a line: a backslash, unless a directive at the very beginning says otherwise.
@@ -292,18 +335,63 @@ fn escape(text: &str) -> char {
     '\\'
 }
 
-/// The words that end the here-documents of an instruction.
-fn here_documents(whole: &str) -> Vec<String> {
-    let takes_them = ["RUN", "COPY", "ADD"]
-        .iter()
-        .any(|word| whole.get(..word.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(word)));
-    if !takes_them {
-        return Vec::new();
+/// Lines that belong to an instruction, up to one that is `end`.
+#[derive(Debug, PartialEq, Eq)]
+struct HereDocument {
+    end: String,
+    /// Tabs in front of `end` do not count.
+    is_indented: bool,
+}
+
+impl HereDocument {
+    /// Its lines as one; `None` where they do not end.
+    fn text<'a>(&self, lines: &mut impl Iterator<Item = (usize, &'a str)>) -> Option<String> {
+        let mut text = Vec::new();
+        for (_, line) in lines {
+            if (if self.is_indented { line.trim_start_matches('\t') } else { line }) == self.end {
+                return Some(text.join(" ; "));
+            }
+            text.push(line);
+        }
+        None
     }
-    let starts = whole.split_whitespace().filter_map(|word| word.split_once("<<").map(|(_, rest)| rest));
-    let bare = |word: &str| word.trim_start_matches('-').trim_matches(['"', '\'']).to_owned();
-    let is_word = |word: &String| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-    starts.map(bare).filter(is_word).take(8).collect()
+}
+
+/// The here-documents of an instruction: words that begin with `<<`, with nothing but a number in front.
+fn here_documents(whole: &str) -> Vec<HereDocument> {
+    let document = |word: String| {
+        let (number, end) = word.split_once("<<")?;
+        let is_one = number.chars().all(|c| c.is_ascii_digit()) && !end.contains('<');
+        let bare = end.strip_prefix('-').unwrap_or(end);
+        let (end, is_indented) = (bare.replace(['"', '\'', '\\'], ""), bare.len() < end.len());
+        (is_one && !end.is_empty()).then_some(HereDocument { end, is_indented })
+    };
+    words(whole).into_iter().filter_map(document).collect()
+}
+
+/// The words of a shell's line, quotes kept; none where a quote has no end, as the builder has it.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut word, mut quote) = (Vec::new(), String::new(), None);
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        match (c, quote) {
+            (c, None) if c.is_whitespace() => words.push(std::mem::take(&mut word)),
+            ('\\', Some('"') | None) => {
+                word.push(c);
+                word.extend(chars.next());
+            }
+            ('"' | '\'', None) => {
+                quote = Some(c);
+                word.push(c);
+            }
+            (c, open) => {
+                quote = open.filter(|q| *q != c);
+                word.push(c);
+            }
+        }
+    }
+    words.push(word);
+    if quote.is_some() { Vec::new() } else { words }
 }
 
 #[cfg(test)]
@@ -363,13 +451,47 @@ HEALTHCHECK --interval=5s CMD [\"/app\", \"health\"]
         check(&with("RUN curl -H x ftp://me:hunter2@example.org"), "image-secrets", "fail", "Dockerfile:12");
         check(&with("USER 0"), "user", "fail", "`0`");
         check(&with("HEALTHCHECK NONE"), "image-health", "fail", "");
+        check(&with("HEALTHCHECK --interval=5s none"), "image-health", "fail", "");
         check(&with("ONBUILD ADD . /srv"), "add-instruction", "fail", "Dockerfile:12");
+        check(&with("onbuild run apt-get update"), "update-alone", "fail", "Dockerfile:12");
     }
 
     #[test]
     fn an_add_makes_a_base_only_where_there_is_none() {
         check("FROM debian\nADD x /x\n", "add-instruction", "fail", "Dockerfile:2");
         check("FROM scratch\nADD rootfs.tar /\n", "add-instruction", "pass", "");
+        check("FROM scratch\nONBUILD ADD rootfs.tar /\n", "add-instruction", "fail", "Dockerfile:2");
+    }
+
+    #[test]
+    fn what_an_image_built_upon_this_one_gets_mends_nothing_here() {
+        check("FROM scratch\nONBUILD USER 7\n", "user", "fail", "");
+        check("FROM debian\nONBUILD USER 7\n", "user", "unknown", "may be in debian");
+        check("FROM scratch\nONBUILD HEALTHCHECK CMD true\n", "image-health", "fail", "");
+        check("FROM scratch\nUSER 7\nONBUILD USER 0\n", "user", "pass", "`7`");
+    }
+
+    #[test]
+    fn what_is_in_a_here_document_is_no_instruction_and_what_is_in_none_is_one() {
+        let rows = [
+            ("RUN cat <<EOF\nUSER 7\nEOF\n", "fail"),
+            ("RUN cat <<EOF\n EOF\nUSER 7\nEOF\n", "fail"),
+            ("RUN cat <<-EOF\nUSER 7\n\tEOF\n", "fail"),
+            ("RUN cat <<'E-1'\nUSER 7\nE-1\n", "fail"),
+            ("RUN cat 3<<A <<B\nUSER 7\nA\nUSER 8\nB\n", "fail"),
+            ("ONBUILD RUN cat <<EOF\nUSER 7\nEOF\n", "fail"),
+            ("RUN cat <<EOF\nx\nEOF\nUSER 7\n", "pass"),
+            ("RUN echo x<<EOF\nUSER 7\n", "pass"),
+            ("RUN cat <<<EOF\nUSER 7\n", "pass"),
+            ("RUN echo 'a <<EOF'\nUSER 7\n", "pass"),
+            ("RUN echo \"a <<EOF\"\nUSER 7\n", "pass"),
+            ("RUN echo 1 \\<<EOF\nUSER 7\n", "pass"),
+            ("CMD cat <<EOF\nUSER 7\n", "pass"),
+            ("RUN echo a\\\\\nUSER 7\n", "pass"),
+        ];
+        for (text, expected) in rows {
+            check(&format!("FROM scratch\n{text}"), "user", expected, "");
+        }
     }
 
     #[test]
@@ -391,6 +513,31 @@ HEALTHCHECK --interval=5s CMD [\"/app\", \"health\"]
         let rows =
             [("$A:1", "x:1"), ("${A}/y", "x/y"), ("${B:-z}", "z"), ("a$", "a"), ("--platform=linux/amd64 q", "q")];
         rows.iter().for_each(|(from, expected)| assert_eq!(of(from), *expected, "{from}"));
+        let defaults = stages("ARG REGISTRY=registry.example\nARG BASE=$REGISTRY/base:1\nFROM ${BASE}\n").unwrap();
+        assert_eq!(last(&defaults).unwrap().0, "registry.example/base:1");
+    }
+
+    #[test]
+    fn a_base_with_a_tag_is_from_its_registry_and_one_with_a_digest_is_that_digest() {
+        let verdict = |base: &str, trusted: &str| {
+            let mut declared = Declared::default();
+            declared.images.trusted = vec![trusted.into()];
+            let text = format!("FROM {base}\nUSER 7\n");
+            let findings = judge(&text, &declared, crate::cis::sample::NOW).unwrap();
+            findings.into_iter().find(|f| f.check == "trusted-base").unwrap().verdict.word()
+        };
+        for (base, trusted, expected) in [
+            ("registry.example/base:1", "registry.example/", "pass"),
+            ("registry.example/base:1", "registry.example/base", "pass"),
+            ("registry.example:5000/base", "registry.example:5000/", "pass"),
+            ("registry.example:5000/base:1@sha256:aa", "registry.example:5000/base", "pass"),
+            ("registry.example/base:1@sha256:aa", "sha256:aa", "pass"),
+            ("debian:12", "docker.io/library/", "pass"),
+            ("debian:12", "sha256:aa", "fail"),
+            ("debian:registry.example", "registry.example/", "fail"),
+        ] {
+            assert_eq!(verdict(base, trusted), expected, "{base} {trusted}");
+        }
     }
 
     #[test]
@@ -398,7 +545,7 @@ HEALTHCHECK --interval=5s CMD [\"/app\", \"health\"]
         let windows = "# escape=`\nFROM scratch\nRUN apt-get update `\n  && apt-get install x\nUSER 7\n";
         check(windows, "update-alone", "pass", "");
         assert_eq!(instructions("FROM a\\").unwrap()[0].rest, "a");
-        assert_eq!(instructions("RUN <<EOF\nnever").unwrap().len(), 1);
+        assert!(instructions("RUN <<EOF\nnever").unwrap_err().contains("line 1: its here-document has no end"));
     }
 
     #[test]
@@ -409,10 +556,21 @@ HEALTHCHECK --interval=5s CMD [\"/app\", \"health\"]
             ("FROM a\nhello there\n", "line 2: `HELLO`"),
             ("FROM a b c d\n", "line 1"),
             ("\u{0}\u{1}\u{2}", "no instruction"),
+            ("FROM a\nONBUILD ONBUILD USER 7\n", "line 2: `ONBUILD ONBUILD`"),
+            ("FROM a\nONBUILD FROM b\n", "line 2: `ONBUILD FROM`"),
+            ("FROM a\nONBUILD\n", "line 2: `ONBUILD `"),
+            ("FROM a\nHEALTHCHECK CMD\n", "line 2: `HEALTHCHECK CMD`"),
+            ("FROM a\nHEALTHCHECK sometimes x\n", "line 2: `HEALTHCHECK sometimes"),
+            ("ARG A=x\nFROM ${A:+evil/}b\n", "line 2: `${A:+evil/}`"),
         ] {
             let error = judge(text, &Declared::default(), crate::cis::sample::NOW).unwrap_err();
             assert!(error.contains(expected), "{text:?}: {error}");
         }
+        let growing: String = (0..64).map(|n| format!("ARG A{}=${{A{n}}}${{A{n}}}x\n", n + 1)).collect();
+        let error = judge(&growing, &Declared::default(), crate::cis::sample::NOW).unwrap_err();
+        assert!(error.contains("longer than 4096"), "{error}");
+        let nested = format!("FROM a\n{}USER 7\n", "ONBUILD ".repeat(100_000));
+        assert!(judge(&nested, &Declared::default(), crate::cis::sample::NOW).unwrap_err().contains("ONBUILD"));
         let endless: String = (0..100).map(|n| format!("FROM s{n} AS s{}\n", n + 1)).collect();
         assert!(judge(&endless, &Declared::default(), crate::cis::sample::NOW).unwrap_err().contains("stages"));
     }
