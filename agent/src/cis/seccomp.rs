@@ -2,6 +2,8 @@
 //!
 //! The kernel says whether a filter is on, not which. In exec mode the filter is ours too and can be tried.
 
+use std::collections::BTreeMap;
+
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::finding::Evidence;
 
@@ -121,17 +123,17 @@ struct Rule {
     #[serde(default)]
     args: Option<Vec<serde::de::IgnoredAny>>,
     #[serde(default)]
-    includes: Option<Condition>,
+    includes: Option<Conditions>,
+    #[serde(default)]
+    excludes: Option<Conditions>,
 }
 
-#[derive(Debug, Default, serde::Deserialize)]
-#[serde(default)]
-struct Condition {
-    caps: Vec<serde::de::IgnoredAny>,
-}
+/// `arches`, `minKernel`, `caps` and whatever may be added.
+type Conditions = BTreeMap<String, serde_json::Value>;
 
 impl Profile {
-    /// Dangerous calls that it allows whatever capabilities and arguments are.
+    /// Dangerous calls that it allows to somebody without a capability for them. Where a rule holds only for some machines or
+    /// some arguments, a refusal is none, and what it allows is allowed.
     fn lets_through(&self) -> Vec<&'static str> {
         let by_default = is_open(&self.default_action);
         let rules = |call: &str| -> Vec<&Rule> {
@@ -140,8 +142,8 @@ impl Profile {
         let open = |call: &&str| {
             let rules = rules(call);
             let refused = rules.iter().any(|r| !is_open(&r.action) && r.is_unconditional());
-            let allowed = rules.iter().any(|r| is_open(&r.action) && r.is_unconditional());
-            if by_default { !refused } else { allowed }
+            let allowed = rules.iter().any(|r| is_open(&r.action) && !r.is_for_capabilities());
+            allowed || (by_default && !refused)
         };
         DANGEROUS.iter().filter(|call| open(call)).copied().collect()
     }
@@ -149,8 +151,21 @@ impl Profile {
 
 impl Rule {
     fn is_unconditional(&self) -> bool {
-        let by_caps = self.includes.as_ref().is_some_and(|i| !i.caps.is_empty());
-        !by_caps && self.args.as_ref().is_none_or(Vec::is_empty)
+        let conditions = self.includes.iter().chain(&self.excludes);
+        !conditions.flat_map(Conditions::values).any(is_set) && self.args.as_ref().is_none_or(Vec::is_empty)
+    }
+
+    fn is_for_capabilities(&self) -> bool {
+        self.includes.as_ref().and_then(|conditions| conditions.get("caps")).is_some_and(is_set)
+    }
+}
+
+fn is_set(value: &serde_json::Value) -> bool {
+    match value {
+        serde_json::Value::Null => false,
+        serde_json::Value::Array(values) => !values.is_empty(),
+        serde_json::Value::String(text) => !text.is_empty(),
+        _ => true,
     }
 }
 
@@ -278,5 +293,34 @@ mod tests {
                 ),
             ],
         );
+    }
+
+    #[test]
+    fn a_condition_makes_no_refusal_and_excuses_no_allowance() {
+        const OPEN: &str = "SCMP_ACT_ALLOW";
+        const CLOSED: &str = "SCMP_ACT_ERRNO";
+        let all = DANGEROUS.map(|name| format!("\"{name}\"")).join(",");
+        let mount = |default: &str, action: &str, condition: &str| {
+            let others = format!(r#"{{"names":[{all}],"action":"{CLOSED}"{condition}}}"#);
+            let mount = format!(r#"{{"names":["mount"],"action":"{action}"{condition}}}"#);
+            let rules = if action == CLOSED { others } else { mount };
+            let profile = format!(r#"{{"defaultAction":"{default}","syscalls":[{rules}]}}"#);
+            by_profile(&profile).unwrap().verdict.word()
+        };
+        let rows = [
+            ("", "pass", "fail"),
+            (r#","args":null,"includes":{},"excludes":{"caps":[],"arches":null}"#, "pass", "fail"),
+            (r#","args":[{"index":0,"value":1,"op":"SCMP_CMP_EQ"}]"#, "fail", "fail"),
+            (r#","includes":{"arches":["s390x"]}"#, "fail", "fail"),
+            (r#","includes":{"minKernel":"9.0"}"#, "fail", "fail"),
+            (r#","includes":{"caps":["CAP_SYS_ADMIN"]}"#, "fail", "pass"),
+            (r#","excludes":{"arches":["amd64"]}"#, "fail", "fail"),
+            (r#","excludes":{"caps":["CAP_SYS_ADMIN"]}"#, "fail", "fail"),
+            (r#","excludes":{"minKernel":"4.8"}"#, "fail", "fail"),
+        ];
+        for (condition, refused, allowed) in rows {
+            assert_eq!(mount(OPEN, CLOSED, condition), refused, "refused{condition}");
+            assert_eq!(mount(CLOSED, OPEN, condition), allowed, "allowed{condition}");
+        }
     }
 }
