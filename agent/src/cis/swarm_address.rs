@@ -3,7 +3,7 @@
 use sidewarden_proto::event::Severity;
 use std::net::SocketAddr;
 
-use super::{Answer, Case, Check, Judgement, no_swarm};
+use super::{Answer, Case, Check, Judgement, Unseen, no_swarm};
 use sidewarden_proto::finding::Evidence;
 
 pub const CHECK: Check = Check {
@@ -21,6 +21,8 @@ pub const CHECK: Check = Check {
 /// Where managers listen.
 const SWARM_PORT: u16 = 2377;
 
+const USUAL_PORT: &str = "a manager that listens at port 2377: another port is not told by the engine";
+
 fn judge(case: &Case<'_>) -> Answer {
     let host = case.host()?;
     if host.info.swarm.local_node_state == "inactive" {
@@ -29,6 +31,12 @@ fn judge(case: &Case<'_>) -> Answer {
     let (listeners, source) =
         host.listeners.needs("the host's network namespace: run the node agent with --network host")?;
     let swarm: Vec<_> = listeners.iter().filter(|l| l.port() == SWARM_PORT).collect();
+    let is_worker = host.info.swarm.local_node_state == "active" && !host.info.swarm.control_available;
+    if swarm.is_empty() && !is_worker {
+        // A manager may listen at another port, and the engine does not tell at which.
+        let evidence = vec![Evidence::new(source, format!("nobody listens at port {SWARM_PORT}"))];
+        return Err(Unseen::new(USUAL_PORT).with(evidence));
+    }
     let line = |l: &&SocketAddr| Evidence::new(source, l.to_string());
     let wild = swarm.iter().copied().filter(|l| l.ip().to_canonical().is_unspecified()).map(|l| line(&l)).collect();
     Ok(Judgement::none_of(
@@ -79,7 +87,24 @@ mod tests {
                         s.told_swarm();
                         s.host_listens("0.0.0.0:80");
                     },
+                    "unknown",
+                ),
+                (
+                    "a worker, which has none",
+                    |s| {
+                        s.told_swarm().control_available = false;
+                        s.host_listens("0.0.0.0:80");
+                    },
                     "pass",
+                ),
+                (
+                    "a manager that is locked",
+                    |s| {
+                        let swarm = s.told_swarm();
+                        (swarm.local_node_state, swarm.control_available) = ("locked".into(), false);
+                        s.host_listens("0.0.0.0:80");
+                    },
+                    "unknown",
                 ),
                 ("cannot tell", |s| s.in_a_swarm(), "unknown"),
             ],

@@ -12,7 +12,7 @@ use super::engine::{Engine, Host, Info, Network, Told};
 use super::machine::Machine;
 use super::parse;
 use super::process::{Process, Role};
-use super::seen::{Hidden, Seen};
+use super::seen::{Hidden, Seen, Why};
 use super::{Facts, Lock, apparmor, initial, namespace_of, parsed, selinux, subject};
 
 /// Every process of the host, as it was a moment ago.
@@ -129,10 +129,12 @@ fn listeners(machine: &Machine) -> Seen<Vec<std::net::SocketAddr>> {
         let found = parse::sockets(&machine.read(path)?, Protocol::Tcp).map_err(|e| Hidden::unclear(path, e))?;
         Ok::<_, Hidden>(found.into_iter().map(|l| l.address).collect::<Vec<_>>())
     };
-    let both = read("/proc/1/net/tcp").map(|mut v4| {
-        v4.extend(read("/proc/1/net/tcp6").unwrap_or_default());
-        v4
-    });
+    let v6 = || match read("/proc/1/net/tcp6") {
+        // A kernel without IPv6.
+        Err(Hidden { why: Why::Missing, .. }) => Ok(Vec::new()),
+        read => read,
+    };
+    let both = read("/proc/1/net/tcp").and_then(|v4| Ok([v4, v6()?].concat()));
     Seen::at("/proc/1/net/tcp", both)
 }
 
@@ -181,6 +183,35 @@ mod tests {
         let got: Vec<(i32, Role)> = all.of(&a, 60).iter().map(|p| (p.id.pid, p.role)).collect();
         assert_eq!(got, [(60, Role::First), (61, Role::Inside), (80, Role::Entered)]);
         assert!(all.of(&"c".repeat(64), 1).is_empty());
+    }
+
+    #[test]
+    fn listeners_of_the_host_are_known_only_where_both_lists_can_be_read() {
+        const HEAD: &str =
+            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
+        const REST: &str =
+            "00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0\n";
+        let v4 = format!("{HEAD}   0: 0100007F:0949 {REST}");
+        let v6 = format!(
+            "{HEAD}   0: 00000000000000000000000000000000:0949 00000000000000000000000000000000:0000 {}",
+            REST.split_once(' ').unwrap().1
+        );
+        let check = |v6: Option<&str>, expected: Option<usize>| {
+            let dir = tempfile::tempdir().unwrap();
+            let net = dir.path().join("proc/1/net");
+            std::fs::create_dir_all(&net).unwrap();
+            std::fs::write(net.join("tcp"), &v4).unwrap();
+            if let Some(text) = v6 {
+                std::fs::write(net.join("tcp6"), text).unwrap();
+            }
+            let all = listeners(&Machine::new(dir.path()));
+            assert_eq!(all.known().map(Vec::len), expected, "{v6:?}: {all:?}");
+        };
+        check(None, Some(1));
+        check(Some(&v6), Some(2));
+        check(Some(HEAD), Some(1));
+        check(Some(&format!("{HEAD}   0: nonsense\n")), None);
+        check(Some(&"x".repeat(5 << 20)), None);
     }
 
     #[test]
