@@ -22,8 +22,9 @@ fn judge(case: &Case<'_>) -> Answer {
     let image = case.image()?;
     let (files, source) =
         image.files.needs("a running container of this image, whose files this node agent may read")?;
+    let unread = || Unseen::new("a list of packages of dpkg or apk that is read whole: rpm's is not read");
     if files.packages.is_none() && files.unread_packages {
-        return Err(Unseen::new("a list of packages of dpkg or apk: rpm's is not read"));
+        return Err(unread());
     }
     let Some(packages) = &files.packages else {
         let evidence = vec![Evidence::new(source, "no list of packages of dpkg or apk")];
@@ -34,7 +35,11 @@ fn judge(case: &Case<'_>) -> Answer {
         return Err(Unseen::new(POLICY).with(evidence));
     }
     let unwanted = packages.iter().filter(|p| case.declared.images.unwanted_packages.contains(p));
-    Ok(Judgement::none_of(unwanted.map(|p| Evidence::new(source, p)).collect(), evidence))
+    let unwanted: Vec<Evidence> = unwanted.map(|p| Evidence::new(source, p)).collect();
+    if unwanted.is_empty() && files.unread_packages {
+        return Err(unread().with(evidence));
+    }
+    Ok(Judgement::none_of(unwanted, evidence))
 }
 
 #[cfg(test)]
@@ -48,6 +53,11 @@ mod tests {
         let packages = Some(names.iter().map(|n| (*n).to_owned()).collect());
         s.told_image().files = Seen::Known(ImageFiles { packages, ..ImageFiles::default() }, "dpkg".into());
         s.declared.images.unwanted_packages = vec!["gcc".into()];
+    }
+
+    fn unread(s: &mut Sample) {
+        let Seen::Known(files, _) = &mut s.told_image().files else { panic!("they are hidden") };
+        files.unread_packages = true;
     }
 
     #[test]
@@ -74,6 +84,22 @@ mod tests {
                         s.told_image().files = Seen::Known(files, "rpm".into());
                     },
                     "unknown",
+                ),
+                (
+                    "rpm's list beside one that is sound",
+                    |s| {
+                        installed(s, &["bash"]);
+                        unread(s);
+                    },
+                    "unknown",
+                ),
+                (
+                    "rpm's list beside one that is not",
+                    |s| {
+                        installed(s, &["gcc"]);
+                        unread(s);
+                    },
+                    "fail",
                 ),
                 (
                     "FROM scratch",

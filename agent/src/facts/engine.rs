@@ -428,13 +428,14 @@ pub struct Image {
 pub struct ImageFiles {
     /// `ID` and `VERSION_ID` of its os-release, where it has one.
     pub release: Option<(String, String)>,
-    /// Names that stand for uid 0.
+    /// Names that stand for uid 0; none where they cannot be told.
     pub roots: Vec<String>,
     /// Names of installed packages, where it has a list.
     pub packages: Option<Vec<String>>,
-    /// There is a list of packages that cannot be read here (rpm's).
+    /// There is a list of packages that cannot be read here, or not whole: rpm's, and one that is too long.
     pub unread_packages: bool,
-    /// Files with the setuid or setgid bit; `None` where there are too many files to look at all.
+    /// Files with the setuid or setgid bit; `None` where there are too many files, or directories in directories, to look at
+    /// all, or too many with the bit.
     pub setuid: Option<Vec<String>>,
 }
 

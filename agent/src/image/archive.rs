@@ -2,14 +2,14 @@
 //! read once from front to back, and of it nothing is kept but a few small files and names; what is in it comes from
 //! anywhere, so every length has a limit and no name is ever a path on this machine.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
 
 use serde::Deserialize;
 
 use crate::facts::engine::{Image, ImageConfig, ImageFiles, ImageInspect, Layer};
-use crate::facts::image::{MAX_FILE, MAX_KEPT, of_texts};
+use crate::facts::image::{MAX_FILE, MAX_KEPT, Text, of_texts};
 use crate::facts::{Hidden, Seen};
 
 /// A tar is made of these.
@@ -233,10 +233,10 @@ fn pax(records: &[u8], key: &str) -> Option<String> {
 /// What one layer does to the files that are looked at.
 #[derive(Debug, Default)]
 struct Changes {
-    texts: BTreeMap<&'static str, String>,
+    texts: BTreeMap<&'static str, Text>,
     setuid: BTreeSet<String>,
     /// Files that are there without the bit, by a hash of their names: an earlier one of that name is gone.
-    plain: BTreeSet<u64>,
+    plain: HashSet<u64>,
     /// Names that are taken away, with all that is below.
     gone: BTreeSet<String>,
     /// Directories whose earlier content is taken away.
@@ -250,6 +250,7 @@ fn layer(tar: &mut Tar<impl Read>, budget: &mut Budget) -> Result<Changes, Archi
     let mut changes = Changes::default();
     while let Some(entry) = tar.next()? {
         budget.one_entry()?;
+        budget.bytes((entry.name.len() + entry.link.len()) as u64)?;
         let (dir, base) = entry.name.rsplit_once('/').unwrap_or(("", &entry.name));
         if base == ".wh..wh..opq" {
             keep(&mut changes.emptied, dir.to_owned(), &mut changes.is_cut);
@@ -277,9 +278,14 @@ fn file(
     budget: &mut Budget,
 ) -> Result<(), ArchiveError> {
     if let Some(known) = TEXTS.iter().find(|name| **name == entry.name) {
-        budget.bytes(entry.size.min(MAX_FILE))?;
-        let text = if entry.size <= MAX_FILE { tar.held(entry, MAX_FILE)? } else { Vec::new() };
-        changes.texts.insert(known, String::from_utf8_lossy(&text).into_owned());
+        let text = match entry.size <= MAX_FILE {
+            true => {
+                budget.bytes(entry.size)?;
+                Text::Whole(String::from_utf8_lossy(&tar.held(entry, MAX_FILE)?).into_owned())
+            }
+            false => Text::Unread,
+        };
+        changes.texts.insert(known, text);
     }
     changes.rpm |= RPM.iter().any(|dir| entry.name.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/')));
     if entry.mode & 0o6000 != 0 {
@@ -297,30 +303,49 @@ fn keep(names: &mut BTreeSet<String>, name: String, is_cut: &mut bool) {
     }
 }
 
-/// The layers one upon the other.
+/// The layers one upon the other. What a layer takes away is looked for in what is there, not the other way round: the work
+/// grows with what was read, whatever is in it.
 fn stacked(layers: Vec<Changes>, names: &RandomState) -> ImageFiles {
-    let (mut texts, mut setuid, mut rpm, mut is_cut) = (BTreeMap::new(), BTreeSet::new(), false, false);
+    let (mut texts, mut setuid, mut rpm, mut is_cut) = (BTreeMap::new(), BTreeMap::new(), false, false);
     for layer in layers {
-        let is_below =
-            |name: &str, dir: &str| dir.is_empty() || name.strip_prefix(dir).is_some_and(|r| r.starts_with('/'));
-        let is_gone = |name: &str| {
-            layer.gone.iter().any(|gone| gone == name || is_below(name, gone))
-                || layer.emptied.iter().any(|dir| is_below(name, dir))
-        };
-        texts.retain(|name: &&str, _| !is_gone(name));
-        setuid.retain(|name: &String| !is_gone(name) && !layer.plain.contains(&names.hash_one(name)));
+        texts.retain(|name: &&str, _| !layer.takes_away(name));
+        for gone in &layer.gone {
+            setuid.remove(gone);
+        }
+        for dir in layer.gone.iter().chain(&layer.emptied) {
+            empty(&mut setuid, dir);
+        }
+        setuid.retain(|_, hash| !layer.plain.contains(hash));
         texts.extend(layer.texts);
-        setuid.extend(layer.setuid);
+        setuid.extend(layer.setuid.into_iter().map(|name| (name.clone(), names.hash_one(&name))));
         rpm |= layer.rpm;
-        is_cut |= layer.is_cut;
+        is_cut |= layer.is_cut || setuid.len() > MAX_KEPT;
+        if is_cut {
+            setuid.clear();
+        }
     }
-    let found = setuid.into_iter().map(|name| format!("/{name}")).collect();
-    let text = |name: &str| texts.get(name).map(String::as_str);
-    let release = text(TEXTS[0]).or(text(TEXTS[1]));
-    ImageFiles {
-        setuid: (!is_cut).then_some(found),
-        unread_packages: rpm,
-        ..of_texts(release, text(TEXTS[2]), text(TEXTS[3]), text(TEXTS[4]))
+    let found = setuid.into_keys().map(|name| format!("/{name}")).collect();
+    let text = |name: &str| texts.remove(name).unwrap_or_default();
+    let [release, other, dpkg, apk, passwd] = TEXTS.map(text);
+    let files = of_texts(if release == Text::Missing { &other } else { &release }, &dpkg, &apk, &passwd);
+    ImageFiles { setuid: (!is_cut).then_some(found), unread_packages: rpm || files.unread_packages, ..files }
+}
+
+/// Takes out what is below `dir`.
+fn empty(names: &mut BTreeMap<String, u64>, dir: &str) {
+    let begin = if dir.is_empty() { String::new() } else { format!("{dir}/") };
+    let below = names.range(begin.clone()..).map(|(name, _)| name).take_while(|name| name.starts_with(&begin));
+    let below: Vec<String> = below.cloned().collect();
+    for name in below {
+        names.remove(&name);
+    }
+}
+
+impl Changes {
+    /// Whether what an earlier layer has under this name is gone.
+    fn takes_away(&self, name: &str) -> bool {
+        let mut dirs = name.match_indices('/').map(|(end, _)| &name[..end]).chain([""]);
+        self.gone.contains(name) || dirs.any(|dir| self.gone.contains(dir) || self.emptied.contains(dir))
     }
 }
 
@@ -551,6 +576,70 @@ mod tests {
         assert_eq!((files.roots, files.packages), (vec!["root".to_owned()], Some(vec!["bash".to_owned()])));
         let long = format!("/{}su", "d/".repeat(60));
         assert_eq!(files.setuid, Some(vec!["/bin/su".to_owned(), "/bin/su2".into(), long]));
+    }
+
+    fn of(layers: Vec<Changes>) -> ImageFiles {
+        stacked(layers, &RandomState::new())
+    }
+
+    fn with_bit(names: impl IntoIterator<Item = String>) -> Changes {
+        Changes { setuid: names.into_iter().collect(), ..Changes::default() }
+    }
+
+    #[test]
+    fn what_a_layer_takes_away_is_gone_with_all_that_is_below() {
+        let names = ["a", "a/b", "a/b/c", "a-b", "ab/c", "etc/passwd"].map(str::to_owned);
+        let left = |gone: &[&str], emptied: &[&str]| {
+            let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let above = Changes { gone: set(gone), emptied: set(emptied), ..Changes::default() };
+            let mut below = with_bit(names.clone());
+            below.texts.insert("etc/passwd", Text::Whole("root:x:0".into()));
+            let files = of(vec![below, above]);
+            (files.setuid.unwrap().join(" "), files.roots.len())
+        };
+        assert_eq!(left(&["a"], &[]), ("/a-b /ab/c /etc/passwd".into(), 1));
+        assert_eq!(left(&["a/b"], &[]), ("/a /a-b /ab/c /etc/passwd".into(), 1));
+        assert_eq!(left(&[], &["a"]), ("/a /a-b /ab/c /etc/passwd".into(), 1));
+        assert_eq!(left(&["etc"], &["a/b"]), ("/a /a-b /a/b /ab/c".into(), 0));
+        assert_eq!(left(&["a/", "x"], &["etc"]), ("/a /a-b /a/b /a/b/c /ab/c".into(), 0));
+        assert_eq!(left(&[], &[""]), (String::new(), 0));
+    }
+
+    #[test]
+    fn many_layers_that_take_much_away_are_read_in_time_that_grows_with_them() {
+        // Held against each other, these would be compared two thousand million times.
+        let below = with_bit((0..MAX_KEPT).map(|n| format!("bin/{n}")));
+        let above = || Changes { gone: (0..MAX_KEPT).map(|n| format!("x/{n}")).collect(), ..Changes::default() };
+        let layers = std::iter::once(below).chain(std::iter::repeat_with(above).take(20));
+        assert_eq!(of(layers.collect()).setuid.unwrap().len(), MAX_KEPT);
+    }
+
+    #[test]
+    fn too_many_files_with_the_bit_are_not_known() {
+        let half = |begin: usize| with_bit((begin..begin + MAX_KEPT).map(|n| n.to_string()));
+        assert_eq!(of(vec![half(0)]).setuid.unwrap().len(), MAX_KEPT);
+        assert_eq!(of(vec![half(0), half(1)]).setuid, None);
+    }
+
+    #[test]
+    fn a_list_of_packages_that_is_too_long_is_unread_until_another_layer_replaces_it() {
+        let listed = |text: Text| Changes { texts: [(TEXTS[2], text)].into(), ..Changes::default() };
+        let long = of(vec![listed(Text::Unread)]);
+        assert_eq!((long.packages, long.unread_packages), (None, true));
+        let replaced = of(vec![listed(Text::Unread), listed(Text::Whole("Package: bash\n".into()))]);
+        assert_eq!((replaced.packages, replaced.unread_packages), (Some(vec!["bash".to_owned()]), false));
+    }
+
+    #[test]
+    fn names_are_paid_for() {
+        let long = "n".repeat(99);
+        let layer_of = |bytes: u64| {
+            let tar = (0..10).fold(Builder::default(), |tar, _| tar.file(&long, 0o644, b"")).done();
+            let mut budget = Budget { bytes, ..Budget::whole() };
+            layer(&mut Tar::new(&tar[..]), &mut budget)
+        };
+        assert!(layer_of(990).is_ok());
+        assert!(layer_of(989).unwrap_err().to_string().contains("too much"));
     }
 
     #[test]
