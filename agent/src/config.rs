@@ -221,7 +221,7 @@ impl Config {
     /// Every place where each certificate is accepted, as people and events call it.
     pub fn trusting_all(&self) -> Vec<(Direction, String, TrustAll)> {
         let inbound = self.inbound.iter().map(|one| (Direction::Inbound, one.place(), &one.insecure_trust_all));
-        let outbound = self.outbound.iter().map(|one| (Direction::Outbound, one.name(), &one.insecure_trust_all));
+        let outbound = self.outbound.iter().map(|one| (Direction::Outbound, one.place(), &one.insecure_trust_all));
         let all = inbound.chain(outbound);
         all.filter_map(|(direction, place, config)| Some((direction, place, config.clone()?))).collect()
     }
@@ -231,6 +231,11 @@ impl Outbound {
     /// The route as people and events call it: `db1:8443,db2:8443`.
     pub fn name(&self) -> String {
         self.to.iter().map(HostPort::to_string).collect::<Vec<_>>().join(",")
+    }
+
+    /// The same where it must not be taken for another route to there: `db1:8443,db2:8443 (from 127.0.0.1:5432)`.
+    pub fn place(&self) -> String {
+        format!("{} (from {})", self.name(), self.listen)
     }
 }
 
@@ -1337,6 +1342,15 @@ mod tests {
         check(GOOD, &[]);
         check("", &["`collector.addresses` is missing"]);
         check(&changed("127.0.0.1:8080", "127.0.0.1:8443"), &["which is itself", "held for the service"]);
+    #[test]
+    fn a_dns_name_is_called_as_the_policy_calls_it_however_it_is_spelled() {
+        let text = changed("peer = \"spiffe://td/shop/db\"", "peer_dns = \"DB.Example.com.\"");
+        let text = text.replace("allow = [", "allow_dns = [\"API.partner.example.\"]\nallow = [");
+        let config = Config::parse(&text, &no_env).unwrap();
+        assert_eq!(config.outbound[0].peer, Peer::Dns("db.example.com".into()));
+        assert_eq!(config.inbound[0].allow_dns, ["api.partner.example"]);
+    }
+
         check(&changed("127.0.0.1:3306", "127.0.0.1:9901"), &["`admin.listen` has already"]);
         check(&changed("127.0.0.1:3306", "0.0.0.0:3306"), &["`expose = true`"]);
         check(&changed("127.0.0.1:3306", "127.0.0.1:8443"), &["`inbound` has already, as 0.0.0.0:8443"]);

@@ -69,7 +69,7 @@ impl Way {
             None => listener,
         };
         let pacing = Pacing::new(config.rates.all, config.rates.each);
-        let insecure = shared.insecure_at(Direction::Inbound, &config.place());
+        let insecure = shared.insecure_at(Direction::Inbound, &config.place(), config.insecure_trust_all.as_ref());
         Way { config, name, at, rules: Arc::new(rules), pacing, insecure }
     }
 }

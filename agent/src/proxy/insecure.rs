@@ -28,9 +28,9 @@ impl Insecure {
         Insecure { direction, place, config, told: Mutex::default(), over: AtomicBool::new(false) }
     }
 
-    /// Whether this is the one called so.
-    pub fn is_of(&self, direction: Direction, place: &str) -> bool {
-        (self.direction, self.place.as_str()) == (direction, place)
+    /// Whether this is the one called so, with these settings: routes to one address share a name.
+    pub fn is_of(&self, direction: Direction, place: &str, config: &TrustAll) -> bool {
+        (self.direction, self.place.as_str(), &self.config) == (direction, place, config)
     }
 
     /// Until when every certificate is accepted, if it is now. What is over is over: a clock that is set back opens nothing.

@@ -56,7 +56,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{Backoff, Random};
-use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts};
+use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts, TrustAll};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;
@@ -544,9 +544,10 @@ impl Shared {
         }
     }
 
-    /// The listener or route of this name, if every certificate is accepted there for a while.
-    fn insecure_at(&self, direction: Direction, place: &str) -> Option<Arc<Insecure>> {
-        self.insecure.iter().find(|insecure| insecure.is_of(direction, place)).cloned()
+    /// The listener or route of this name, if by its own settings every certificate is accepted there for a while.
+    fn insecure_at(&self, direction: Direction, place: &str, config: Option<&TrustAll>) -> Option<Arc<Insecure>> {
+        let config = config?;
+        self.insecure.iter().find(|insecure| insecure.is_of(direction, place, config)).cloned()
     }
 
     /// Says where every certificate is accepted.

@@ -151,7 +151,7 @@ pub async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Outbound)
     };
     let (tls, pool, rules) = (Mutex::new(None), Pool::default(), Arc::new(rules));
     let dials = Semaphore::new(MAX_DIALS);
-    let insecure = shared.insecure_at(Direction::Outbound, &name);
+    let insecure = shared.insecure_at(Direction::Outbound, &config.place(), config.insecure_trust_all.as_ref());
     let (shared_by_route, foreign_until) = (shared.clone(), Mutex::new(None));
     let this = Arc::new(Route {
         shared: shared_by_route,

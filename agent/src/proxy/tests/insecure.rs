@@ -4,7 +4,6 @@ use sidewarden_proto::event::TrustInsecure;
 use sidewarden_proto::tls;
 
 use super::*;
-use crate::config::TrustAll;
 
 fn all(until: Timestamp) -> Option<TrustAll> {
     Some(TrustAll { reason: "old".into(), until })
@@ -50,6 +49,25 @@ async fn a_route_takes_whoever_answers_and_says_so() {
     let seen = |body: &Body| if let Body::PeerFirstSeen(seen) = body { Some(seen.peer.clone()) } else { None };
     let peer = web.event(seen).await;
     assert!(peer.starts_with("dns:unverified:"), "it is not called by a name that nobody proved: {peer}");
+}
+
+#[tokio::test]
+async fn a_route_is_as_strict_as_its_own_settings_say_though_another_one_leads_to_the_same_address() {
+    let (ca, stranger) = (Ca::new("td"), Ca::new("elsewhere"));
+    let mut server = inbound_config(echo().await, WEB);
+    server.inbound[0].insecure_trust_all = all(soon());
+    let server = Agent::start(Some(stranger.identity("any/body")), server).await;
+    let mut config = outbound_config(server.inbound[0], ORDERS);
+    let (lax, strict, over) = (config.outbound[0].clone(), config.outbound[0].clone(), config.outbound[0].clone());
+    let lax = Outbound { insecure_trust_all: all(soon()), ..lax };
+    config.outbound = vec![lax, strict, Outbound { insecure_trust_all: all(Timestamp::from_secs(9)), ..over }];
+    let web = Agent::start(Some(ca.identity("shop/web")), config).await;
+    answers(&web).await;
+    for route in [web.outbound[1], web.outbound[2]] {
+        assert!(is_reset(TcpStream::connect(route).await.unwrap()).await);
+        assert_eq!(web.refusal().await.0, RefusalReason::UnknownCa);
+        web.events.lock().unwrap().clear();
+    }
 }
 
 #[tokio::test]
