@@ -164,6 +164,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let mut shared = Shared::new(&config, identity.clone(), resolver.clone(), emit.clone(), metrics.clone(), random);
     let (holding, held) = watch::channel(None);
     shared.holding = held;
+    shared.directive_is_unread = keeper.directive_is_unread();
     shared.own = Own::new([&addresses.outbound[..], &addresses.egress, &[addresses.admin]].concat());
     let shared = Arc::new(shared);
     let proxying = tokio::spawn(listeners.serve(shared.clone()));
@@ -459,6 +460,7 @@ mod tests {
     use super::*;
     use crate::backoff;
     use crate::config::Collector;
+    use crate::identity::files::Files;
     use crate::identity::made_up::Ca;
 
     /// A collector that nobody runs.
@@ -555,6 +557,31 @@ mod tests {
         let app = start(Setup { shares_user: true, ..setup(config(dir.path())) }).await.unwrap();
         assert!(app.identity.borrow().is_none(), "what is there is not taken");
         app.stop("test").await;
+    }
+
+    /// A directive lies on disk, and the identity that it would be believed by comes late, or never.
+    #[tokio::test]
+    async fn what_a_kept_directive_may_forbid_waits_for_an_identity_to_read_it_by() {
+        let service = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let place = service.local_addr().unwrap();
+        for (kept, answer) in [(None, "HTTP/1.1 200 "), (Some("{"), "HTTP/1.1 502 ")] {
+            let dir = tempfile::tempdir().unwrap();
+            if let Some(kept) = kept {
+                std::fs::write(dir.path().join("directive.json"), kept).unwrap();
+            }
+            let file = |name| dir.path().join(name);
+            let files = Files { cert: file("tls.crt"), key: file("tls.key"), roots: file("ca.crt") };
+            let mut config = Config { identity: Some(Elsewhere::Files(files)), ..config(dir.path()) };
+            config.egress.listen = Some("127.0.0.1:0".parse().unwrap());
+            config.egress.allow.rules = vec![place.to_string().parse().unwrap()];
+            let app = start(setup(config)).await.unwrap();
+            let mut tcp = TcpStream::connect(app.addresses.egress[0]).await.unwrap();
+            tcp.write_all(format!("CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n\r\n").as_bytes()).await.unwrap();
+            let mut got = [0; 13];
+            tcp.read_exact(&mut got).await.unwrap();
+            assert_eq!(std::str::from_utf8(&got).unwrap(), answer, "{kept:?}");
+            app.stop("test").await;
+        }
     }
 
     #[tokio::test]

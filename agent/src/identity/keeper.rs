@@ -322,6 +322,11 @@ impl Keeper {
         self.trouble.subscribe()
     }
 
+    /// Whether a directive is kept that nobody could read yet, for want of an identity to believe it by.
+    pub fn directive_is_unread(&self) -> bool {
+        self.held.is_none() && self.store.keeps_directive()
+    }
+
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
     fn load_directive(&mut self) -> Result<(), KeeperError> {
         let Some(held) = &self.held else { return Ok(()) };

@@ -165,6 +165,11 @@ impl Store {
         Ok(Some(directive).filter(|directive| directive.trust_domain == *domain))
     }
 
+    /// Whether a directive is kept, readable or not; if in doubt, one is.
+    pub fn keeps_directive(&self) -> bool {
+        self.path(DIRECTIVE).is_some_and(|path| path.try_exists().unwrap_or(true))
+    }
+
     /// Replaces the directive by one of this version, which was proven with `roots`, unless a newer one was kept meanwhile.
     pub fn save_directive(
         &self,

@@ -103,6 +103,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Whether this workload is quarantined.
     pub holding: Holding,
+    /// A directive was kept that counts from the first identity on; until then nobody can say what it forbids.
+    pub directive_is_unread: bool,
     /// What is live and has no peer that could be judged: egress, and plaintext that was let in.
     unproven: Arc<Unproven>,
     /// Randomness.
@@ -151,6 +153,7 @@ impl Shared {
             waiting: Arc::default(),
             metrics,
             holding: watch::Sender::default().subscribe(),
+            directive_is_unread: false,
             unproven: Arc::default(),
             random,
             begun: CancellationToken::new(),
@@ -492,9 +495,18 @@ impl Shared {
         judge: impl FnOnce(&Extract) -> Result<(), (RefusalReason, String)>,
     ) -> Result<(), (RefusalReason, String)> {
         let identity = self.identity.borrow().clone();
-        // Without identity there is no directive either.
-        let Some(identity) = identity else { return Ok(()) };
+        let Some(identity) = identity else { return self.without_identity() };
         judge(identity.policy.as_ref().map_err(|fault| (RefusalReason::Quarantined, fault.clone()))?)
+    }
+
+    /// An agent that never had a directive has its own settings alone to keep to.
+    fn without_identity(&self) -> Result<(), (RefusalReason, String)> {
+        if !self.directive_is_unread {
+            return Ok(());
+        }
+        let detail = "this agent keeps a directive of its collector (directive.json in data_dir) and has no identity yet \
+                      to read it by: until then nobody can say what it forbids";
+        Err((RefusalReason::NoIdentity, detail.into()))
     }
 
     /// The identity, if it can be used now.

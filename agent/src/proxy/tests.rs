@@ -33,6 +33,14 @@ struct Agent {
 
 impl Agent {
     async fn start(identity: Option<Arc<Identity>>, config: Config) -> Agent {
+        Agent::start_with(identity, config, |_| {}).await
+    }
+
+    async fn start_with(
+        identity: Option<Arc<Identity>>,
+        config: Config,
+        change: impl FnOnce(&mut Shared) + Send,
+    ) -> Agent {
         let listeners = Listeners::bind(&config).await.unwrap();
         let (inbound, outbound) = listeners.addresses();
         let events: Arc<Mutex<Vec<Event>>> = Arc::default();
@@ -43,6 +51,7 @@ impl Agent {
         let resolver = Resolver::from_system();
         let mut shared = Shared::new(&config, current, resolver, emit, metrics, crate::backoff::random);
         shared.own = Own::new(outbound.clone());
+        change(&mut shared);
         let shared = Arc::new(shared);
         shared.begun.cancel();
         let serving = tokio::spawn(listeners.serve(shared.clone()));
@@ -798,6 +807,25 @@ async fn without_an_identity_permissive_lets_in_plaintext_and_nothing_else() {
     let tcp = TcpStream::connect(orders.inbound[0]).await.unwrap();
     assert!(tls_over(tcp, &ca, "shop/web", None).await.is_err());
     assert_eq!(orders.refusal().await.0, RefusalReason::NoIdentity);
+}
+
+#[tokio::test]
+async fn plaintext_waits_for_the_identity_that_a_kept_directive_is_read_by() {
+    let ca = Ca::new("td");
+    let mut config = inbound_config(echo().await, WEB);
+    config.inbound[0].permissive = permissive(Timestamp::now().plus(Duration::from_secs(3600)));
+    let orders = Agent::start_with(None, config, |shared| shared.directive_is_unread = true).await;
+    let ping = async || {
+        let mut plain = TcpStream::connect(orders.inbound[0]).await.unwrap();
+        plain.write_all(b"ping").await.unwrap();
+        let mut answer = [0; 4];
+        plain.read_exact(&mut answer).await.is_ok()
+    };
+    assert!(!ping().await);
+    let (reason, detail, _) = orders.refusal().await;
+    assert!(reason == RefusalReason::NoIdentity && detail.contains("directive.json"), "{reason}: {detail}");
+    orders.identity.send_replace(Some(ca.identity("shop/orders")));
+    assert!(ping().await);
 }
 
 #[tokio::test]
