@@ -695,7 +695,7 @@ fn inbound(r: &mut Reader<'_>) -> Option<Inbound> {
             r.fault(key, "is about a port, and `to` is a Unix socket: remove it");
         }
     }
-    let allow_dns = allow_dns.into_iter().map(|name| name.to_ascii_lowercase()).collect();
+    let allow_dns = allow_dns.iter().map(|name| plain_name(name)).collect();
     let (hold_service_port, dial_from) = (hold.unwrap_or(true), dial_from.unwrap_or(DIAL_FROM));
     let proxy_protocol = r.value("proxy_protocol", ProxyProtocol::Off);
     let accept_proxy_protocol_from = r.value("accept_proxy_protocol_from", Vec::new());
@@ -802,6 +802,11 @@ impl FromValue for Balance {
     }
 }
 
+/// A DNS name as the policy writes it. To TLS its spellings are one name, so a line that denies it must meet them all.
+fn plain_name(name: &str) -> String {
+    name.trim_end_matches('.').to_ascii_lowercase()
+}
+
 fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
     let (listen, to) = (r.required("listen"), r.required::<OneOrMore<HostPort>>("to"));
     let (id, dns) = (r.optional("peer"), r.optional::<String>("peer_dns"));
@@ -813,7 +818,7 @@ fn outbound(r: &mut Reader<'_>) -> Option<Outbound> {
     }
     let peer = match (id, dns) {
         (Some(id), None) => Some(Peer::Workload(id)),
-        (None, Some(name)) => Some(Peer::Dns(name)),
+        (None, Some(name)) => Some(Peer::Dns(plain_name(&name))),
         (None, None) => {
             r.fault("peer", "is missing: say who must answer, by `peer` (a SPIFFE ID) or `peer_dns` (a DNS name)");
             None
@@ -1338,11 +1343,6 @@ mod tests {
     }
 
     #[test]
-    fn contradictions_are_found() {
-        check(GOOD, &[]);
-        check("", &["`collector.addresses` is missing"]);
-        check(&changed("127.0.0.1:8080", "127.0.0.1:8443"), &["which is itself", "held for the service"]);
-    #[test]
     fn a_dns_name_is_called_as_the_policy_calls_it_however_it_is_spelled() {
         let text = changed("peer = \"spiffe://td/shop/db\"", "peer_dns = \"DB.Example.com.\"");
         let text = text.replace("allow = [", "allow_dns = [\"API.partner.example.\"]\nallow = [");
@@ -1351,6 +1351,11 @@ mod tests {
         assert_eq!(config.inbound[0].allow_dns, ["api.partner.example"]);
     }
 
+    #[test]
+    fn contradictions_are_found() {
+        check(GOOD, &[]);
+        check("", &["`collector.addresses` is missing"]);
+        check(&changed("127.0.0.1:8080", "127.0.0.1:8443"), &["which is itself", "held for the service"]);
         check(&changed("127.0.0.1:3306", "127.0.0.1:9901"), &["`admin.listen` has already"]);
         check(&changed("127.0.0.1:3306", "0.0.0.0:3306"), &["`expose = true`"]);
         check(&changed("127.0.0.1:3306", "127.0.0.1:8443"), &["`inbound` has already, as 0.0.0.0:8443"]);
