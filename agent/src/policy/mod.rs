@@ -33,8 +33,8 @@ pub enum Rules {
     OutboundTo(SpiffeId),
     /// Of a route: a foreign server with this DNS name answers.
     OutboundToDns(String),
-    /// Of either while `insecure_trust_all` is on: whoever has a key that is not on the deny list. Of a listener, which.
-    Anybody(Option<At>),
+    /// Of either while `insecure_trust_all` is on: whoever has a key that is not on the deny list, where these were asked for.
+    Anybody(Box<Rules>),
 }
 
 /// What the collector says, of which the newest counts.
@@ -106,13 +106,29 @@ fn by_policy(rules: &Rules, peer: &Peer, policy: Result<&Extract, &str>) -> Deci
     };
     let judged = match rules {
         Rules::Inbound { at, .. } => policy.lets_in((&peer.name).into(), at),
-        Rules::Anybody(Some(at)) => policy.lets_in(Who::Unproven, at),
-        Rules::Anybody(None) => policy.lets_out(Who::Unproven),
+        Rules::Anybody(asked) => anybody(asked, policy),
+        asked => lets_ask(asked, policy),
+    };
+    judged.map_or_else(|why| Decision::Refuse(RefusalReason::NotAllowed, why), |()| Decision::Allow)
+}
+
+/// Who answers has proven nothing; whom the route was made for counts all the same, so that our own settings switch no line
+/// of the policy off.
+fn anybody(asked: &Rules, policy: &Extract) -> Result<(), String> {
+    match asked {
+        Rules::Inbound { at, .. } => policy.lets_in(Who::Unproven, at),
+        _ => policy.lets_out(Who::Unproven).and_then(|()| lets_ask(asked, policy)),
+    }
+}
+
+/// Whether the policy lets our workload call whom a route asks for.
+fn lets_ask(asked: &Rules, policy: &Extract) -> Result<(), String> {
+    match asked {
         Rules::OutboundTo(id) => policy.lets_out(Who::Workload(id)),
         // Its certificate may have a wildcard: what counts is whom we asked for.
         Rules::OutboundToDns(host) => policy.lets_out(Who::Dns(std::slice::from_ref(host))),
-    };
-    judged.map_or_else(|why| Decision::Refuse(RefusalReason::NotAllowed, why), |()| Decision::Allow)
+        Rules::Inbound { .. } | Rules::Anybody(_) => Err("nobody was asked for".into()),
+    }
 }
 
 /// Whether the collector's policy lets our workload go to `target`: by what was `dialled` for it, as far as that is known; or
@@ -263,6 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn a_route_that_takes_whoever_answers_is_still_held_to_what_is_denied_of_whom_it_asks_for() {
+        let text = "[[deny]]\nfrom = ['shop/orders']\nto = ['shop/db', 'dns:db.example.com']\n";
+        let own = "spiffe://td/shop/orders".parse().unwrap();
+        let extract = Extract::of(&Policy::parse(text).unwrap(), 7, &own, &"td".parse().unwrap());
+        let route = |path: &str| Rules::OutboundTo(format!("spiffe://td/{path}").parse().unwrap());
+        let inbound = Rules::Inbound { allow: vec![], allow_dns: vec![], at: At::default() };
+        for (asked, may) in [
+            (route("shop/db"), false),
+            (route("shop/web"), true),
+            (Rules::OutboundToDns("db.example.com".into()), false),
+            (Rules::OutboundToDns("www.example.com".into()), true),
+            (inbound, true),
+        ] {
+            let rules = Rules::Anybody(Box::new(asked));
+            let name = dns(&["unverified:05"]);
+            let decision = decide(&rules, &peer(name), central(&directive(vec![]), &extract), NOW);
+            assert_eq!(decision == Decision::Allow, may, "{rules:?}: {decision:?}");
+        }
+    }
+
+    #[test]
     fn the_policy_and_the_settings_must_both_allow_a_connection() {
         let text = "[[allow]]\nfrom = ['shop/web', 'dns:api.partner.example', 'shop/other']\nto = ['shop/orders']\n\
                     listeners = [8443]\n[[allow]]\nfrom = ['shop/orders']\nto = ['shop/db']\n";
@@ -276,6 +313,7 @@ mod tests {
             at: at(port),
         };
         let outbound = |path: &str| Rules::OutboundTo(format!("spiffe://td/{path}").parse().unwrap());
+        let anybody = |rules| Rules::Anybody(Box::new(rules));
         let rows = [
             (inbound(8443), workload("shop/web"), ""),
             (inbound(8443), dns(&["api.partner.example"]), ""),
@@ -297,8 +335,8 @@ mod tests {
                 "policy 7 has no line that lets this workload call spiffe://td/shop/web; line 5 is about it",
             ),
             (Rules::OutboundToDns("x.example".into()), dns(&["x.example"]), "call dns:x.example"),
-            (Rules::Anybody(Some(at(8443))), workload("shop/web"), "somebody without a proven name"),
-            (Rules::Anybody(None), workload("shop/db"), "somebody without a proven name"),
+            (anybody(inbound(8443)), workload("shop/web"), "somebody without a proven name"),
+            (anybody(outbound("shop/db")), workload("shop/db"), "somebody without a proven name"),
         ];
         for (rules, name, expected) in rows {
             match decide(&rules, &peer(name), central(&directive(vec![]), &extract), NOW) {

@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn a_review_ends_exactly_those_that_are_no_longer_allowed() {
         let (registry, root) = (Arc::new(Registry::default()), CancellationToken::new());
-        let rules = Arc::new(Rules::Anybody(None));
+        let rules = Arc::new(Rules::Anybody(Box::new(Rules::OutboundToDns("x".into()))));
         let stays = registry.register(Direction::Inbound, peer(1), None, rules.clone(), &root);
         let goes = registry.register(Direction::Inbound, peer(2), None, rules, &root);
         registry.review(|live| match live.peer.spki.0[0] {

@@ -197,10 +197,9 @@ impl Secure {
 
     /// What the peer is judged by.
     pub fn rules(&self, rules: &Arc<Rules>) -> Arc<Rules> {
-        match &**rules {
-            _ if !self.insecure => rules.clone(),
-            Rules::Inbound { at, .. } => Arc::new(Rules::Anybody(Some(at.clone()))),
-            _ => Arc::new(Rules::Anybody(None)),
+        match self.insecure {
+            true => Arc::new(Rules::Anybody(Box::new(Rules::clone(rules)))),
+            false => rules.clone(),
         }
     }
 
