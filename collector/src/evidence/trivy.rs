@@ -38,6 +38,9 @@ pub enum TrivyError {
     /// It does not say when.
     #[error("the report does not say when it was made (CreatedAt): use Trivy 0.49 or newer")]
     NoTime,
+    /// Nothing was searched for what 4.4 asks for.
+    #[error("the scan looked at no packages, so that no vulnerability could be found: scan with `--scanners vuln`")]
+    NoPackages,
 }
 
 #[derive(Deserialize)]
@@ -132,10 +135,13 @@ struct Results {
     found: [Found; SEVERITIES.len()],
     worst: Vec<(usize, Vulnerability)>,
     secrets: u64,
+    /// Packages of the system or of a language were looked at, whatever was found.
+    packages: bool,
 }
 
 impl Results {
     fn add(&mut self, one: RawVulnerability) {
+        self.packages = true;
         let rank = SEVERITIES.iter().position(|word| one.severity.0.eq_ignore_ascii_case(word)).unwrap_or(0);
         let found = &mut self.found[rank];
         found.all = found.all.saturating_add(1);
@@ -197,6 +203,9 @@ impl<'de> Visitor<'de> for ResultList<'_> {
     }
 }
 
+/// Results that tell of packages, also where none of them is vulnerable.
+const PACKAGES: [&str; 2] = ["os-pkgs", "lang-pkgs"];
+
 /// One of them: its vulnerabilities and secrets are added up, the rest is passed over.
 struct OneResult<'a>(&'a mut Results);
 
@@ -215,6 +224,10 @@ impl<'de> Visitor<'de> for OneResult<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(Text(key)) = map.next_key()? {
             match key.as_str() {
+                "Class" => {
+                    let Text(class) = map.next_value()?;
+                    self.0.packages |= PACKAGES.contains(&class.as_str());
+                }
                 "Vulnerabilities" => map.next_value_seed(each(|one: RawVulnerability| self.0.add(one)))?,
                 "Secrets" => map.next_value_seed(each(|IgnoredAny| self.0.secrets += 1))?,
                 _ => drop(map.next_value::<IgnoredAny>()?),
@@ -275,6 +288,9 @@ fn scan(report: Report) -> Result<Scan, TrivyError> {
         metadata.repo_digests.0.iter().filter_map(of_digest).filter(|digest| is_digest(digest)).collect();
     if image_id.is_empty() && digests.is_empty() {
         return Err(TrivyError::NoImage);
+    }
+    if !results.packages {
+        return Err(TrivyError::NoPackages);
     }
     let os = format!("{} {}", metadata.os.family.0, metadata.os.name.0).trim().to_owned();
     let found = SEVERITIES.iter().zip(results.found).filter(|(_, found)| found.all > 0);
@@ -362,6 +378,22 @@ pub(crate) mod tests {
         let deep = format!(r#"{{"x":{}1{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
         for bad in ["", "null", "SQLite format 3\0", "{\"Results\": 7}", "{\"Results\": [[]]}", &deep] {
             assert!(read_text(bad).is_err(), "{}", &bad[..bad.len().min(40)]);
+        }
+    }
+
+    #[test]
+    fn a_scan_that_looked_at_no_packages_is_refused_and_one_that_found_none_vulnerable_is_not() {
+        let with = |results: &str| {
+            let head = &REPORT[..REPORT.find("\"Results\"").unwrap()];
+            read_text(&format!("{head}\"Results\": {results}}}"))
+        };
+        let head = REPORT[..REPORT.find("\"Results\"").unwrap()].trim_end().trim_end_matches(',');
+        assert_eq!(read_text(&format!("{head}}}")), Err(TrivyError::NoPackages));
+        for none in ["null", "[]", "[{\"Class\":\"secret\",\"Secrets\":[{}]}]", "[{\"Class\":\"config\"}]"] {
+            assert_eq!(with(none), Err(TrivyError::NoPackages), "{none}");
+        }
+        for searched in ["[{\"Class\":\"os-pkgs\"}]", "[{\"Class\":\"secret\"},{\"Class\":\"lang-pkgs\"}]"] {
+            assert_eq!(with(searched).unwrap().found, [].into(), "{searched}");
         }
     }
 
