@@ -19,7 +19,7 @@ use super::routes::Operation;
 use super::{Api, Pairs, asked};
 use crate::app::Core;
 use crate::posture::past;
-use crate::report::{self, Builder, Made, Numbering, Report, Scope};
+use crate::report::{self, Builder, MAX_DETAILED, Made, Numbering, Report, Scope};
 
 /// Reports that are made at a time: each may read much of the log.
 static MAKING: Semaphore = Semaphore::const_new(2);
@@ -130,7 +130,11 @@ pub async fn report(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Respons
     let format = asked.parsed("format", "json, text, csv or html")?.unwrap_or(Format::Json);
     let after = make(core, scope.clone(), numbering, at, now).await?;
     let difference = match since {
-        Some(since) => Some(report::difference(make(core, scope, numbering, Some(since), now).await?, after.clone())),
+        Some(since) => {
+            let before = make(core, scope, numbering, Some(since), now).await?;
+            comparable(&[&before, &after])?;
+            Some(report::difference(before, after.clone()))
+        }
         None => None,
     };
     let (kind, text) = match format {
@@ -145,6 +149,17 @@ pub async fn report(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Respons
         Format::Html => ("text/html; charset=utf-8", report::html(&after, difference.as_ref())),
     };
     Ok(([(header::CONTENT_TYPE, HeaderValue::from_static(kind))], text).into_response())
+}
+
+/// What is not listed cannot be compared.
+fn comparable(reports: &[&Report]) -> Result<(), ApiError> {
+    match reports.iter().all(|report| report.subjects.len() <= MAX_DETAILED) {
+        true => Ok(()),
+        false => {
+            let wrong = format!("more than {MAX_DETAILED} instances and containers cannot be compared at once");
+            Err(ApiError::bad_request(wrong, "ask for fewer with `workload`, say shop/*"))
+        }
+    }
 }
 
 /// The score over time.

@@ -158,7 +158,7 @@ pub struct Row {
 /// Names in a line of a table over several.
 const MAX_WHOSE: usize = 10;
 /// Subjects that are told of with every check; of further ones only how many checks have which verdict.
-const MAX_DETAILED: usize = 1_000;
+pub const MAX_DETAILED: usize = 1_000;
 
 /// What changed between two moments.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -186,6 +186,8 @@ pub struct Change {
     pub before: String,
     /// The status after; empty where there is none any more.
     pub after: String,
+    /// The word of the verdict after; where there is none any more, nothing is known.
+    pub verdict_after: &'static str,
 }
 
 /// Who the report is by, and when.
@@ -232,25 +234,31 @@ impl<'a> Builder<'a> {
 
     /// Who is to be added.
     pub fn ids(&self, state: &State) -> Vec<AgentId> {
-        let is_there = |agent: &Agent| !matches!(state.status(agent, self.made.at), Status::Stopped | Status::Gone);
-        let wanted = state.agents.iter().filter(|(id, agent)| self.scope.covers(id) && is_there(agent));
+        let is_in = |id: &AgentId, agent: &Agent| self.scope.covers(id) && is_there(state, agent, self.made.at);
+        let wanted = state.agents.iter().filter(|(id, agent)| is_in(id, agent));
         wanted.map(|(id, _)| id.clone()).collect()
     }
 
     /// Adds some of them.
     pub fn add(&mut self, state: &State, evidence: &evidence::Config, ids: &[AgentId]) {
         let neighbours = Neighbours::of(state, evidence);
+        let is_in = |other: &AgentId| {
+            self.scope.covers(other)
+                && state.agents.get(other).is_some_and(|agent| is_there(state, agent, self.made.at))
+        };
+        let mut added = Vec::new();
         for id in ids {
             let Some((id, agent)) = state.agents.get_key_value(id) else { continue };
-            self.push(instance(state, &neighbours, id, agent, self.made));
+            added.push(instance(state, &neighbours, id, agent, self.made));
             for hosted in agent.hosted.values() {
                 // Where an agent of this report stands beside it, these verdicts are part of that instance's.
                 let beside = neighbours.beside(&agent.host, &hosted.container.id);
-                if !beside.iter().any(|other| *other != id && self.scope.covers(other)) {
-                    self.push(container(state, &neighbours, id, agent, hosted, self.made));
+                if !beside.iter().any(|other| *other != id && is_in(other)) {
+                    added.push(container(state, &neighbours, id, agent, hosted, self.made));
                 }
             }
         }
+        added.into_iter().for_each(|subject| self.push(subject));
     }
 
     fn push(&mut self, mut subject: Subject) {
@@ -312,11 +320,17 @@ pub fn difference(before: Report, after: Report) -> Difference {
                 description: row.description.clone(),
                 before: status(old),
                 after: status(new),
+                verdict_after: new.map_or("unknown", |row| row.verdict),
             });
         }
     }
     changes.sort_by_cached_key(|change| (change.subject.clone(), numbers(&change.reference)));
     Difference { before: Report { subjects: Vec::new(), ..before }, after, changes }
+}
+
+/// Whoever left in order, or is long gone, is in no report.
+fn is_there(state: &State, agent: &Agent, at: Timestamp) -> bool {
+    !matches!(state.status(agent, at), Status::Stopped | Status::Gone)
 }
 
 fn name(workload: &SpiffeId, instance: &str) -> String {

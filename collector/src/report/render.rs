@@ -61,12 +61,21 @@ fn subject_as_text(subject: &Subject) -> String {
             vec![format!("  {}", row.reference), row.check.clone(), short(&row.status, 90), short(&evidence(row), 120)]
         })
         .collect();
-    text += &if rows.is_empty() {
-        "  nothing fails\n".to_owned()
-    } else {
-        table(&["  REFERENCE", "CHECK", "STATUS", "EVIDENCE"], rows)
+    text += &match unlisted(subject) {
+        Some(unlisted) => format!("  {unlisted}\n"),
+        None if rows.is_empty() => "  nothing fails\n".to_owned(),
+        None => table(&["  REFERENCE", "CHECK", "STATUS", "EVIDENCE"], rows),
     };
     text
+}
+
+/// Where a report is too large to list the checks of everybody: what there is of this one.
+fn unlisted(Subject { name, counts, rows, .. }: &Subject) -> Option<String> {
+    let told = counts.iter().filter(|(_, count)| **count > 0).map(|(word, count)| format!("{count} {word}"));
+    let told: Vec<String> = told.collect();
+    let is_left_out = rows.is_empty() && !told.is_empty();
+    let workload = name.split('#').next().unwrap_or(name);
+    is_left_out.then(|| format!("{}; too many to list here: ask for {} alone", told.join(", "), clean(workload)))
 }
 
 fn changes_as_text(difference: &Difference) -> String {
@@ -117,6 +126,11 @@ pub fn csv(report: &Report, since: Option<&Difference>) -> String {
         ["subject", "kind", "reference", "check", "description", "status", "verdict", "severity", "since", "evidence"];
     let mut text = csv_line(&heads.map(str::to_owned));
     for subject in &report.subjects {
+        if let Some(unlisted) = unlisted(subject) {
+            let mut cells = heads.map(|_| String::new());
+            (cells[0], cells[1], cells[9]) = (subject.name.clone(), subject.kind.to_owned(), unlisted);
+            text += &csv_line(&cells);
+        }
         for row in &subject.rows {
             let evidence = row.evidence.iter().map(line).collect::<Vec<_>>().join(" | ");
             text += &csv_line(&[
@@ -224,7 +238,7 @@ fn html_table<const N: usize>(heads: &[&str; N], rows: impl Iterator<Item = ([St
 fn changes_as_html(difference: &Difference) -> String {
     let heads = ["Reference", "Whose", "After", "Before", "Description"];
     let rows = difference.changes.iter().map(|c| {
-        let class = if c.after.starts_with("FAIL") { "fail" } else { "pass" };
+        let class = c.verdict_after;
         let cells = [&c.reference, &c.subject, &c.after, &c.before, &c.description].map(Clone::clone);
         (cells, class)
     });
@@ -234,8 +248,10 @@ fn changes_as_html(difference: &Difference) -> String {
 fn subject_as_html(subject: &Subject) -> String {
     let image = if subject.image.is_empty() { String::new() } else { format!(", made from {}", subject.image) };
     let score = subject.score.map_or_else(String::new, |score| format!(", {score:.1} % pass"));
+    let left_out =
+        unlisted(subject).map_or_else(String::new, |told| format!("<p class=\"unknown\">{}</p>\n", escaped(&told)));
     let mut text = format!(
-        "<section class=\"subject\">\n<h2>{}</h2>\n<p class=\"soft\">{}</p>\n<table>\n<thead><tr><th scope=\"col\">Reference</th>\
+        "<section class=\"subject\">\n<h2>{}</h2>\n<p class=\"soft\">{}</p>\n{left_out}<table>\n<thead><tr><th scope=\"col\">Reference</th>\
          <th scope=\"col\">Description</th><th scope=\"col\">Status</th><th scope=\"col\">Evidence and remedy</th></tr></thead>\n<tbody>\n",
         escaped(&subject.name),
         escaped(&format!("{}, {}{image}{score}", subject.kind, subject.status)),

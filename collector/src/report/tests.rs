@@ -176,6 +176,10 @@ fn a_difference_has_what_changed_what_came_and_what_went() {
         ]
     );
     assert!(text(&difference.after.clone(), Some(&difference)).contains("5 verdicts changed since"));
+    let page = html(&difference.after.clone(), Some(&difference));
+    for (told, class) in [("", "unknown"), ("UNKNOWN (it would take a node agent)", "unknown"), ("PASS", "pass")] {
+        assert!(page.contains(&format!("<td class=\"{class}\">{told}</td>")), "{told}: {page}");
+    }
     assert_eq!(csv(&difference.after.clone(), Some(&difference)).lines().count(), 6);
 }
 
@@ -192,6 +196,33 @@ fn nothing_from_a_workload_is_obeyed_by_a_browser_a_spreadsheet_or_a_terminal() 
     }
     assert!(csv(&report, None).contains(r#""'=cmd: </td>"#));
     assert!(text(&report, None).contains("Not known: shop/lost#1"));
+}
+
+#[test]
+fn a_container_whose_own_agent_was_stopped_is_told_of_by_its_node_agent() {
+    let mut state = state();
+    let subjects = |state: &State| {
+        let report = report(state, &evidence(), &scope("*"), &made(), &[]);
+        report.subjects.iter().map(|subject| subject.name.clone()).collect::<Vec<_>>()
+    };
+    let beside = state.agents.get_mut(&"spiffe://x/shop/web#1".parse().unwrap()).unwrap();
+    beside.session = Session::Ended { at: AT, reason: "bye".into(), clean: true };
+    assert_eq!(subjects(&state), ["hosts/a#h", "hosts/a#h/web", "hosts/a#h/db", "shop/web#2"]);
+}
+
+#[test]
+fn what_is_not_listed_in_a_large_report_is_told_of_and_never_as_if_nothing_failed() {
+    let mut state = State::default();
+    for n in 0..=MAX_DETAILED {
+        let findings = vec![standing("user", "4.1", Verdict::Fail), standing("host-network", "5.9", Verdict::Pass)];
+        state.agents.insert(format!("spiffe://x/shop/web#{n:05}").parse().unwrap(), agent(findings));
+    }
+    let report = report(&state, &evidence(), &scope("*"), &made(), &[]);
+    assert_eq!(report.table[0].count, MAX_DETAILED + 1, "the table has them all");
+    for told in [text(&report, None), csv(&report, None), html(&report, None)] {
+        assert!(!told.contains("nothing fails"));
+        assert_eq!(told.matches("1 fail, 1 pass; too many to list here: ask for shop/web alone").count(), 1);
+    }
 }
 
 #[test]
