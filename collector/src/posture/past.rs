@@ -5,7 +5,7 @@ use sidewarden_proto::evidence::{Pledge, Scan};
 use sidewarden_proto::time::Timestamp;
 
 use crate::index::{Past, Told};
-use crate::state::{Agent, Stamp, State};
+use crate::state::{Agent, Session, Stamp, State};
 
 /// What people answer for and what scanners found.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,8 +36,19 @@ pub fn fold(past: &Past, now: Known, at: Timestamp) -> State {
         let stamp = Stamp { position: *position, agent, epoch: *epoch, received: *received };
         state.apply_owned(stamp, event);
     }
+    still_live(&mut state);
     state.at = at;
     state
+}
+
+/// Who connected before the oldest event that is kept, and tells of things since: were the session over, something that is
+/// kept would say so.
+fn still_live(state: &mut State) {
+    let started = state.started;
+    let unheard = |agent: &&mut Agent| agent.session == Session::Never && agent.last_event > started;
+    for agent in state.agents.values_mut().filter(unheard) {
+        agent.session = Session::Live { since: agent.last_event, source: String::new(), transport: String::new() };
+    }
 }
 
 /// Goes back from what is so now, one change after the other: the newest comes first.
@@ -114,6 +125,24 @@ mod tests {
         assert_eq!(back(1), [b.clone(), a2.clone()]);
         assert_eq!(back(2), [a2]);
         assert_eq!(back(3), [a]);
+    }
+
+    #[test]
+    fn who_connected_before_all_that_is_kept_is_there_unless_the_collector_started_since() {
+        let agent = |last_event| Agent { last_event, ..Agent::default() };
+        let ended = Session::Ended { at: Timestamp(8), reason: "bye".into(), clean: true };
+        let rows = [
+            (agent(Timestamp(9)), true),
+            (agent(Timestamp(5)), false),
+            (Agent { session: ended, ..agent(Timestamp(9)) }, false),
+        ];
+        for (agent, is_live) in rows {
+            let id = "spiffe://x/hosts/a#h".parse().unwrap();
+            let mut state = State { agents: [(id, agent.clone())].into(), started: Timestamp(6), ..State::default() };
+            still_live(&mut state);
+            let is_so = state.agents.values().all(|agent| matches!(agent.session, Session::Live { .. }));
+            assert_eq!(is_so, is_live, "{agent:?}");
+        }
     }
 
     #[test]
