@@ -379,7 +379,7 @@ fn answers(body: Body) -> Option<Answers> {
 /// Has people and scanners answer in the verdicts that an event tells of.
 fn answer(Judging { state, evidence, now }: Judging<'_>, id: &AgentId, body: &mut Body) {
     let apply = |names: &Names<'_>, finding: &mut Finding| {
-        pledges::attest(&state.attestations, names, finding, now);
+        pledges::attest(&state.attestations, &evidence.attestors, names, finding, now);
         pledges::waive(&state.waivers, names, finding, now);
     };
     let neighbours = std::cell::OnceCell::new();

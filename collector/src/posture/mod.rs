@@ -145,7 +145,7 @@ pub fn merged(state: &State, neighbours: &Neighbours<'_>, id: &AgentId, now: Tim
         }
     }
     let mut merged: Vec<Merged> = answers.into_values().filter_map(|all| merge(&all)).collect();
-    answered_for(state, &Names::of_instance(id), &mut merged, now);
+    answered_for(state, neighbours, &Names::of_instance(id), &mut merged, now);
     merged
 }
 
@@ -164,13 +164,14 @@ pub fn of_container(
         Merged { finding: finding.into_owned(), since_us: standing.since, sources: Vec::new(), disagree: false }
     };
     let mut all: Vec<Merged> = hosted.findings.values().map(alone).collect();
-    answered_for(state, &Names::of_container(neighbours, id, node, &hosted.container), &mut all, now);
+    answered_for(state, neighbours, &Names::of_container(neighbours, id, node, &hosted.container), &mut all, now);
     all
 }
 
-fn answered_for(state: &State, names: &Names<'_>, all: &mut [Merged], now: Timestamp) {
+fn answered_for(state: &State, neighbours: &Neighbours<'_>, names: &Names<'_>, all: &mut [Merged], now: Timestamp) {
+    let attestors = &neighbours.evidence.attestors;
     for merged in all {
-        pledges::attest(&state.attestations, names, &mut merged.finding, now);
+        pledges::attest(&state.attestations, attestors, names, &mut merged.finding, now);
         pledges::waive(&state.waivers, names, &mut merged.finding, now);
     }
 }

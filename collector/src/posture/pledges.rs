@@ -12,7 +12,7 @@ use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
 use super::Neighbours;
-use crate::evidence::attest::REFERENCES;
+use crate::evidence::attest::{Attestor, REFERENCES};
 use crate::state::{Agent, Standing, State};
 
 /// By which names a finding is spoken of: paths of workloads, and the name of a container where a node agent tells of it.
@@ -47,8 +47,16 @@ pub fn about<'a>(pledges: &'a [Pledge], names: &Names<'_>, check: &str) -> Optio
     pledges.iter().filter(|pledge| names.are_meant_by(pledge, check)).max_by_key(|pledge| pledge.until_us)
 }
 
-/// Makes a failure that somebody answers for a waived one.
+/// Makes a failure that somebody answers for a waived one. What an agent waived by its own configuration and cannot take
+/// back, because it is away, ends here.
 pub fn waive(waivers: &[Pledge], names: &Names<'_>, finding: &mut Finding, now: Timestamp) {
+    if let Verdict::Waived { by, until, .. } = &finding.verdict
+        && *until <= now
+    {
+        let line = format!("no longer waived: the waiver by {by} ended {until}");
+        finding.evidence.insert(0, Evidence::new("waiver", line));
+        finding.verdict = Verdict::Fail;
+    }
     if finding.verdict != Verdict::Fail {
         return;
     }
@@ -64,20 +72,30 @@ pub fn waive(waivers: &[Pledge], names: &Names<'_>, finding: &mut Finding, now: 
     }
 }
 
-/// Has what is attested pass where only people can see it, until the end that was signed.
-pub fn attest(attestations: &[Pledge], names: &Names<'_>, finding: &mut Finding, now: Timestamp) {
+/// Has what is attested pass where only people can see it, until the end that was signed, and while the key that signed it
+/// is one of the `attestors`.
+pub fn attest(
+    attestations: &[Pledge],
+    attestors: &[Attestor],
+    names: &Names<'_>,
+    finding: &mut Finding,
+    now: Timestamp,
+) {
     let is_unknown = matches!(finding.verdict, Verdict::Unknown { .. });
     if !is_unknown || !REFERENCES.contains(&finding.ids.v1_3_1.as_str()) {
         return;
     }
     let Some(Pledge { by, why, key, until_us: until, .. }) = about(attestations, names, &finding.check) else { return };
-    let holds = now < *until;
-    let line = match holds {
+    let is_trusted = attestors.iter().any(|attestor| attestor.name == *key);
+    let line = match now < *until {
+        _ if !is_trusted => {
+            format!("no longer attested: the key {key}, by which {by} signed, is in no [[evidence.attestor]]")
+        }
         true => format!("attested by {by}, signed by the key {key}, until {until}: {why}"),
         false => format!("no longer attested: that of {by} ended {until} ({why})"),
     };
     finding.evidence.insert(0, Evidence::new("attestation", line));
-    if holds {
+    if is_trusted && now < *until {
         finding.verdict = Verdict::Pass;
     }
 }
@@ -117,7 +135,7 @@ mod tests {
             at_us: Timestamp(0),
             until_us: Timestamp(until),
             source: String::new(),
-            key: String::new(),
+            key: "security".into(),
         }
     }
 
@@ -152,6 +170,19 @@ mod tests {
     }
 
     #[test]
+    fn what_an_agent_waived_itself_is_a_failure_after_its_end_though_the_agent_is_away() {
+        let id = id("spiffe://x/shop/web#1");
+        let own = || Verdict::Waived { by: "the agent".into(), why: "x".into(), until: Timestamp(9) };
+        for (now, waivers, word) in
+            [(8, vec![], "waived"), (9, vec![], "fail"), (9, vec![pledge("shop/web", None, 20)], "waived")]
+        {
+            let mut waived = finding(own());
+            waive(&waivers, &Names::of_instance(&id), &mut waived, Timestamp(now));
+            assert_eq!(waived.verdict.word(), word, "at {now} with {}", waivers.len());
+        }
+    }
+
+    #[test]
     fn nothing_but_a_failure_is_waived_and_nothing_ever_passes_by_it() {
         let id = id("spiffe://x/shop/web#1");
         for verdict in
@@ -168,16 +199,19 @@ mod tests {
         let id = id("spiffe://x/shop/web#1");
         let unknown = || Verdict::Unknown { grant: "x".into() };
         let rows = [
-            ("4.11", unknown(), 8, "pass"),
-            ("4.11", unknown(), 9, "unknown"),
-            ("4.11", Verdict::Fail, 8, "fail"),
-            ("5.31", unknown(), 8, "unknown"),
+            ("4.11", unknown(), 8, "security", "pass"),
+            ("4.11", unknown(), 9, "security", "unknown"),
+            ("4.11", unknown(), 8, "another", "unknown"),
+            ("4.11", Verdict::Fail, 8, "security", "fail"),
+            ("5.31", unknown(), 8, "security", "unknown"),
         ];
-        for (reference, verdict, now, expected) in rows {
+        for (reference, verdict, now, trusted, expected) in rows {
+            let attestors = [Attestor { name: trusted.into(), key_file: "key.pem".into() }];
             let mut attested = finding(verdict);
             attested.ids.v1_3_1 = reference.into();
-            attest(&[pledge("shop/*", None, 9)], &Names::of_instance(&id), &mut attested, Timestamp(now));
-            assert_eq!(attested.verdict.word(), expected, "{reference} at {now}");
+            let names = Names::of_instance(&id);
+            attest(&[pledge("shop/*", None, 9)], &attestors, &names, &mut attested, Timestamp(now));
+            assert_eq!(attested.verdict.word(), expected, "{reference} at {now} where {trusted} is trusted");
         }
     }
 
