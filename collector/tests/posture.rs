@@ -332,3 +332,27 @@ async fn the_posture_of_a_past_moment_takes_so_long() {
     }
     scene.app.stop().await;
 }
+
+/// A store that refuses from now on, as a full disk does.
+fn store(scene: &scene::Scene, sql: &str) {
+    let log = rusqlite::Connection::open(scene.dir.path().join("data/log.db")).unwrap();
+    log.busy_timeout(Duration::from_secs(60)).unwrap();
+    log.execute_batch(sql).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_told_that_a_waiver_changed_while_the_store_refuses_it() {
+    let scene = start("").await;
+    web(&scene.app).await;
+    assert_eq!(tell(&scene.app, "/api/v1/waivers/set", waiver(soon(86_400))).await.0, 200);
+    store(&scene, "CREATE TRIGGER full BEFORE INSERT ON link BEGIN SELECT RAISE(FAIL, 'the disk is full'); END");
+    let mut remove = waiver(Timestamp(0));
+    remove.as_object_mut().unwrap().remove("until_us");
+    let (status, answer) = tell(&scene.app, "/api/v1/waivers/remove", remove).await;
+    assert_eq!(status, 503, "{answer}");
+    assert!(answer.to_string().contains("has not taken it yet"), "{answer}");
+    assert_eq!(verdict(&scene.app).await["verdict"], "waived");
+    store(&scene, "DROP TRIGGER full");
+    until("the waiver is gone", async || (verdict(&scene.app).await["verdict"] == "fail").then_some(())).await;
+    scene.app.stop().await;
+}

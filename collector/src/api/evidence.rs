@@ -1,6 +1,7 @@
 //! Evidence over the API: scans of images, and what people attest and sign.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -15,7 +16,7 @@ use super::error::ApiError;
 use super::revocations::{body, name, tell};
 use super::routes::Operation;
 use super::serve::Source;
-use super::waivers::{RemoveRequest, end, subject};
+use super::waivers::{RemoveRequest, end, in_force, not_yet, subject};
 use super::{Api, Pairs, asked};
 use crate::evidence::attest::{self, AttestError, Key, Statement};
 use crate::evidence::taken::{self, Taken};
@@ -25,10 +26,12 @@ use crate::state::MAX_WAIVERS;
 
 /// Reports that are read at a time: each may take its whole size of memory.
 static READING: Semaphore = Semaphore::const_new(1);
+/// The largest report over a line of 5 Mbit/s.
+const ARRIVES_WITHIN: Duration = Duration::from_secs(120);
 /// Largest envelope.
 const MAX_ENVELOPE: usize = 64 << 10;
 /// How old the newer of two attestations may make the older one.
-const SIGNED_AHEAD: std::time::Duration = std::time::Duration::from_secs(300);
+const SIGNED_AHEAD: Duration = Duration::from_secs(300);
 
 /// All of it.
 pub async fn list(State(api): State<Arc<Api>>) -> Json<Value> {
@@ -36,16 +39,18 @@ pub async fn list(State(api): State<Arc<Api>>) -> Json<Value> {
     let state = api.core.commits.state();
     let shown = state.attestations.iter().map(|attestation| {
         let mut shown = json!(attestation);
-        shown["in_force"] = json!(attestation.holds(now));
+        let is_trusted = api.core.config.evidence.attestors.iter().any(|attestor| attestor.name == attestation.key);
+        shown["in_force"] = json!(is_trusted && attestation.holds(now));
         shown
     });
     Json(json!({"scans": state.scans, "attestations": shown.collect::<Vec<_>>()}))
 }
 
-/// The whole of what is sent, up to `most` bytes.
+/// The whole of what is sent, up to `most` bytes. Whoever is gone in the middle of it must not be waited for: others wait.
 async fn whole(sent: Body, most: usize) -> Result<axum::body::Bytes, ApiError> {
+    let slow = |_| ApiError::bad_request(format!("it was not sent within {ARRIVES_WITHIN:?}"), "send it again");
     let large = |_| ApiError::large(format!("it has more than {most} bytes, or broke off"), "see /api/v1/openapi.json");
-    axum::body::to_bytes(sent, most).await.map_err(large)
+    tokio::time::timeout(ARRIVES_WITHIN, axum::body::to_bytes(sent, most)).await.map_err(slow)?.map_err(large)
 }
 
 /// Takes a scan in.
@@ -73,6 +78,7 @@ pub async fn add_scan(
         Taken::Older(newest) => {
             Err(ApiError::conflict(format!("there is a scan of this image of {newest}"), "the newest one counts"))
         }
+        Taken::Waiting => Err(not_yet()),
         Taken::Future => Err(ApiError::bad_request("it was made in the future", "set the scanner's clock right")),
     }
 }
@@ -120,7 +126,7 @@ pub async fn add_attestation(
         attestation.key
     );
     tell(core, Severity::Notice, summary, AttestationSet { attestation: attestation.clone(), before }.into()).await?;
-    core.commits.flush().await.map_err(|error| ApiError::internal("taking the attestation", &error))?;
+    in_force(core.commits.state().attestations.contains(&attestation))?;
     Ok(Json(json!({"attestation": attestation})))
 }
 
@@ -140,6 +146,48 @@ pub async fn remove_attestation(
     let summary = format!("{} of {} is attested no longer, by {by}: {why}", attestation.check, attestation.about());
     let told = AttestationRemoved { attestation: attestation.clone(), why, by, source: source.to_string() };
     tell(core, Severity::Warning, summary, told.into()).await?;
-    core.commits.flush().await.map_err(|error| ApiError::internal("taking the attestation back", &error))?;
+    in_force(!core.commits.state().attestations.contains(&attestation))?;
     Ok(Json(json!({"attestation": attestation})))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use axum::body::{Bytes, HttpBody};
+    use axum::response::IntoResponse;
+
+    use super::*;
+
+    /// Sent by somebody who is gone.
+    struct Stalled;
+
+    impl HttpBody for Stalled {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_stops_in_the_middle_is_waited_for_two_minutes_and_no_longer() {
+        let begun = tokio::time::Instant::now();
+        let refused = whole(Body::new(Stalled), MAX_REPORT).await.unwrap_err();
+        assert_eq!(
+            (refused.into_response().status(), begun.elapsed()),
+            (axum::http::StatusCode::BAD_REQUEST, ARRIVES_WITHIN)
+        );
+        assert_eq!(&whole(Body::from("{}"), 2).await.unwrap()[..], b"{}");
+        assert_eq!(
+            whole(Body::from("{ }"), 2).await.unwrap_err().into_response().status(),
+            axum::http::StatusCode::PAYLOAD_TOO_LARGE
+        );
+    }
 }

@@ -81,6 +81,16 @@ pub(super) fn end(until: Timestamp, now: Timestamp) -> Result<(), ApiError> {
     }
 }
 
+/// What was told counts once it is on disk: of a store that refuses it, nobody must be told that all is well.
+pub(super) fn in_force(is_so: bool) -> Result<(), ApiError> {
+    is_so.then_some(()).ok_or_else(not_yet)
+}
+
+/// A store that stands still or is full.
+pub(super) fn not_yet() -> ApiError {
+    ApiError::busy("the store has not taken it yet, and nothing has changed; it may still do so: look again")
+}
+
 /// All of them, with how many failures each covers now.
 pub async fn list(State(api): State<Arc<Api>>) -> Json<Value> {
     let now = (api.core.clock)();
@@ -122,7 +132,7 @@ pub async fn set(
     let Pledge { by, why, .. } = &waiver;
     let summary = format!("{} of {} is waived by {by} until {until_us}: {why}", waiver.check, waiver.about());
     tell(core, Severity::Warning, summary, WaiverSet { waiver: waiver.clone(), before }.into()).await?;
-    core.commits.flush().await.map_err(|error| ApiError::internal("setting the waiver", &error))?;
+    in_force(core.commits.state().waivers.contains(&waiver))?;
     let note = "no agent has told of such a check yet: is it spelt right?";
     let notes: Vec<&str> = if is_known { Vec::new() } else { vec![note] };
     Ok(Json(json!({"waiver": waiver, "notes": notes})))
@@ -143,6 +153,6 @@ pub async fn remove(
     let summary = format!("the waiver of {} of {} was removed by {by}: {why}", waiver.check, waiver.about());
     let told = WaiverRemoved { waiver: waiver.clone(), why, by, source: source.to_string() };
     tell(core, Severity::Warning, summary, told.into()).await?;
-    core.commits.flush().await.map_err(|error| ApiError::internal("removing the waiver", &error))?;
+    in_force(!core.commits.state().waivers.contains(&waiver))?;
     Ok(Json(json!({"waiver": waiver})))
 }

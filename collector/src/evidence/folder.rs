@@ -49,7 +49,9 @@ pub async fn keep(core: Core, mut folder: Folder) {
             Ok(read) => {
                 is_lost = false;
                 for (path, read) in read {
-                    take(&core, &path, read).await;
+                    if !take(&core, &path, read).await {
+                        folder.forget(&path);
+                    }
                 }
             }
             Err(error) => {
@@ -61,18 +63,27 @@ pub async fn keep(core: Core, mut folder: Folder) {
     }
 }
 
-async fn take(core: &Core, path: &Path, read: Result<Scan, String>) {
+/// Takes in what was read; not if it has to be tried again.
+async fn take(core: &Core, path: &Path, read: Result<Scan, String>) -> bool {
     let shown = crate::table::clean(&path.display().to_string());
     let scan = match read {
         Ok(scan) => Scan { by: "the folder of scans".into(), source: shown.chars().take(300).collect(), ..scan },
-        Err(error) => return tracing::warn!(file = shown, error, "a file in the folder of scans is no report"),
+        Err(error) => {
+            tracing::warn!(file = shown, error, "a file in the folder of scans is no report");
+            return true;
+        }
     };
     match taken::take(core, scan).await {
         Ok(Taken::New) => tracing::info!(file = shown, "a scan was taken in"),
         Ok(Taken::Same) | Err(_) => {}
         Ok(Taken::Older(newest)) => tracing::debug!(file = shown, %newest, "there is a newer scan of this image"),
         Ok(Taken::Future) => tracing::warn!(file = shown, "the scan says that it was made in the future"),
+        Ok(Taken::Waiting) => {
+            tracing::warn!(file = shown, "the store has not taken the scan yet: it is read again");
+            return false;
+        }
     }
+    true
 }
 
 /// A file that was read: what is in it, or why that is of no use.
@@ -82,6 +93,11 @@ impl Folder {
     /// The folder at `path`; it may not be there yet.
     pub fn new(path: &Path) -> Folder {
         Folder { path: path.to_owned(), seen: BTreeMap::new(), waiting: BTreeMap::new() }
+    }
+
+    /// Has a file read again.
+    pub fn forget(&mut self, path: &Path) {
+        self.seen.remove(path);
     }
 
     /// Files that are new or have changed, and have stood still since the last look; at most `most` of them.

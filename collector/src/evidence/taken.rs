@@ -18,10 +18,15 @@ pub enum Taken {
     Older(Timestamp),
     /// It says that it was made in the future.
     Future,
+    /// The store has not taken it yet, and may never do so.
+    Waiting,
 }
 
 /// A scanner's clock may be ahead by this much.
 const AHEAD: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// A store that has not taken it by then stands still.
+const WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// What to do with a scan, and the one that it takes the place of. Pure.
 fn decide(state: &State, scan: &Scan, now: Timestamp) -> (Taken, Option<Scan>) {
@@ -44,9 +49,13 @@ pub async fn take(core: &Core, scan: Scan) -> Result<Taken, crate::commit::Close
         let count = |word: &str| scan.found.get(word).map_or(0, |found| found.all);
         let summary =
             format!("a scan of {} found {} critical and {} high", scan.name, count("critical"), count("high"));
-        let event = Event::new(now, Severity::Notice, summary, &Body::from(ScanAdded { scan, before }));
-        core.commits.own(event).await?;
-        core.commits.flush().await?;
+        let told = ScanAdded { scan: scan.clone(), before };
+        core.commits.own(Event::new(now, Severity::Notice, summary, &Body::from(told))).await?;
+        if let Ok(closed) = tokio::time::timeout(WITHIN, core.commits.flush()).await {
+            closed?;
+        }
+        let is_there = core.commits.state().scans.contains(&scan);
+        return Ok(if is_there { Taken::New } else { Taken::Waiting });
     }
     Ok(taken)
 }
