@@ -21,22 +21,22 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The kinds of event that gates read.
 const KINDS: [&str; 4] = ["posture.baseline", "verdict.changed", "process.entered", "process.shell"];
 
-/// The policy of the directive, read once for each version.
+/// The policy of the directive, read once for each version. Until one could be read there is none, which is not an empty one.
 #[derive(Default)]
 struct Reading {
-    of: Option<Applied>,
-    policy: Arc<Policy>,
+    of: Option<Option<Applied>>,
+    policy: Option<Arc<Policy>>,
 }
 
 impl Reading {
-    fn of(&mut self, applied: Option<&Applied>) -> Arc<Policy> {
-        if self.of.as_ref() != applied {
+    fn of(&mut self, applied: Option<&Applied>) -> Option<Arc<Policy>> {
+        if self.of.as_ref().map(Option::as_ref) != Some(applied) {
             match Policy::parse(applied.map_or("", |applied| &applied.text)) {
-                Ok(policy) => self.policy = Arc::new(policy),
+                Ok(policy) => self.policy = Some(Arc::new(policy)),
                 // What was in force stays so: nobody comes free by a text that this version cannot read.
                 Err(error) => tracing::error!(%error, "the policy in force cannot be read by this collector"),
             }
-            self.of = applied.cloned();
+            self.of = Some(applied.cloned());
         }
         self.policy.clone()
     }
@@ -76,7 +76,8 @@ async fn next(commits: &mut broadcast::Receiver<Arc<Committed>>) -> bool {
 
 async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     let (in_force, now) = (core.directives.now(), (core.clock)());
-    let policy = reading.of(in_force.directive.policy.as_ref());
+    // Of gates that nobody can read, nobody can say who passes them: whoever is quarantined stays so.
+    let Some(policy) = reading.of(in_force.directive.policy.as_ref()) else { return Ok(()) };
     let decided = decide(&policy, &in_force.directive, &core.commits.state(), now);
     let is_over = in_force.directive.released.iter().any(|release| release.until_us <= now);
     if (decided.quarantined != in_force.directive.quarantined || is_over) && !put_in_force(core, &decided, now).await {
@@ -117,4 +118,23 @@ fn event(change: QuarantineChanged, now: Timestamp) -> Event {
         GateStatus::Clear => (Severity::Notice, format!("{who} passes the gate {gate} again: {why}")),
     };
     Event::new(now, severity, summary, &Body::from(change))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_that_cannot_be_read_is_not_an_empty_one_and_takes_no_other_away() {
+        let applied = |version, text: &str| Applied { version, text: text.to_owned(), needs: 0 };
+        let (good, newer) = (applied(1, "[[gate]]\nname = 'g'\nchecks = ['privileged']\n"), applied(2, "[[moon]]\n"));
+        let gates = |read: Option<Arc<Policy>>| read.map(|policy| policy.gates.len());
+        let mut reading = Reading::default();
+        assert_eq!(gates(reading.of(Some(&newer))), None, "after a restart");
+        assert_eq!(gates(reading.of(Some(&newer))), None, "and at each look after it");
+        assert_eq!(gates(reading.of(Some(&good))), Some(1));
+        assert_eq!(gates(reading.of(Some(&newer))), Some(1), "what was in force stays so");
+        assert_eq!(gates(reading.of(None)), Some(0));
+        assert_eq!(gates(Reading::default().of(None)), Some(0));
+    }
 }
