@@ -66,8 +66,28 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timest
             change(&mut decided.changes, id, agent, &name, GateStatus::Clear, "the policy has no such gate".into());
         }
     }
+    decided.quarantined.extend(unseen(policy, directive, state, now));
     decided.quarantined.truncate(MAX_QUARANTINED);
     decided
+}
+
+/// Who is quarantined and not in the state: its events are lost, or it has been away for long. Of whom nothing is known,
+/// nothing is known that opens the gate; it ends with the last certificate, when [`refresh`] finds no keys any more.
+fn unseen<'a>(
+    policy: &'a Policy,
+    directive: &'a Directive,
+    state: &'a State,
+    now: Timestamp,
+) -> impl Iterator<Item = Quarantine> + 'a {
+    let stays = move |quarantine: &&Quarantine| {
+        let id = agent_of(quarantine);
+        let mut gates = policy.gates_of(&id.workload);
+        !quarantine.keys.is_empty()
+            && !state.agents.contains_key(&id)
+            && !directive.releases(&id, now)
+            && gates.any(|gate| gate.name == quarantine.gate && gate.enforce)
+    };
+    directive.quarantined.iter().filter(stays).cloned()
 }
 
 fn rooms<'a>(directive: &Directive, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
@@ -108,7 +128,13 @@ fn stand(
     if directive.releases(id, now) {
         return (GateStatus::Clear, "an operator lets it in".into());
     }
-    let stand = gate.judge(known, now);
+    let stand = match (gate.judge(known, now), before) {
+        // Where the event is forgotten (events are in no backup), it was quarantined after it all the same.
+        (Stand::Kept { since }, Some(before)) if !gate.events.is_empty() => {
+            Stand::Kept { since: since.max(before.at_us) }
+        }
+        (stand, _) => stand,
+    };
     match (stand, before) {
         (Stand::Broken { why }, _) if !gate.enforce => (GateStatus::DryRun, why),
         (_, Some(_)) if !gate.enforce => (GateStatus::Clear, "the gate only tells now".into()),
@@ -347,6 +373,43 @@ mod tests {
             assert_eq!(decided.changes.first().map(|change| change.status), status);
             assert_eq!(decided.quarantined.is_empty(), status.is_some());
         }
+    }
+
+    #[test]
+    fn who_is_quarantined_and_not_in_the_state_stays_so_until_its_certificates_end_or_somebody_says_otherwise() {
+        let enforced = policy("enforce = true\nleave = 0");
+        let decided = decide(&enforced, &directive(), &state(&[("shop/web#1", Verdict::Fail, 1)]), NOW);
+        let mut written = directive().with_quarantined(decided.quarantined);
+        written.quarantined[0].keys = vec![Sha256([1; 32])];
+        let ended = Quarantine { keys: Vec::new(), ..written.quarantined[0].clone() };
+        let (workload, instance) = (ended.workload.clone(), ended.instance.clone());
+        let release = Release { workload, instance, why: "x".into(), until_us: NOW.plus(Duration::from_secs(60)) };
+        for (policy, directive, stays) in [
+            (&enforced, written.clone(), true),
+            (&enforced, written.clone().with_quarantined(vec![ended]), false),
+            (&enforced, Directive { released: vec![release], ..written.clone() }, false),
+            (&policy(""), written.clone(), false),
+            (&Policy::default(), written.clone(), false),
+        ] {
+            let decided = decide(policy, &directive, &State::default(), NOW);
+            assert_eq!((decided.quarantined == directive.quarantined, decided.changes.len()), (stays, 0));
+        }
+        // It comes back, and what is known of it counts again.
+        let passes = state(&[("shop/web#1", Verdict::Pass, NOW.as_secs() - 60)]);
+        assert!(decide(&enforced, &written, &passes, NOW).quarantined.is_empty());
+        assert_eq!(decide(&enforced, &written, &state(&[("shop/web#1", unknown(), 1)]), NOW).quarantined.len(), 1);
+    }
+
+    #[test]
+    fn where_the_event_is_forgotten_the_hold_counts_from_the_quarantine() {
+        let text = "[[gate]]\nname = 'g'\nevents = ['exec']\nhold = '60s'\nenforce = true\nleave = 0\n";
+        let policy = Policy::parse(text).unwrap();
+        let AgentId { workload, instance } = id("shop/web#1");
+        let (gate, why, keys) = ("g".to_owned(), "exec".to_owned(), vec![Sha256([1; 32])]);
+        let held = directive().with_quarantined(vec![Quarantine { workload, instance, gate, why, at_us: NOW, keys }]);
+        let back = state(&[("shop/web#1", Verdict::Pass, 1)]);
+        let left_at = |secs| decide(&policy, &held, &back, NOW.plus(Duration::from_secs(secs))).quarantined.len();
+        assert_eq!((left_at(59), left_at(60)), (1, 0));
     }
 
     #[test]
