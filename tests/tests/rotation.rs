@@ -253,7 +253,7 @@ async fn agents_go_on_with_a_fresh_collector_that_was_made_of_a_backup() {
     world.stop_collector().await;
     std::fs::remove_dir_all(&data_dir).unwrap();
     std::fs::create_dir(&data_dir).unwrap();
-    backup::restore(&data_dir, &sealed, &passphrase).unwrap();
+    backup::restore(&data_dir, &sealed, &passphrase, Timestamp::now()).unwrap();
     world.start_collector_again().await;
     assert_eq!(pin(&world), old_pin);
     for name in ["web-1", "orders-1"] {

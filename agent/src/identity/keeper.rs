@@ -744,7 +744,15 @@ impl Keeper {
         let home = self.held.as_ref().map(|held| self.parts.terms.home_of(&held.workload));
         // A foreign domain that we trust has collectors, too: they vouch for their own.
         let ours = home.as_ref() == Some(&directive.trust_domain);
-        if directive.version <= have || !ours {
+        if ours && directive.version < have {
+            let version = directive.version;
+            return tracing::warn!(
+                version,
+                have,
+                "a directive that is older than ours was not taken: its collector was set back, or is another one"
+            );
+        }
+        if directive.version == have || !ours {
             return tracing::debug!(version = directive.version, have, "a directive that is not newer");
         }
         let (version, denied) = (directive.version, directive.deny.len());

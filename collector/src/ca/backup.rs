@@ -24,7 +24,7 @@ const PURPOSE: &str = "backup";
 const MAX_BACKUP: u64 = 1 << 30;
 /// Deepest path in a backup.
 const MAX_DEPTH: usize = 6;
-/// Agents take no directive that is older than theirs: what was told after the backup must not outrank what comes next.
+/// The least that a directive's version grows by when it is restored.
 const VERSIONS_AHEAD: u64 = 1_000;
 
 #[derive(Serialize, Deserialize)]
@@ -134,7 +134,12 @@ fn copy_of_db(path: &Path) -> Result<Vec<u8>, BackupError> {
 }
 
 /// Puts a backup into `data_dir`, where there is none of it yet. The caller holds the directory's lock.
-pub fn restore(data_dir: &Path, sealed: &[u8], passphrase: &Secret) -> Result<Restored, BackupError> {
+pub fn restore(
+    data_dir: &Path,
+    sealed: &[u8],
+    passphrase: &Secret,
+    now: Timestamp,
+) -> Result<Restored, BackupError> {
     if sealed.len() as u64 > MAX_BACKUP {
         return Err(BackupError::Large);
     }
@@ -153,7 +158,8 @@ pub fn restore(data_dir: &Path, sealed: &[u8], passphrase: &Secret) -> Result<Re
     for (path, file) in paths.iter().zip(&backup.files) {
         let to = part.join(path);
         files::make_dir(to.parent().unwrap_or(&part))?;
-        let bytes = if path == Path::new("directive.json") { raised(&file.bytes.0) } else { file.bytes.0.clone() };
+        let is_directive = path == Path::new("directive.json");
+        let bytes = if is_directive { raised(&file.bytes.0, now) } else { file.bytes.0.clone() };
         files::write(&to, &bytes, file.mode & 0o755)?;
     }
     for top in &tops {
@@ -175,10 +181,15 @@ fn safe(path: &str) -> Result<PathBuf, BackupError> {
     Ok(wanted)
 }
 
-/// The directive with a version that agents have not seen. One that cannot be read stays as it is: the start says so.
-fn raised(bytes: &[u8]) -> Vec<u8> {
+/// The directive with a version that agents have not seen: they take none that is older than theirs, and what was told after
+/// the backup must not outrank what comes next. However old it is, and whatever was restored in between: versions grow by
+/// less than one in a millisecond, so the time of the restore in milliseconds is ahead of them all.
+///
+/// One that cannot be read stays as it is: the start says so.
+fn raised(bytes: &[u8], now: Timestamp) -> Vec<u8> {
     let Ok(mut directive) = serde_json::from_slice::<Directive>(bytes) else { return bytes.to_vec() };
-    directive.version = directive.version.saturating_add(VERSIONS_AHEAD);
+    let millis = u64::try_from(now.0 / 1_000).unwrap_or(0);
+    directive.version = directive.version.saturating_add(VERSIONS_AHEAD).max(millis);
     serde_json::to_vec_pretty(&directive).unwrap_or_else(|_| bytes.to_vec())
 }
 
@@ -214,7 +225,7 @@ mod tests {
     #[test]
     fn what_is_restored_is_what_was_there_but_the_events() {
         let (from, to) = (filled(), tempfile::tempdir().unwrap());
-        let restored = restore(to.path(), &backup(from.path()), &passphrase()).unwrap();
+        let restored = restore(to.path(), &backup(from.path()), &passphrase(), Timestamp(5)).unwrap();
         assert_eq!(restored, Restored { made: Timestamp(5), files: 4 });
         assert_eq!(fs::read(to.path().join("ca/root/key.pem")).unwrap(), b"the key");
         let mode = |path: &str| fs::metadata(to.path().join(path)).unwrap().permissions().mode() & 0o777;
@@ -227,14 +238,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_restored_outranks_all_that_was_told_before_however_old_the_backup_is() {
+        let directive = |version: u64| format!(r#"{{"version":{version},"trust_domain":"td","issued_us":1,"bundle":[]}}"#);
+        let restored = |version, at: i64| {
+            let bytes = raised(directive(version).as_bytes(), Timestamp::from_secs(at));
+            serde_json::from_slice::<Directive>(&bytes).unwrap().version
+        };
+        let day = 86_400;
+        // A new change each second for ninety days after the backup.
+        assert!(restored(7, 100 * day) > 7 + 90 * 86_400);
+        // An older backup was restored in the meantime, and changes went on.
+        let meanwhile = restored(2, 99 * day) + 86_400;
+        assert!(restored(7, 100 * day) > meanwhile);
+        assert_eq!(restored(7, 0), 7 + VERSIONS_AHEAD, "also where the clock is of no use");
+        assert_eq!(restored(u64::MAX, day), u64::MAX);
+        assert_eq!(raised(b"{", Timestamp(0)), b"{");
+    }
+
+    #[test]
     fn nothing_is_overwritten_and_a_wrong_passphrase_restores_nothing() {
         let (from, to) = (filled(), tempfile::tempdir().unwrap());
         let sealed = backup(from.path());
-        assert!(restore(to.path(), &sealed, &Secret::new("not the passphrase")).is_err());
-        assert!(restore(to.path(), &sealed[..sealed.len() / 2], &passphrase()).is_err());
+        assert!(restore(to.path(), &sealed, &Secret::new("not the passphrase"), Timestamp(5)).is_err());
+        assert!(restore(to.path(), &sealed[..sealed.len() / 2], &passphrase(), Timestamp(5)).is_err());
         assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
-        restore(to.path(), &sealed, &passphrase()).unwrap();
-        let error = restore(to.path(), &sealed, &passphrase()).unwrap_err().to_string();
+        restore(to.path(), &sealed, &passphrase(), Timestamp(5)).unwrap();
+        let error = restore(to.path(), &sealed, &passphrase(), Timestamp(5)).unwrap_err().to_string();
         assert!(error.contains("nothing is overwritten"), "{error}");
     }
 
@@ -245,7 +274,7 @@ mod tests {
             let files = vec![Kept { path: path.into(), mode: 0o600, bytes: Der(vec![1]) }];
             let text = serde_json::to_vec(&Backup { backup: 1, made_us: Timestamp(0), files }).unwrap();
             let sealed = seal::seal(&text, PURPOSE, &passphrase(), CHEAP, crate::random).unwrap();
-            assert!(restore(tempfile::tempdir().unwrap().path(), &sealed, &passphrase()).is_err(), "{path}");
+            assert!(restore(tempfile::tempdir().unwrap().path(), &sealed, &passphrase(), Timestamp(5)).is_err(), "{path}");
         }
         assert!(safe("ca/g2/root/key.sealed").is_ok());
     }

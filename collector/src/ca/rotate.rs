@@ -221,6 +221,10 @@ pub fn missing(
     let lacks = |holder: &Holder| match step.wants() {
         Wants::Nothing => None,
         _ if holder.confirmed < newest => Some(format!("runs directive {}, the newest is {newest}", holder.confirmed)),
+        _ if holder.confirmed > newest => Some(format!(
+            "runs directive {}, which is ahead of our newest, {newest}: it takes none of ours",
+            holder.confirmed
+        )),
         Wants::Renewed if holder.root != active => {
             Some(format!("its certificate is of the old root, until {}", holder.not_after))
         }
@@ -326,6 +330,7 @@ mod tests {
         let holders = [
             holder("done", active, 7, 5),
             holder("lags", active, 6, 5),
+            holder("leads", active, 8, 5),
             holder("old", old, 7, 5),
             holder("never", old, 0, 5),
             holder("away", old, 3, -1),
@@ -339,7 +344,10 @@ mod tests {
             names.iter().map(|(n, a)| (format!("spiffe://x/shop/{n}#1"), *a)).collect::<Vec<_>>()
         };
         assert_eq!(named(Step::Prepare), rows(&[]));
-        assert_eq!(named(Step::Activate), rows(&[("lags", false), ("never", false), ("away", true)]));
-        assert_eq!(named(Step::Retire), rows(&[("lags", false), ("old", false), ("never", false), ("away", true)]));
+        assert_eq!(named(Step::Activate), rows(&[("lags", false), ("leads", false), ("never", false), ("away", true)]));
+        assert_eq!(
+            named(Step::Retire),
+            rows(&[("lags", false), ("leads", false), ("old", false), ("never", false), ("away", true)])
+        );
     }
 }

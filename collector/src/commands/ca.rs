@@ -165,7 +165,7 @@ impl Standing {
     /// Agents whose certificate holds: all, those that run the newest directive, those with one of the active root.
     fn counts(&self) -> (usize, usize, usize) {
         let live: Vec<_> = self.holders.iter().filter(|holder| self.now < holder.not_after).collect();
-        let confirmed = live.iter().filter(|holder| holder.confirmed >= self.directive.version).count();
+        let confirmed = live.iter().filter(|holder| holder.confirmed == self.directive.version).count();
         (live.len(), confirmed, live.iter().filter(|holder| holder.root == self.pin).count())
     }
 }
@@ -432,7 +432,7 @@ fn restore(config: &Config, file: &Path, passphrase: &Passphrase) -> anyhow::Res
     make_dir(&config.data_dir)?;
     let _lock = stopped(config)?;
     let sealed = std::fs::read(file).with_context(|| file.display().to_string())?;
-    let restored = backup::restore(&config.data_dir, &sealed, &passphrase_of(config, passphrase)?)?;
+    let restored = backup::restore(&config.data_dir, &sealed, &passphrase_of(config, passphrase)?, Timestamp::now())?;
     eprintln!("{} files of {} restored into {}.", restored.files, restored.made, config.data_dir.display());
     eprintln!(
         "Tokens, certificates and revocations of after that moment are not known here: look through what was revoked since."

@@ -19,7 +19,7 @@ pub struct Reach {
     pub connected: usize,
     /// Of those, how many have said that they run it.
     pub running: usize,
-    /// The first hundred of those that have not.
+    /// The first hundred of those that have not, also those that run one from before a restore or from another collector.
     pub behind: Vec<String>,
     /// The first hundred of those that are too old to do all that it says.
     pub too_old: Vec<String>,
@@ -28,7 +28,8 @@ pub struct Reach {
 impl Reach {
     /// Of version `version`, which asks agents to understand `needs`.
     pub fn of(version: u64, needs: u32, live: &[(AgentId, Live)]) -> Reach {
-        let is_behind = |live: &Live| live.directive.load(Ordering::Relaxed) < version;
+        // One that runs a newer one than there is takes none of ours: it had that from a collector that knew more.
+        let is_behind = |live: &Live| live.directive.load(Ordering::Relaxed) != version;
         let is_too_old = |live: &Live| live.understands.load(Ordering::Relaxed).max(1) < needs;
         let names = |wanted: &dyn Fn(&Live) -> bool| {
             let found = live.iter().filter(|(_, live)| wanted(live)).map(|(agent, _)| agent.to_string());
@@ -52,7 +53,7 @@ mod tests {
     #[test]
     fn who_lags_and_who_is_too_old_is_named() {
         let fleet = Arc::new(Fleet::default());
-        let places: Vec<_> = [("c1", 3, 2), ("c2", 2, 2), ("c3", 3, 0)]
+        let places: Vec<_> = [("c1", 3, 2), ("c2", 2, 2), ("c3", 3, 0), ("c4", 4, 2)]
             .map(|(instance, version, understands)| {
                 let agent = Arc::new(format!("spiffe://x/shop/web#{instance}").parse().unwrap());
                 let coming = Coming { directive: version, understands, ..Coming::default() };
@@ -60,11 +61,9 @@ mod tests {
             })
             .into();
         let reach = Reach::of(3, 2, &fleet.all());
-        assert_eq!((reach.connected, reach.running), (3, 2));
-        assert_eq!(
-            (reach.behind, reach.too_old),
-            (vec!["spiffe://x/shop/web#c2".to_owned()], vec!["spiffe://x/shop/web#c3".to_owned()])
-        );
+        assert_eq!((reach.connected, reach.running), (4, 2));
+        let web = |instance| format!("spiffe://x/shop/web#{instance}");
+        assert_eq!((reach.behind, reach.too_old), (vec![web("c2"), web("c4")], vec![web("c3")]));
         assert!(Reach::of(3, 1, &fleet.all()).too_old.is_empty());
         drop(places);
     }
