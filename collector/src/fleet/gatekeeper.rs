@@ -112,7 +112,7 @@ fn event(change: QuarantineChanged, now: Timestamp) -> Event {
     let (severity, summary) = match change.status {
         GateStatus::Quarantined => (Severity::Critical, format!("{who} was quarantined by the gate {gate}: {why}")),
         GateStatus::Capped => {
-            (Severity::Critical, format!("{who} breaks the gate {gate} and runs on, for too few others would: {why}"))
+            (Severity::Critical, format!("{who} breaks the gate {gate} and runs on, for no more may be stopped: {why}"))
         }
         GateStatus::DryRun => (Severity::Warning, format!("{who} would be quarantined by the gate {gate}: {why}")),
         GateStatus::Clear => (Severity::Notice, format!("{who} passes the gate {gate} again: {why}")),

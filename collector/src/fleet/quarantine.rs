@@ -16,8 +16,11 @@ use super::{Directives, RevokeError, refresh};
 use crate::ca::Issuer;
 use crate::state::{Agent, State, Status, is_collector_path};
 
-/// Most instances that are quarantined at a time: each is told to every agent.
-const MAX_QUARANTINED: usize = 1_000;
+/// Most that are quarantined at a time, by whatever gate: each is told to every agent, and with its keys and reasons all of
+/// them must fit a directive, beside what is revoked.
+const MAX_QUARANTINED: usize = 200;
+/// Most characters of a reason that is told to every agent.
+const MAX_WHY: usize = 200;
 /// Most releases in force.
 const MAX_RELEASED: usize = 1_000;
 
@@ -46,6 +49,7 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timest
         return decided;
     }
     let mut rooms = rooms(directive, state, now);
+    let mut free = MAX_QUARANTINED.saturating_sub(directive.quarantined.len());
     for (id, agent) in state.agents.iter().filter(|(id, _)| !is_collector_path(id)) {
         let gates: Vec<&Gate> = policy.gates_of(&id.workload).collect();
         if gates.is_empty() && agent.gates.is_empty() {
@@ -54,7 +58,8 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timest
         let (known, mut left) = (known(agent, &gates), agent.gates.clone());
         for gate in gates {
             let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-            let (status, why) = stand(gate, id, agent, &known, directive, room, now);
+            let stands = stand(gate, id, agent, &known, directive, room, now);
+            let (status, why) = within(&mut free, stands, directive, gate, id);
             left.remove(&gate.name);
             if status == GateStatus::Quarantined {
                 decided.quarantined.push(entry(directive, id, gate, &why, now));
@@ -67,8 +72,27 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timest
         }
     }
     decided.quarantined.extend(unseen(policy, directive, state, now));
-    decided.quarantined.truncate(MAX_QUARANTINED);
     decided
+}
+
+/// The same as far as there is room for one more in the directive. Who is in it keeps the place.
+fn within(
+    free: &mut usize,
+    (status, why): (GateStatus, String),
+    directive: &Directive,
+    gate: &Gate,
+    id: &AgentId,
+) -> (GateStatus, String) {
+    let is_in = || directive.quarantined.iter().any(|q| q.is_of(id) && q.gate == gate.name);
+    if status != GateStatus::Quarantined || is_in() {
+        return (status, why);
+    }
+    if *free == 0 {
+        let full = format!("{why} ({MAX_QUARANTINED} are quarantined already, which is the most there can be)");
+        return (GateStatus::Capped, full);
+    }
+    *free -= 1;
+    (status, why)
 }
 
 /// Who is quarantined and not in the state: its events are lost, or it has been away for long. Of whom nothing is known,
@@ -168,7 +192,7 @@ fn entry(directive: &Directive, id: &AgentId, gate: &Gate, why: &str, now: Times
     let (workload, instance) = (id.workload.clone(), id.instance.clone());
     // The first reason stays: another one is no reason to tell every agent anew.
     before.unwrap_or_else(|| {
-        let (gate, why, keys) = (gate.name.clone(), why.to_owned(), Vec::new());
+        let (gate, why, keys) = (gate.name.clone(), why.chars().take(MAX_WHY).collect(), Vec::new());
         Quarantine { workload, instance, gate, why, at_us: now, keys }
     })
 }
@@ -326,6 +350,49 @@ mod tests {
             let again = decide(&policy, &directive, &state, NOW);
             assert_eq!((again.changes, again.quarantined), (vec![], decided.quarantined), "{more}");
         }
+    }
+
+    #[test]
+    fn who_finds_no_room_is_told_as_such_and_pushes_nobody_out() {
+        let all = policy("enforce = true\nleave = 0\nmax_per_workload = 9999");
+        let names: Vec<String> = (0..MAX_QUARANTINED + 2).map(|n| format!("shop/web#{n:04}")).collect();
+        let rows: Vec<_> = names.iter().map(|name| (name.as_str(), Verdict::Fail, 1)).collect();
+        let mut state = state(&rows[1..]);
+        let decided = decide(&all, &directive(), &state, NOW);
+        let of = |decided: &Decided, status| decided.changes.iter().filter(|change| change.status == status).count();
+        let counts = (of(&decided, GateStatus::Quarantined), of(&decided, GateStatus::Capped));
+        assert_eq!((decided.quarantined.len(), counts), (MAX_QUARANTINED, (MAX_QUARANTINED, 1)));
+        let held = carried_out(&mut state, directive(), &decided);
+        // One more, before all others by its name.
+        state.agents.insert(id(&names[0]), agent(Verdict::Fail, 1));
+        let again = decide(&all, &held, &state, NOW);
+        assert_eq!(again.quarantined, held.quarantined);
+        assert_eq!(told(&again), [("0000", GateStatus::Capped)]);
+        let held = carried_out(&mut state, held, &again);
+        // A place that comes free is taken by the next look.
+        state.agents.remove(&id(&names[1]));
+        let freed = decide(&all, &held, &state, NOW);
+        assert_eq!(freed.quarantined.len(), MAX_QUARANTINED - 1);
+        let held = held.with_quarantined(freed.quarantined);
+        assert_eq!(told(&decide(&all, &held, &state, NOW)), [("0000", GateStatus::Quarantined)]);
+    }
+
+    #[test]
+    fn as_many_as_can_be_quarantined_fit_a_directive() {
+        let workload = || id(&format!("{}/web#1", "n".repeat(150))).workload;
+        let one = |n: usize| Quarantine {
+            workload: workload(),
+            instance: format!("{n:063}").parse().unwrap(),
+            gate: "g".repeat(63),
+            why: "w".repeat(MAX_WHY),
+            at_us: NOW,
+            keys: (0..3u8)
+                .map(|key| Sha256([(n / 256) as u8, (n % 256) as u8, key].repeat(11)[..32].try_into().unwrap()))
+                .collect(),
+        };
+        let full = directive().with_quarantined((0..MAX_QUARANTINED).map(one).collect());
+        let size = serde_json::to_vec(&full).unwrap().len();
+        assert!(full.deny.len() == 3 * MAX_QUARANTINED && size < 500 << 10, "{size} bytes");
     }
 
     #[test]
