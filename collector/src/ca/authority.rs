@@ -161,14 +161,19 @@ impl Authority {
     /// that its chain is always the one in use. Whether ours was.
     pub fn renew_due(&self, now: Timestamp) -> Result<bool, CaError> {
         let _changing = self.lock();
-        let due = active(&self.generations()).issuing.is_due(now) && active(&self.generations()).root.ca.is_some();
+        let generations = self.generations();
+        let Generation { root, issuing, .. } = active(&generations);
+        let due = root.ca.is_some() && issuing.is_due(root.not_after, now);
         if due {
             self.reopen(&self.entries(), now)?;
             tracing::info!(not_after = %active(&self.generations()).issuing.not_after, "the issuing CA was renewed");
         }
         let (begins, ends) = (self.own.borrow().peer().not_before, self.own.borrow().peer().not_after);
+        // One that ends with the CA it is of cannot be made longer.
+        let is_good =
+            ends >= active(&self.generations()).issuing.not_after || now < ends.minus(self.terms.own_life / 2);
         // One that was made while the clock was ahead does not hold yet: nobody could come in until it does.
-        if !due && begins <= now && now < ends.minus(self.terms.own_life / 2) {
+        if !due && begins <= now && is_good {
             return Ok(false);
         }
         self.renew_own(now)?;

@@ -42,9 +42,10 @@ pub struct Ca {
 }
 
 impl Ca {
-    /// Whether a third of an issuing CA's life, or less, is left.
-    pub fn is_due(&self, now: Timestamp) -> bool {
-        now.plus(ISSUING_LIFE / 3) >= self.not_after
+    /// Whether a third of an issuing CA's life, or less, is left. One that ends with its root, at `root_until`, cannot be
+    /// made longer.
+    pub fn is_due(&self, root_until: Timestamp, now: Timestamp) -> bool {
+        self.not_after < root_until && now.plus(ISSUING_LIFE / 3) >= self.not_after
     }
 }
 
@@ -131,7 +132,7 @@ pub fn open(
     };
     check_signed_by(&at.join("issuing/cert.pem"), &issuing.cert, &root.cert)?;
     let issuing = match &root.ca {
-        Some(ca) if issuing.is_due(now) => make_issuing(&at, ca, domain, vault, now)?,
+        Some(ca) if issuing.is_due(ca.not_after, now) => make_issuing(&at, ca, domain, vault, now)?,
         _ => issuing,
     };
     Ok(Generation { entry: entry.clone(), root, issuing })

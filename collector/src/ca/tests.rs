@@ -129,6 +129,28 @@ fn certificates_renew_before_they_run_out() {
     tls::verify_chain(own.borrow().chain(), &authority.trust(), Usage::Server, later).unwrap();
 }
 
+#[test]
+fn what_ends_with_its_issuer_and_cannot_be_made_longer_is_not_made_anew_each_second() {
+    let (dir, now) = made();
+    let long = Terms { own_life: 300 * DAY, ..terms(Vault::default()) };
+    let (authority, _) = Authority::open(dir.path(), long, now).unwrap();
+    let until = |what| authority.dates().iter().find(|one| one.what == what).unwrap().not_after;
+    assert!(authority.renew_due(now.plus(151 * DAY)).unwrap());
+    assert_eq!(until("collector"), until("issuing"));
+    assert!(!authority.renew_due(now.plus(216 * DAY)).unwrap(), "half of its life is over, and more there is not");
+    assert!(authority.renew_due(now.plus(250 * DAY)).unwrap(), "with the issuing CA it is");
+    // The last issuing CA under the root ends with it.
+    for days in (251..3_600).step_by(50) {
+        authority.renew_due(now.plus(days * DAY)).unwrap();
+    }
+    let last = now.plus(3_600 * DAY);
+    authority.renew_due(last).unwrap();
+    assert_eq!((until("issuing"), until("collector")), (until("root"), until("root")));
+    for secs in 1..4 {
+        assert!(!authority.renew_due(last.plus(Duration::from_secs(secs))).unwrap());
+    }
+}
+
 /// An issuer with a token, an agent's certificate of `now`, and the request for the next one.
 fn issuer(dir: &Path, now: Timestamp) -> (Issuer, sidewarden_proto::enrol::Token) {
     let authority = std::sync::Arc::new(open_at(dir, now).unwrap().0);
