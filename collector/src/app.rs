@@ -311,11 +311,19 @@ fn newly(noted: &mut HashMap<AgentId, u64>, confirmed: Vec<(AgentId, u64)>) -> V
     new
 }
 
-fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<Vec<Event>> {
+fn renew(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<()> {
     if issuer.authority().renew_due(now)? {
         let own = issuer.authority().own().borrow().clone();
         directives.sign_again(&own)?;
         tracing::info!(not_after = %own.peer().not_after, "our own certificate was renewed");
+    }
+    Ok(())
+}
+
+fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<Vec<Event>> {
+    // What is wrong there may be what the order that waits would mend.
+    if let Err(error) = renew(issuer, directives, now) {
+        tracing::error!(%error, "the CA's certificates could not be renewed; it is tried again");
     }
     fleet::refresh(issuer, directives, now)?;
     let ordered = orders::carry_out(issuer, directives, now)?;

@@ -42,10 +42,10 @@ pub struct Ca {
 }
 
 impl Ca {
-    /// Whether a third of an issuing CA's life, or less, is left. One that ends with its root, at `root_until`, cannot be
-    /// made longer.
+    /// Whether a third of an issuing CA's life, or less, is left, or it was made by a clock that was ahead. One that ends
+    /// with its root, at `root_until`, cannot be made longer.
     pub fn is_due(&self, root_until: Timestamp, now: Timestamp) -> bool {
-        self.not_after < root_until && now.plus(ISSUING_LIFE / 3) >= self.not_after
+        now < self.not_before || self.not_after < root_until && now.plus(ISSUING_LIFE / 3) >= self.not_after
     }
 }
 
@@ -123,7 +123,9 @@ pub fn open(
     let root = open_root(&at, entry, vault, now)?;
     check_domain(&at, &root.cert, domain)?;
     let issuing = match (at.join("issuing").exists(), &root.ca) {
-        (true, _) => load(&at.join("issuing"), vault, now)?,
+        // With the root's key at hand, one that does not hold now is simply due.
+        (true, Some(_)) => read_pair(&at.join("issuing"), vault)?,
+        (true, None) => load(&at.join("issuing"), vault, now)?,
         (false, Some(ca)) => make_issuing(&at, ca, domain, vault, now)?,
         (false, None) => {
             let path = at.join("issuing");
@@ -245,6 +247,13 @@ pub fn store(dir: &Path, cert: String, key: &KeyPair, vault: &Vault) -> Result<(
 }
 
 fn load(dir: &Path, vault: &Vault, now: Timestamp) -> Result<Ca, CaError> {
+    let ca = read_pair(dir, vault)?;
+    check_dates(&dir.join("cert.pem"), &ca.cert, now)?;
+    Ok(ca)
+}
+
+/// The same whether it holds now or not.
+fn read_pair(dir: &Path, vault: &Vault) -> Result<Ca, CaError> {
     let (cert_path, key_path) = (dir.join("cert.pem"), vault::path(dir));
     for (present, missing) in [(&cert_path, &key_path), (&key_path, &cert_path)] {
         if present.exists() && !missing.exists() {
@@ -259,7 +268,7 @@ fn load(dir: &Path, vault: &Vault, now: Timestamp) -> Result<Ca, CaError> {
     if !parsed.is_ca() || parsed.public_key().subject_public_key.data != key.public_key_raw() {
         return Err(fault(format!("this is no CA certificate of the key in {}", key_path.display())));
     }
-    let (not_before, not_after) = check_dates(&cert_path, &cert, now)?;
+    let (not_before, not_after) = dates(&cert_path, &cert)?;
     let issuer = rcgen::Issuer::from_ca_cert_der(&cert, key)?;
     Ok(Ca { cert, issuer, not_before, not_after })
 }

@@ -130,6 +130,43 @@ fn certificates_renew_before_they_run_out() {
 }
 
 #[test]
+fn an_issuing_ca_that_has_ended_is_made_anew_by_its_root_and_stops_no_start() {
+    let (dir, now) = made();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    for step in [rotate::Step::Prepare, rotate::Step::Activate] {
+        authority.step(step, now).unwrap();
+    }
+    // The rotation is left there, the old issuing CA ends, and the collector runs on.
+    let later = |days| now.plus(days * DAY);
+    for tens in 1..40 {
+        authority.renew_due(later(tens * 10)).unwrap();
+    }
+    authority.step(rotate::Step::Taint, later(400)).unwrap();
+    drop(authority);
+    // And it was off for years, with two generations and with one.
+    let (authority, _) = open_at(dir.path(), later(1_500)).unwrap();
+    authority.step(rotate::Step::Retire, later(1_500)).unwrap();
+    drop(authority);
+    let holds = |at| {
+        let (authority, _) = open_at(dir.path(), at).unwrap();
+        tls::verify_chain(authority.own().borrow().chain(), &authority.trust(), Usage::Server, at).is_ok()
+    };
+    assert!(holds(later(3_000)));
+    assert!(holds(later(2_000)), "that was a clock ahead, and now it is right");
+}
+
+#[test]
+fn an_issuing_ca_that_has_ended_and_whose_root_is_elsewhere_is_named() {
+    let (dir, now) = made();
+    let list = r#"{"generations":[{"number":1,"stage":"active","since_us":0,"member":true}]}"#;
+    std::fs::write(dir.path().join("generations.json"), list).unwrap();
+    std::fs::remove_file(dir.path().join("root/key.pem")).unwrap();
+    assert!(open_at(dir.path(), now).is_ok());
+    let error = open_at(dir.path(), now.plus(400 * DAY)).unwrap_err().to_string();
+    assert!(error.contains("issuing/cert.pem"), "{error}");
+}
+
+#[test]
 fn what_ends_with_its_issuer_and_cannot_be_made_longer_is_not_made_anew_each_second() {
     let (dir, now) = made();
     let long = Terms { own_life: 300 * DAY, ..terms(Vault::default()) };
