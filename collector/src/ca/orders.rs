@@ -1,7 +1,8 @@
 //! What commands ask of the running collector: steps of a rotation, and certificates for clients without an agent.
 //!
 //! An order is a row in the register, which only the collector's own user can write; the collector looks once a second,
-//! carries it out, and puts the reply beside it. So there is no further door, and everything stays in one hand: the keys
+//! takes it, carries it out, and puts the reply beside it. What is taken is taken once: a step that was carried out and could
+//! not be answered is not carried out again. So there is no further door, and everything stays in one hand: the keys
 //! in the collector's memory, the bundle, the directive and the collector's own certificate change together.
 
 use std::sync::Arc;
@@ -103,20 +104,25 @@ impl Register {
             .map(|text| serde_json::from_str(&text).unwrap_or_else(|e| refused(format!("an unreadable reply: {e}")))))
     }
 
-    /// Takes an order back; false when it is already answered.
+    /// Takes an order back; false when it is already answered, or taken.
     pub fn withdraw(&self, id: i64) -> Result<bool, CaError> {
-        let deleted = self.db.execute("DELETE FROM orders WHERE id = ?1 AND reply IS NULL", [id]);
+        let deleted = self.db.execute("DELETE FROM orders WHERE id = ?1 AND reply IS NULL AND taken = 0", [id]);
         deleted.map(|count| count > 0).map_err(|e| self.fault(e))
     }
 
     fn next_order(&self, now: Timestamp) -> Result<Option<(i64, Order)>, CaError> {
-        let stale = "DELETE FROM orders WHERE reply IS NULL AND abs(?1 - at) > ?2";
+        let stale = "DELETE FROM orders WHERE reply IS NULL AND taken = 0 AND abs(?1 - at) > ?2";
         let stale_us = i64::try_from(STALE.as_micros()).unwrap_or(i64::MAX);
-        let sql = "SELECT id, text FROM orders WHERE reply IS NULL ORDER BY id LIMIT 1";
+        let sql = "SELECT id, text FROM orders WHERE reply IS NULL AND taken = 0 ORDER BY id LIMIT 1";
         let waiting: Option<(i64, String)> =
             self.db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?))).optional().map_err(|e| self.fault(e))?;
         let Some((id, text)) = waiting else { return Ok(None) };
         if self.db.execute(stale, params![now.0, stale_us]).map_err(|e| self.fault(e))? > 0 {
+            return Ok(None);
+        }
+        // Whoever has left it may have taken it back since it was read.
+        let take = "UPDATE orders SET taken = 1 WHERE id = ?1 AND taken = 0";
+        if self.db.execute(take, [id]).map_err(|e| self.fault(e))? == 0 {
             return Ok(None);
         }
         match serde_json::from_str(&text) {
@@ -147,7 +153,10 @@ pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Re
             issue(issuer, &Ask { csr: &csr.0, name: &name, names: &names, life, although_agents }, now)
         }
     };
-    issuer.register().put_reply(id, &reply)?;
+    // It is done, and told, even if nobody gets the answer.
+    if let Err(error) = issuer.register().put_reply(id, &reply) {
+        tracing::error!(%error, ?reply, "an order was carried out, and its reply could not be kept");
+    }
     Ok(event.into_iter().collect())
 }
 
@@ -295,4 +304,56 @@ fn try_issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> anyhow::Result<(
     };
     let event = Event::new(now, Severity::Notice, summary, &Body::from(body));
     Ok((chain.iter().map(pem).collect(), event))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_secs(1_000_000);
+
+    fn register() -> (tempfile::TempDir, Register) {
+        let dir = tempfile::tempdir().unwrap();
+        let register = Register::open(&dir.path().join("ca.db")).unwrap();
+        (dir, register)
+    }
+
+    fn prepare() -> Order {
+        Order::Rotate { step: Step::Prepare, force: false }
+    }
+
+    #[test]
+    fn an_order_is_taken_once_and_what_is_taken_cannot_be_taken_back() {
+        let (_dir, register) = register();
+        let (first, second) = (register.order(&prepare(), NOW).unwrap(), register.order(&prepare(), NOW).unwrap());
+        assert_eq!(register.next_order(NOW).unwrap(), Some((first, prepare())));
+        assert!(!register.withdraw(first).unwrap(), "it is under way");
+        // The process ended before it was answered, or the answer could not be kept.
+        assert_eq!(register.next_order(NOW).unwrap(), Some((second, prepare())));
+        assert_eq!(register.next_order(NOW).unwrap(), None);
+        register.put_reply(first, &refused("late")).unwrap();
+        assert_eq!(register.reply(first).unwrap(), Some(refused("late")), "and the answer finds it");
+        let third = register.order(&prepare(), NOW).unwrap();
+        assert!(register.withdraw(third).unwrap() && register.next_order(NOW).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_order_that_nobody_took_in_time_is_taken_by_nobody() {
+        let (_dir, register) = register();
+        let id = register.order(&prepare(), NOW).unwrap();
+        assert_eq!(register.next_order(NOW.plus(STALE + Duration::from_secs(1))).unwrap(), None);
+        assert_eq!(register.next_order(NOW).unwrap(), None);
+        assert!(!register.withdraw(id).unwrap());
+    }
+
+    #[test]
+    fn a_register_of_before_gets_its_new_column() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.db");
+        let old = "CREATE TABLE orders (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, text TEXT NOT NULL, reply TEXT);";
+        rusqlite::Connection::open(&path).unwrap().execute_batch(old).unwrap();
+        let register = Register::open(&path).unwrap();
+        let id = register.order(&prepare(), NOW).unwrap();
+        assert_eq!(register.next_order(NOW).unwrap(), Some((id, prepare())));
+    }
 }

@@ -34,7 +34,10 @@ const SCHEMA: &str = "
 ";
 
 /// Columns that came later than their table.
-const LATER: [(&str, &str, &str); 1] = [("issued", "root", "ALTER TABLE issued ADD COLUMN root BLOB")];
+const LATER: [(&str, &str, &str); 2] = [
+    ("issued", "root", "ALTER TABLE issued ADD COLUMN root BLOB"),
+    ("orders", "taken", "ALTER TABLE orders ADD COLUMN taken INTEGER NOT NULL DEFAULT 0"),
+];
 
 /// Which workloads a token is good for: one, or every service of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]

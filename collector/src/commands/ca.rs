@@ -348,7 +348,12 @@ fn ask(config: &Config, order: &Order) -> anyhow::Result<Reply> {
     if register.withdraw(id)? {
         bail!("the collector did not answer within {} s: nothing was done; see its log", REPLY_WITHIN.as_secs());
     }
-    register.reply(id)?.context("the order is gone")
+    register.reply(id)?.with_context(|| {
+        format!(
+            "the collector has taken the order and not answered within {} s: it may be done or not; see `ca status` and its log before you give it again",
+            REPLY_WITHIN.as_secs()
+        )
+    })
 }
 
 fn take_lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
