@@ -20,7 +20,7 @@ use super::seal::{self, Cost, SealFault};
 use super::{CaError, files};
 
 const PURPOSE: &str = "backup";
-/// Most bytes of a backup that are read.
+/// Most bytes of a backup that is made, or read.
 const MAX_BACKUP: u64 = 1 << 30;
 /// Deepest path in a backup.
 const MAX_DEPTH: usize = 6;
@@ -56,11 +56,18 @@ pub enum BackupError {
     /// The backup holds what none of ours does.
     #[error("the backup holds {0:?}, which no backup of ours does")]
     Strange(String),
+    /// What it leads to would be missing from the backup.
+    #[error(
+        "{0} is a link, and what it leads to would not be in the backup: put the file or directory itself in its place"
+    )]
+    Link(PathBuf),
     /// There is something already.
     #[error("{0} is there already: restore into an empty data_dir, nothing is overwritten")]
     Occupied(PathBuf),
     /// More than anybody needs.
-    #[error("the backup is over the limit of {MAX_BACKUP} bytes")]
+    #[error(
+        "the backup is over the limit of {MAX_BACKUP} bytes: data_dir holds more than a CA and its register; move out of it what is none of the collector's"
+    )]
     Large,
 }
 
@@ -77,14 +84,32 @@ pub struct Restored {
 pub fn make(data_dir: &Path, passphrase: &Secret, cost: Cost, now: Timestamp) -> Result<Vec<u8>, BackupError> {
     let list = data_dir.join("ca/generations.json");
     let before = fs::read(&list).ok();
-    let mut kept = Vec::new();
+    let mut kept = Gathered { most: MAX_BACKUP, ..Gathered::default() };
     gather(data_dir, Path::new(""), &mut kept)?;
     if fs::read(&list).ok() != before {
         return Err(BackupError::Changed);
     }
-    let backup = Backup { backup: 1, made_us: now, files: kept };
+    let backup = Backup { backup: 1, made_us: now, files: kept.files };
     let text = serde_json::to_vec(&backup).map_err(|_| SealFault::Form)?;
-    Ok(seal::seal(&text, PURPOSE, passphrase, cost, crate::random)?)
+    let sealed = seal::seal(&text, PURPOSE, passphrase, cost, crate::random)?;
+    // It would not be read again.
+    if sealed.len() as u64 > MAX_BACKUP { Err(BackupError::Large) } else { Ok(sealed) }
+}
+
+/// What was gathered so far, of `most` bytes.
+#[derive(Default)]
+struct Gathered {
+    files: Vec<Kept>,
+    bytes: u64,
+    most: u64,
+}
+
+impl Gathered {
+    /// Refuses a file before it is read that would make it too much.
+    fn expect(&mut self, path: &Path) -> Result<(), BackupError> {
+        self.bytes += fs::metadata(path).map_err(files::access(path))?.len();
+        if self.bytes > self.most { Err(BackupError::Large) } else { Ok(()) }
+    }
 }
 
 /// Whether a file at the top of the data directory belongs to the events, or to nobody once the collector has ended.
@@ -97,25 +122,32 @@ fn is_any_end(name: &str, ends: &[&str]) -> bool {
     ends.iter().any(|end| name.ends_with(end))
 }
 
-fn gather(data_dir: &Path, at: &Path, kept: &mut Vec<Kept>) -> Result<(), BackupError> {
+fn gather(data_dir: &Path, at: &Path, kept: &mut Gathered) -> Result<(), BackupError> {
     let dir = data_dir.join(at);
-    let mut names: Vec<_> = fs::read_dir(&dir).map_err(files::access(&dir))?.filter_map(Result::ok).collect();
+    let entries = fs::read_dir(&dir).map_err(files::access(&dir))?;
+    let mut names = entries.collect::<Result<Vec<_>, _>>().map_err(files::access(&dir))?;
     names.sort_by_key(fs::DirEntry::file_name);
     for entry in names {
         let name = entry.file_name().to_string_lossy().into_owned();
         let (path, full) = (at.join(&name), entry.path());
         let kind = entry.file_type().map_err(files::access(&full))?;
-        if is_left_out(&name) || !(kind.is_dir() || kind.is_file()) {
+        if is_left_out(&name) {
             continue;
+        }
+        if kind.is_symlink() {
+            return Err(BackupError::Link(full));
         }
         if kind.is_dir() {
             gather(data_dir, &path, kept)?;
+        }
+        if !kind.is_file() {
             continue;
         }
+        kept.expect(&full)?;
         let bytes =
             if name.ends_with(".db") { copy_of_db(&full)? } else { fs::read(&full).map_err(files::access(&full))? };
         let mode = fs::metadata(&full).map_err(files::access(&full))?.permissions().mode() & 0o777;
-        kept.push(Kept { path: path.to_string_lossy().into_owned(), mode, bytes: Der(bytes) });
+        kept.files.push(Kept { path: path.to_string_lossy().into_owned(), mode, bytes: Der(bytes) });
     }
     Ok(())
 }
@@ -134,12 +166,7 @@ fn copy_of_db(path: &Path) -> Result<Vec<u8>, BackupError> {
 }
 
 /// Puts a backup into `data_dir`, where there is none of it yet. The caller holds the directory's lock.
-pub fn restore(
-    data_dir: &Path,
-    sealed: &[u8],
-    passphrase: &Secret,
-    now: Timestamp,
-) -> Result<Restored, BackupError> {
+pub fn restore(data_dir: &Path, sealed: &[u8], passphrase: &Secret, now: Timestamp) -> Result<Restored, BackupError> {
     if sealed.len() as u64 > MAX_BACKUP {
         return Err(BackupError::Large);
     }
@@ -239,7 +266,8 @@ mod tests {
 
     #[test]
     fn what_is_restored_outranks_all_that_was_told_before_however_old_the_backup_is() {
-        let directive = |version: u64| format!(r#"{{"version":{version},"trust_domain":"td","issued_us":1,"bundle":[]}}"#);
+        let directive =
+            |version: u64| format!(r#"{{"version":{version},"trust_domain":"td","issued_us":1,"bundle":[]}}"#);
         let restored = |version, at: i64| {
             let bytes = raised(directive(version).as_bytes(), Timestamp::from_secs(at));
             serde_json::from_slice::<Directive>(&bytes).unwrap().version
@@ -253,6 +281,20 @@ mod tests {
         assert_eq!(restored(7, 0), 7 + VERSIONS_AHEAD, "also where the clock is of no use");
         assert_eq!(restored(u64::MAX, day), u64::MAX);
         assert_eq!(raised(b"{", Timestamp(0)), b"{");
+    }
+
+    #[test]
+    fn what_cannot_be_gathered_or_would_be_too_much_is_no_backup() {
+        let (from, elsewhere) = (filled(), tempfile::tempdir().unwrap());
+        let gathered = |most| gather(from.path(), Path::new(""), &mut Gathered { most, ..Gathered::default() });
+        assert!(gathered(1 << 20).is_ok());
+        assert!(matches!(gathered(100), Err(BackupError::Large)));
+        let ca = from.path().join("ca");
+        fs::rename(&ca, elsewhere.path().join("ca")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path().join("ca"), &ca).unwrap();
+        assert!(matches!(gathered(1 << 20), Err(BackupError::Link(path)) if path == ca));
+        let made = make(from.path(), &passphrase(), CHEAP, Timestamp(5)).unwrap_err().to_string();
+        assert!(made.contains("is a link"), "{made}");
     }
 
     #[test]
@@ -274,7 +316,10 @@ mod tests {
             let files = vec![Kept { path: path.into(), mode: 0o600, bytes: Der(vec![1]) }];
             let text = serde_json::to_vec(&Backup { backup: 1, made_us: Timestamp(0), files }).unwrap();
             let sealed = seal::seal(&text, PURPOSE, &passphrase(), CHEAP, crate::random).unwrap();
-            assert!(restore(tempfile::tempdir().unwrap().path(), &sealed, &passphrase(), Timestamp(5)).is_err(), "{path}");
+            assert!(
+                restore(tempfile::tempdir().unwrap().path(), &sealed, &passphrase(), Timestamp(5)).is_err(),
+                "{path}"
+            );
         }
         assert!(safe("ca/g2/root/key.sealed").is_ok());
     }

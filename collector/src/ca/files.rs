@@ -19,7 +19,7 @@ pub fn write_secret(path: &Path, content: &[u8]) -> Result<(), CaError> {
 
 /// Writes a file with `mode`, whole or not at all, and on disk when this returns.
 pub(super) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), CaError> {
-    let parent = path.parent().unwrap_or(Path::new("."));
+    let parent = parent_of(path);
     let part = path.with_extension("part");
     let write = || -> io::Result<()> {
         let _ = fs::remove_file(&part);
@@ -34,7 +34,7 @@ pub(super) fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), CaErro
 
 /// Puts the directory `from` where `to` is or was. After a crash in between there is none: then it is made anew.
 pub(super) fn replace_dir(from: &Path, to: &Path) -> Result<(), CaError> {
-    let parent = to.parent().unwrap_or(Path::new("."));
+    let parent = parent_of(to);
     let replace = || -> io::Result<()> {
         if to.exists() {
             fs::remove_dir_all(to)?;
@@ -43,6 +43,11 @@ pub(super) fn replace_dir(from: &Path, to: &Path) -> Result<(), CaError> {
         File::open(parent)?.sync_all()
     };
     replace().map_err(access(to))
+}
+
+/// Where `path` lies, also if it is a bare name.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Reads a key, which nobody but its owner may be able to read.
@@ -60,4 +65,12 @@ pub(super) fn check_mode(path: &Path, wanted: u32) -> Result<(), CaError> {
 pub(super) fn access(path: &Path) -> impl Fn(io::Error) -> CaError + use<> {
     let path = path.to_owned();
     move |error| CaError::Access { path: path.clone(), error }
+}
+
+#[cfg(test)]
+#[test]
+fn a_bare_name_lies_in_the_working_directory() {
+    for (path, parent) in [("backup.sealed", "."), ("./x", "."), ("a/b", "a"), ("/x", "/"), ("/", ".")] {
+        assert_eq!(parent_of(Path::new(path)), Path::new(parent), "{path}");
+    }
 }
