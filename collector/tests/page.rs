@@ -41,7 +41,10 @@ impl Browser {
 
     /// The document as it stands when the page has settled; a picture of it, too, if that is wanted.
     async fn look(self: &std::sync::Arc<Browser>, app: &App, name: &str, place: &str) -> String {
-        let url = format!("https://127.0.0.1:{}/{place}", app.api.port());
+        self.look_at(format!("https://127.0.0.1:{}/{place}", app.api.port()), name).await
+    }
+
+    async fn look_at(self: &std::sync::Arc<Browser>, url: String, name: &str) -> String {
         let (browser, name) = (self.clone(), name.to_owned());
         let looked = tokio::task::spawn_blocking(move || {
             if let Some(dir) = std::env::var_os("SIDEWARDEN_SCREENSHOTS") {
@@ -102,6 +105,11 @@ async fn a_user_sees_the_state_of_the_shop() {
         &["/run/docker.sock", "run a node agent on this host", "cap_drop: [ALL]", "docker run", "Kubernetes"],
     );
 
+    // Beside what was seen and how to mend it: what the rule is good for, in the words of `sidewarden-agent explain`.
+    let guards = sidewarden_proto::guards::guards_against("docker-socket").unwrap();
+    assert_shows(&page, &[guards, "What it guards against, and how to mend it"]);
+    assert_shows(&page, &["What it guards against, and how to keep this rule"]);
+
     let page = browser.look(&scene.app, "alerts", &at("/alerts")).await;
     assert_shows(&page, &["PlaintextRefused", "from 172.18.0.1, 172.18.0.9", "What to do:", "CheckFailed"]);
 
@@ -113,6 +121,44 @@ async fn a_user_sees_the_state_of_the_shop() {
 
     let page = browser.look(&scene.app, "rules", &at("/rules")).await;
     assert_shows(&page, &["id=\"rule-RootExec\"", "What makes an alert"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_auditor_sees_the_table_of_the_fleet_of_a_service_and_of_one_instance_and_at_a_moment() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    shop(&scene.app).await;
+    let key = token(&scene.app);
+    let at = |place: &str| format!("#token={key}&/report{place}");
+
+    let page = browser.look(&scene.app, "report", &at("")).await;
+    assert_shows(&page, &["the whole fleet", "<b>Judged </b>5<", "5.31", "the Docker socket is not mounted", ">FAIL<"]);
+    assert_shows(&page, &["shop/rogue#rogue-1", "UNKNOWN", "it would take", "<option value=\"shop/*\">"]);
+    assert!(!page.contains("/run/docker.sock"), "evidence of one stands beside the verdicts of all: {page}");
+    for format in ["csv", "json", "html"] {
+        assert_shows(&page, &[&format!("/api/v1/report?numbering=1.3.1&amp;format={format}\"")]);
+    }
+
+    let page = browser.look(&scene.app, "report-service", &at("?of=shop%2Forders&numbering=1.6")).await;
+    assert_shows(&page, &["<b>Of </b>shop/orders<", "<b>Judged </b>2<", "shop/orders#orders-1, shop/orders#orders-2"]);
+    assert_shows(&page, &["numbering=1.6&amp;workload=shop%2Forders&amp;format=csv"]);
+    assert!(!page.contains("shop/rogue#rogue-1, "), "{page}");
+
+    let page = browser.look(&scene.app, "report-instance", &at("?of=shop%2Frogue%23rogue-1")).await;
+    assert_shows(&page, &["<b>Of </b>shop/rogue#rogue-1<", "<b>Judged </b>1<", "/run/docker.sock"]);
+
+    let page = browser.look(&scene.app, "report-past", &at("?at=2020-02-01T12:30")).await;
+    assert_shows(&page, &["As it stood at </b>", "2020-02-01 12:30:00 UTC", "Nobody was judged then"]);
+    assert_shows(&page, &["at=2020-02-01T12%3A30%3A00Z&amp;format=html"]);
+
+    let file = tempfile::Builder::new().suffix(".html").tempfile().unwrap();
+    std::fs::write(&file, scene::read(&scene.app, "/api/v1/report?format=html").await).unwrap();
+    let page = browser.look_at(format!("file://{}", file.path().display()), "report-file").await;
+    assert_shows(&page, &["the whole fleet", "The table", "/run/docker.sock", "shop/rogue#rogue-1"]);
+
+    let page = browser.look(&scene.app, "report-wrong", &at("?of=shop%2F%2F")).await;
+    assert_shows(&page, &["role=\"alert\"", "write shop/orders, shop/*, or a SPIFFE ID", ">Show<"]);
     scene.app.stop().await;
 }
 

@@ -4,7 +4,7 @@ mod scene;
 
 use std::time::Duration;
 
-use scene::{Agent, ask, client, event, finding, start, start_in, token, until};
+use scene::{Agent, ask, client, event, finding, read, start, start_in, token, until};
 use serde_json::{Value, json};
 use sidewarden_collector::app::App;
 use sidewarden_proto::event::*;
@@ -18,13 +18,6 @@ async fn tell(app: &App, path: &str, body: Value) -> (u16, Value) {
     let request = client(app).post(url).bearer_auth(token(app)).header("content-type", "application/json");
     let answer = request.body(body.to_string()).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap_or_default())
-}
-
-async fn read(app: &App, path: &str) -> String {
-    let url = format!("https://127.0.0.1:{}{path}", app.api.port());
-    let answer = client(app).get(url).bearer_auth(token(app)).send().await.unwrap();
-    assert!(answer.status().is_success(), "{path}: {}", answer.status());
-    answer.text().await.unwrap()
 }
 
 fn judged(verdict: Verdict) -> sidewarden_proto::finding::Finding {
@@ -269,6 +262,11 @@ async fn a_report_has_every_form_and_a_wrong_question_an_answer() {
     let page = read(&scene.app, "/api/v1/report?format=html&workload=shop/rogue").await;
     assert!(page.starts_with("<!doctype html>") && page.contains("docker-socket"), "{page}");
     let csv = read(&scene.app, "/api/v1/report?format=csv&workload=spiffe://sidewarden.internal/shop/web").await;
+    let whole = ask(&scene.app, "/api/v1/report").await;
+    let brief = ask(&scene.app, "/api/v1/report?detail=table").await;
+    assert_eq!((whole["subjects"].as_array().unwrap().len(), &whole["judged"]), (5, &Value::from(5)));
+    assert_eq!((brief["subjects"].as_array().unwrap().len(), &brief["judged"]), (0, &Value::from(5)));
+    assert_eq!(brief["table"], whole["table"]);
     assert!(csv.lines().count() > 10 && csv.contains("\"shop/web#web-1\",\"instance\",\"4.1\""), "{csv}");
     for (path, expected) in [
         ("/api/v1/report?at=soon", "at is"),
@@ -276,6 +274,7 @@ async fn a_report_has_every_form_and_a_wrong_question_an_answer() {
         ("/api/v1/report?since=5&at=4", "`since`"),
         ("/api/v1/report?format=pdf", "format"),
         ("/api/v1/report?numbering=2", "numbering"),
+        ("/api/v1/report?detail=all", "detail"),
         ("/api/v1/report?workload=%2e%2e/x", "workload"),
         ("/api/v1/report?workload=spiffe://other/x", "trust domain"),
         ("/api/v1/report/history?points=1", "span of time"),

@@ -10,6 +10,7 @@ pub mod enrol;
 pub mod event;
 pub mod evidence;
 pub mod finding;
+pub mod guards;
 pub mod identity;
 pub mod policy;
 pub mod secret;

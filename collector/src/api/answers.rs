@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use sidewarden_proto::event::{ContainerRef, Direction, Severity, TrustChanged};
 use sidewarden_proto::finding::{Vantage, Verdict};
+use sidewarden_proto::guards;
 use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::time::Timestamp;
 
@@ -179,6 +180,14 @@ pub fn posture(
         }
     });
     views.collect()
+}
+
+/// What the rules guard against that these are judged by, by check: said once, however many they are.
+pub fn guards_against(instances: &[PostureView]) -> BTreeMap<&str, &'static str> {
+    let hosted = instances.iter().flat_map(|instance| &instance.containers).flat_map(|container| &container.findings);
+    let all = instances.iter().flat_map(|instance| &instance.findings).chain(hosted);
+    all.filter_map(|merged| Some((merged.finding.check.as_str(), guards::guards_against(&merged.finding.check)?)))
+        .collect()
 }
 
 /// How many agents have which status; every status is there.

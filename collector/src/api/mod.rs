@@ -239,7 +239,8 @@ async fn posture(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Json<Value
     if instances.is_empty() {
         return Err(ApiError::not_found("no such workload or instance is known", hint));
     }
-    Ok(Json(json!({"instances": instances})))
+    let guards = answers::guards_against(&instances);
+    Ok(Json(json!({"instances": instances, "guards_against": guards})))
 }
 
 async fn past(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Json<Events>, ApiError> {

@@ -19,7 +19,7 @@ use super::routes::Operation;
 use super::{Api, Pairs, asked};
 use crate::app::Core;
 use crate::posture::past;
-use crate::report::{self, Builder, MAX_DETAILED, Made, Numbering, Report, Scope};
+use crate::report::{self, Builder, Difference, MAX_DETAILED, Made, Numbering, Report, Scope};
 
 /// Reports that are made at a time: each may read much of the log.
 static MAKING: Semaphore = Semaphore::const_new(2);
@@ -128,7 +128,12 @@ pub async fn report(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Respons
     }
     let numbering = asked.parsed("numbering", "1.3.1 or 1.6")?.unwrap_or_default();
     let format = asked.parsed("format", "json, text, csv or html")?.unwrap_or(Format::Json);
-    let after = make(core, scope.clone(), numbering, at, now).await?;
+    let is_table_alone = match asked.value("detail") {
+        None => false,
+        Some("table") => true,
+        Some(_) => return Err(ApiError::bad_request("`detail` can only be `table`", "leave it out for all subjects")),
+    };
+    let mut after = make(core, scope.clone(), numbering, at, now).await?;
     let difference = match since {
         Some(since) => {
             let before = make(core, scope, numbering, Some(since), now).await?;
@@ -139,8 +144,9 @@ pub async fn report(State(api): State<Arc<Api>>, pairs: Pairs) -> Result<Respons
     };
     let (kind, text) = match format {
         Format::Json => {
+            after.subjects.retain(|_| !is_table_alone);
             return Ok(match difference {
-                Some(difference) => Json(difference).into_response(),
+                Some(difference) => Json(Difference { after, ..difference }).into_response(),
                 None => Json(after).into_response(),
             });
         }

@@ -138,7 +138,7 @@ pub const ROUTES: &[Route] = &[
     Route {
         operation: Operation::Posture,
         path: "/api/v1/posture",
-        summary: "The CIS table of a workload's instances: every check with verdict, evidence and remedy.",
+        summary: "The CIS table of a workload's instances: every check with verdict, evidence and remedy, and what each guards against.",
         access: Access::Token,
         parameters: &[("workload", "its SPIFFE ID; required"), ("instance", "only this instance")],
         takes: None,
@@ -311,6 +311,7 @@ pub const ROUTES: &[Route] = &[
             ("since", "a moment before: tells what changed between the two"),
             ("numbering", "1.3.1 or 1.6; 1.3.1 if not given"),
             ("format", "json, text, csv or html (one file, prints well); json if not given"),
+            ("detail", "table: as JSON, the table without each subject"),
         ],
         takes: None,
     },

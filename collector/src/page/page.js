@@ -263,13 +263,14 @@ async function workloadView(id, signal) {
   const alerts = told.alerts.filter((alert) => alert.labels.workload === id && alert.status !== "resolved" && alert.alert !== "CheckFailed");
   show(el("div", { class: "head" }, el("h1", {}, short(id)), el("code", { class: "soft" }, id)),
     alerts.length ? [el("ul", { class: "alerts" }, alerts.map((alert) => alertItem(alert)))] : [],
-    found.instances.flatMap((instance) => instanceBlock(instance, agents.find((agent) => agent.instance === instance.instance))),
+    found.instances.flatMap((instance) => instanceBlock(instance, agents.find((agent) => agent.instance === instance.instance), found.guards_against || {})),
     el("h2", {}, "Events"),
     past.events.length ? eventTable(past.events) : el("p", { class: "soft" }, "None yet."),
-    el("p", {}, el("a", { href: `#/events?${query}` }, "Follow this workload's events")));
+    el("p", {}, el("a", { href: `#/events?${query}` }, "Follow this workload's events"), " · ",
+      el("a", { href: `#/report?of=${encodeURIComponent(short(id))}` }, "The auditor's table of this workload")));
 }
 
-function instanceBlock(instance, agent) {
+function instanceBlock(instance, agent, guards) {
   const facts = agent && el("div", { class: "facts" },
     fact("Agent", `${agent.version || "?"}, ${agent.mode || "mode not known"}, sees: ${VANTAGES[agent.vantage] || "not known"}`),
     fact("Session", session(agent)),
@@ -280,16 +281,16 @@ function instanceBlock(instance, agent) {
     Object.keys(agent.refused).length > 0 && fact("Refused", Object.entries(agent.refused).map(([reason, counted]) => `${counted.count} ${reason}`).join(", ")),
     Object.keys(agent.lost).length > 0 && fact("Events lost", Object.entries(agent.lost).map(([reason, counted]) => `${counted.count} (${reason})`).join(", ")));
   const stale = !["live", "away"].includes(instance.status);
-  const rows = instance.findings.map((finding) => findingRow(instance.instance, finding));
+  const rows = instance.findings.map((finding) => findingRow(instance.instance, finding, guards));
   return [el("h2", {}, `CIS Docker checks of ${instance.instance} `, tag(instance.status)), facts || "",
     stale ? el("p", { class: "soft" }, "Not watched now: this is how it was ", when(instance.last_event_us), ".") : "",
     el("div", { class: "facts" }, posture(instance.counts)),
     rows.length ? table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows) : el("p", { class: "empty" }, "The agent has not reported its posture yet. It does so within seconds of its start."),
-    ...(instance.containers || []).flatMap((container) => hostedBlock(instance.instance, container))].filter(Boolean);
+    ...(instance.containers || []).flatMap((container) => hostedBlock(instance.instance, container, guards))].filter(Boolean);
 }
 
-function hostedBlock(node, container) {
-  const rows = container.findings.map((finding) => findingRow(`${node}/${container.name}`, finding));
+function hostedBlock(node, container, guards) {
+  const rows = container.findings.map((finding) => findingRow(`${node}/${container.name}`, finding, guards));
   return [el("h2", {}, `Container ${container.name} `, tag(container.state)),
     el("div", { class: "facts" }, fact("Image", container.image), fact("Id", container.id.slice(0, 12)), posture(container.counts)),
     el("details", { "data-key": `${node}/${container.id}` }, el("summary", {}, "Its checks"), table(["CIS", "Check", "Status", "Evidence and remedy", "Since"], rows))];
@@ -310,18 +311,22 @@ function session(agent) {
   return it.is === "ended" ? `ended: ${it.reason}` : "enrolled, never connected";
 }
 
-function findingRow(instance, finding) {
+function findingRow(instance, finding, guards) {
   const told = finding.evidence.length ? el("ul", { class: "evidence" }, finding.evidence.map((line) => el("li", {}, `${line.source}: ${line.line}`))) : "";
   const why = { unknown: ["To see it: ", el("code", {}, finding.grant || "")], not_applicable: [finding.why || ""], waived: [`${finding.why}; by ${finding.by}, until `, when(finding.until)] }[finding.verdict];
   const ways = [["docker run", "docker_run"], ["Compose", "compose"], ["Kubernetes", "kubernetes"]].filter(([, key]) => finding.remedy[key]);
   const wanted = ["fail", "waived", "unknown"].includes(finding.verdict) && ways.length > 0;
   const bad = finding.verdict === "fail" ? tag(finding.severity) : "";
+  const guarded = Object.hasOwn(guards, finding.check) ? guards[finding.check] : "";
+  const mend = finding.verdict === "unknown" ? "how to keep this rule" : "how to mend it";
+  const more = [guarded && "what it guards against", wanted && mend].filter(Boolean).join(", and ");
   return el("tr", { class: "row" },
     el("td", { class: "nowrap" }, finding.ids.v1_3_1 || finding.ids.v1_6 || "–"),
     el("td", { class: "wide" }, finding.title, el("div", { class: "soft mono" }, finding.check)),
     el("td", { class: "nowrap" }, tag(finding.verdict, VERDICT_WORDS[finding.verdict] || finding.verdict), " ", bad),
     el("td", { class: "wide" }, why ? el("div", {}, why) : "", told, sourcesOf(finding),
-      wanted ? el("details", { "data-key": `${instance}/${finding.check}` }, el("summary", {}, finding.verdict === "unknown" ? "How to keep this rule" : "How to mend it"), el("div", { class: "remedy" }, ways.map(([name, key]) => way(name, finding.remedy[key])))) : ""),
+      more ? el("details", { "data-key": `${instance}/${finding.check}` }, el("summary", {}, capital(more)), guarded && el("p", { class: "guards" }, guarded),
+        wanted && el("div", { class: "remedy" }, ways.map(([name, key]) => way(name, finding.remedy[key])))) : ""),
     el("td", {}, when(finding.since_us)));
 }
 
@@ -373,7 +378,93 @@ async function rulesView(name, signal) {
   }
 }
 
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
+const capital = (text) => `${text[0].toUpperCase()}${text.slice(1)}`;
+const sentence = (text) => `${capital(text)}.`;
+
+// ---- the auditor's table
+
+/** For the fleet, some workloads, one of them or one instance; now, or at a moment of the past. */
+async function reportView(query, signal) {
+  const asked = { of: query.get("of") || "", at: (query.get("at") || "").slice(0, 16), numbering: query.get("numbering") || "1.3.1" };
+  const head = el("div", { class: "head" }, el("h1", {}, "Report"), el("p", { class: "soft" }, "Reference, description and status of every check, as auditors read it."));
+  const [state, list] = await Promise.all([json("/api/v1/status", signal), json("/api/v1/workloads", signal)]);
+  frame(state);
+  const form = reportForm(asked, list.workloads);
+  // It stays when what was asked for cannot be answered.
+  show(head, form, el("p", { class: "soft", role: "status" }, "reading…"));
+  const [workload, instance] = asked.of.split("#");
+  const wanted = new URLSearchParams({ numbering: asked.numbering });
+  if (workload) wanted.set("workload", workload);
+  if (instance) wanted.set("instance", instance);
+  if (asked.at) wanted.set("at", `${asked.at}:00Z`);
+  const report = await json(`/api/v1/report?${wanted}&detail=table`, signal).catch((error) => {
+    if (!signal.aborted) show(head, form);
+    throw error;
+  });
+  const files = ["csv", "json", "html"].map((format) => [reportFile(format, wanted), " "]);
+  const rows = report.table.map((row) => reportRow(row, report.judged));
+  show(head, form,
+    el("div", { class: "facts" }, fact("Of", report.scope), el("span", {}, el("b", {}, "As it stood at "), utc(report.at_us)), fact("Judged", String(report.judged)),
+      report.score === null ? "" : fact("Pass", `${report.score.toFixed(1)} %`), report.judged ? posture(report.counts) : "", el("span", {}, el("b", {}, "Take it along "), files.flat())),
+    report.unclear.map((name) => el("p", { class: "soft" }, tag("unknown", "not known"), ` ${name}: what it told by then is not kept any more`)),
+    rows.length ? table(["CIS", "Description", "Status", report.judged === 1 ? "Evidence" : "Whose", "Since"], rows) : el("p", { class: "empty" }, "Nobody was judged then, or nobody of that name."));
+}
+
+function reportForm(asked, workloads) {
+  const names = workloads.flatMap((workload) => [workload.name, ...workload.instances.map((agent) => `${workload.name}#${agent.instance}`)]);
+  const groups = new Set(names.filter((name) => name.includes("/")).map((name) => `${name.split("/")[0]}/*`));
+  const of = el("input", { value: asked.of, list: "names", placeholder: "the whole fleet", size: 30, spellcheck: "false", "data-key": "report/of" });
+  const at = el("input", { type: "datetime-local", value: asked.at, "data-key": "report/at" });
+  const numbering = el("select", {}, ["1.3.1", "1.6"].map((word) => el("option", { value: word, selected: word === asked.numbering }, word)));
+  const submit = (event) => {
+    event.preventDefault();
+    const next = new URLSearchParams();
+    if (of.value.trim()) next.set("of", of.value.trim());
+    if (at.value) next.set("at", at.value.slice(0, 16));
+    if (numbering.value !== "1.3.1") next.set("numbering", numbering.value);
+    const place = `#/report${next.size ? `?${next}` : ""}`;
+    location.hash === place ? route() : location.hash = place;
+  };
+  return el("form", { class: "filters", onsubmit: submit },
+    el("label", {}, "Of", of), el("datalist", { id: "names" }, [...groups, ...names].slice(0, MAX_LINES).map((name) => el("option", { value: name }))),
+    el("label", {}, "As it stood at (UTC; empty for now)", at), el("label", {}, "Numbering", numbering), el("button", { class: "main" }, "Show"));
+}
+
+function reportRow(row, judged) {
+  const [word, ...rest] = row.status.split(" (");
+  const more = row.count - row.whose.length;
+  const whose = row.whose.join(", ") + (row.whose.length && more > 0 ? ` and ${more} more` : "");
+  const told = row.evidence.length ? el("ul", { class: "evidence" }, row.evidence.map((line) => el("li", {}, `${line.source}: ${line.line}`))) : "";
+  return el("tr", { class: "row" },
+    el("td", { class: "nowrap" }, row.reference || "–"),
+    el("td", { class: "wide" }, row.description, el("div", { class: "soft mono" }, row.check)),
+    el("td", {}, tag(row.verdict, word), " ", row.verdict === "fail" ? tag(row.severity) : "", rest.length ? el("div", { class: "soft" }, rest.join(" (").slice(0, -1)) : ""),
+    el("td", { class: "wide" }, judged === 1 ? told : whose),
+    el("td", { class: "soft" }, utc(row.since_us)));
+}
+
+/** A link to the report as a file. The browser itself has no token to show, so it is fetched here. */
+function reportFile(format, wanted) {
+  const path = `/api/v1/report?${wanted}&format=${format}`;
+  const save = async (event) => {
+    event.preventDefault();
+    try {
+      const address = URL.createObjectURL(await (await ask(path)).blob());
+      el("a", { href: address, download: `sidewarden-report.${format}` }).click();
+      setTimeout(() => URL.revokeObjectURL(address), 60000);
+      trouble(null);
+    } catch (error) {
+      error.status === 401 ? enter(error.short) : trouble(error);
+    }
+  };
+  return el("a", { href: path, onclick: save }, format.toUpperCase());
+}
+
+/** A moment to the second, in words of its own: a report is read long after it was made. */
+function utc(micros) {
+  const text = new Date(micros / 1000).toISOString();
+  return el("time", { class: "nowrap", datetime: text, "data-exact": "1" }, `${text.slice(0, 10)} ${text.slice(11, 19)} UTC`);
+}
 
 // ---- events
 
@@ -502,13 +593,14 @@ function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [view = "", ...rest] = path.split("/");
   const name = rest.map(decodeURIComponent).join("/");
-  const views = { "": "overview", workload: "overview", alerts: "alerts", events: "events", rules: "rules" };
+  const views = { "": "overview", workload: "overview", alerts: "alerts", events: "events", report: "report", rules: "rules" };
   for (const node of document.querySelectorAll("nav a")) {
     node.dataset.view === views[view] ? node.setAttribute("aria-current", "page") : node.removeAttribute("aria-current");
   }
   if (view === "workload") return repeat((signal) => workloadView(name, signal));
   if (view === "alerts") return repeat((signal) => alertsView(name, signal));
   if (view === "events") return eventsView(new URLSearchParams(query || ""));
+  if (view === "report") return once((signal) => reportView(new URLSearchParams(query || ""), signal));
   if (view === "rules") return once((signal) => rulesView(name, signal));
   return repeat(overview);
 }

@@ -97,6 +97,8 @@ pub struct Report {
     pub at_us: Timestamp,
     /// When it was made.
     pub made_us: Timestamp,
+    /// How many subjects there are.
+    pub judged: usize,
     /// Verdicts of all subjects.
     pub counts: BTreeMap<&'static str, usize>,
     /// Of all verdicts that apply, how many percent pass; null where there are none.
@@ -284,6 +286,7 @@ impl<'a> Builder<'a> {
             numbering: made.numbering,
             at_us: made.at,
             made_us: made.now,
+            judged: subjects.len(),
             score: score(&counts),
             counts,
             table,

@@ -48,7 +48,7 @@ fn totals(report: &Report) -> String {
         count("waived"),
         count("unknown"),
         count("not_applicable"),
-        report.subjects.len()
+        report.judged
     )
 }
 

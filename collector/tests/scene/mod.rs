@@ -374,11 +374,16 @@ pub fn token(app: &App) -> String {
 
 /// Asks the API, with the right token.
 pub async fn ask(app: &App, path: &str) -> serde_json::Value {
+    serde_json::from_str(&read(app, path).await).unwrap()
+}
+
+/// The same, whatever form the answer has.
+pub async fn read(app: &App, path: &str) -> String {
     let url = format!("https://127.0.0.1:{}{path}", app.api.port());
     let answer = client(app).get(url).bearer_auth(token(app)).send().await.unwrap();
     let (status, text) = (answer.status(), answer.text().await.unwrap());
     assert!(status.is_success(), "{path}: {status} {text}");
-    serde_json::from_str(&text).unwrap()
+    text
 }
 
 /// Waits until `done` gives something, or fails with what it was waited for.
