@@ -16,7 +16,7 @@ use sidewarden_proto::identity::{InstanceId, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
-use crate::cis::{Declared, Images, Plaintext, Promise};
+use crate::cis::{Declared, Images, Plaintext, Promise, RootExec};
 use crate::identity::files::Files;
 use crate::identity::foreign::ForeignFiles;
 use crate::identity::keeper::Elsewhere;
@@ -922,7 +922,11 @@ fn watch(r: &mut Reader<'_>) -> Watch {
         tick: r.value("tick", default.tick),
         posture_interval: r.value("posture_interval", default.posture_interval),
         subject: r.optional("subject"),
-        normal: Normal { healthchecks: r.value("healthchecks", Vec::new()), shells: r.value("shells", Vec::new()) },
+        normal: Normal {
+            healthchecks: r.value("healthchecks", Vec::new()),
+            shells: r.value("shells", Vec::new()),
+            ..Normal::default()
+        },
     }
 }
 
@@ -931,6 +935,7 @@ fn declared(r: &mut Reader<'_>) -> Declared {
         capabilities: r.value("capabilities", Vec::new()),
         ports: r.value("ports", Vec::new()),
         plaintext: r.list("plaintext", plaintext).into_iter().flatten().collect(),
+        root_execs: r.list("root_exec", root_exec).into_iter().flatten().collect(),
         ulimits: r.value("ulimits", Vec::new()),
         mounts: r.value("mounts", Vec::new()),
         devices: r.value("devices", Vec::new()),
@@ -943,6 +948,11 @@ fn declared(r: &mut Reader<'_>) -> Declared {
 fn plaintext(r: &mut Reader<'_>) -> Option<Plaintext> {
     let (port, protocol, reason) = (r.required("port"), r.value("protocol", Protocol::Tcp), r.required("reason"));
     Some(Plaintext { port: port?, protocol, reason: reason? })
+}
+
+fn root_exec(r: &mut Reader<'_>) -> Option<RootExec> {
+    let (command, container, reason) = (r.required("command"), r.optional("container"), r.required("reason"));
+    Some(RootExec { command: command?, container, reason: reason? })
 }
 
 fn limits(r: &mut Reader<'_>) -> Limits {
@@ -1473,6 +1483,17 @@ mod tests {
         check(&format!("{GOOD}{}", promises.replace("\"user\"", "\"usr\"")), &["there is no check `usr`"]);
         check(&format!("{GOOD}{}", promises.replacen("\"it must\"", "\" \"", 1)), &["who answers for it"]);
         check(&format!("{GOOD}[[waiver]]\ncheck = \"user\"\n"), &["waiver[0].by", "waiver[0].why", "waiver[0].until"]);
+    }
+
+    #[test]
+    fn who_may_come_in_as_root_is_read_with_a_reason() {
+        let text = |more: &str| format!("{GOOD}[[declared.root_exec]]\ncommand = \"pg_dump --all\"\n{more}");
+        let good = text("reason = \"the backup\"\ncontainer = \"db*\"\n");
+        let declared = Config::parse(&good, &no_env).unwrap().declared;
+        assert_eq!(declared.root_execs[0].container.as_deref(), Some("db*"));
+        check(&text(""), &["`declared.root_exec[0].reason` is missing"]);
+        check(&good.replace("pg_dump --all", "/bin/sh"), &["may do anything"]);
+        check(&good.replace("the backup", " "), &["needs a `reason`"]);
     }
 
     #[test]

@@ -435,6 +435,9 @@ pub struct ContainerExec {
     /// The engine no longer knew how it was run: it was gone before it could be asked.
     #[serde(default)]
     pub unread: bool,
+    /// Why it may come in as root, where the agent's settings declare it; empty otherwise.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub declared: String,
 }
 
 /// Body of `engine.lost`.
@@ -805,6 +808,9 @@ pub struct ProcessEntered {
     pub as_root: bool,
     /// It has capabilities that the workload does not have.
     pub privileged: bool,
+    /// Why it may come in as root, where the agent's settings declare it; empty otherwise.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub declared: String,
 }
 
 /// Body of `process.shell`.

@@ -11,8 +11,8 @@ pub const CHECK: Check = Check {
     v1_6: "5.24",
     title: "nobody enters the container as root",
     severity: Severity::Critical,
-    docker_run: "docker exec without --user root",
-    compose: "docker compose exec without --user root",
+    docker_run: "docker exec without --user root, or the command under [[declared.root_exec]] with a reason",
+    compose: "docker compose exec without --user root, or the command under [[declared.root_exec]] with a reason",
     kubernetes: "kubectl exec uses the container's user: set runAsNonRoot",
     judge,
 };
@@ -22,7 +22,9 @@ fn judge(case: &Case<'_>) -> Answer {
     match &case.history.entered_root {
         Some(seen) => Ok(Judgement::fail(vec![Evidence::new(source, seen)])),
         None if case.history.unbroken => {
-            Ok(Judgement::pass(vec![Evidence::new(source, "every process was seen, and none did")]))
+            let declared = case.history.declared_root.as_ref().map(|seen| Evidence::new(source, seen));
+            let none = Evidence::new(source, "every process was seen, and none did beyond what is declared");
+            Ok(Judgement::pass(declared.into_iter().chain([none]).collect()))
         }
         None => Err(Unseen::new(case.unbroken_watch())),
     }
@@ -35,8 +37,17 @@ mod tests {
 
     #[test]
     fn only_an_unbroken_watch_passes() {
-        let rows: [Row; 4] = [
+        let rows: [Row; 6] = [
             ("nothing seen, nothing missed", |_| (), "pass"),
+            ("somebody came in by intent", |s| s.history.declared_root = Some("backup".into()), "pass"),
+            (
+                "somebody came in by intent, and somebody without",
+                |s| {
+                    s.history.declared_root = Some("backup".into());
+                    s.history.entered_root = Some("pid 40: sh".into());
+                },
+                "fail",
+            ),
             ("something was missed", |s| s.history.unbroken = false, "unknown"),
             ("somebody came in", |s| s.history.entered_root = Some("pid 40: sh".into()), "fail"),
             (

@@ -180,6 +180,8 @@ pub struct Declared {
     pub ports: Vec<u16>,
     /// Ports that it may be reached on without.
     pub plaintext: Vec<Plaintext>,
+    /// Who may come in as root.
+    pub root_execs: Vec<RootExec>,
     /// Limits that may differ from the daemon's, as named in `/proc/<pid>/limits`, for example `Max open files`.
     pub ulimits: Vec<String>,
     /// Mount points, and what is below them, that may show the host.
@@ -230,11 +232,50 @@ pub struct Promise {
 
 impl Promise {
     fn is_about(&self, check: &str, container: &str) -> bool {
-        let fits = |wanted: &String| match wanted.strip_suffix('*') {
-            Some(start) => container.starts_with(start),
-            None => container == wanted,
-        };
-        self.check == check && self.container.as_ref().is_none_or(fits)
+        self.check == check && fits(self.container.as_deref(), container)
+    }
+}
+
+/// Whether a container has the wanted name, which may end with `*`; all have where none is wanted.
+fn fits(wanted: Option<&str>, container: &str) -> bool {
+    wanted.is_none_or(|wanted| match wanted.strip_suffix('*') {
+        Some(start) => container.starts_with(start),
+        None => container == wanted,
+    })
+}
+
+/// A program that may be run in the container as root while the workload is somebody else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootExec {
+    /// Its whole command line.
+    pub command: String,
+    /// The container it is about, by name, where a node agent judges many; may end with `*`.
+    pub container: Option<String>,
+    /// Why that has to be.
+    pub reason: String,
+}
+
+impl RootExec {
+    /// Why `command` may be run as root in `container`; `None` where nobody declared it.
+    pub fn reason<'a>(declared: &'a [RootExec], container: &str, command: &str) -> Option<&'a str> {
+        let is = |one: &&RootExec| one.command == command && fits(one.container.as_deref(), container);
+        declared.iter().find(is).map(|one| one.reason.as_str())
+    }
+
+    fn fault(&self) -> Option<String> {
+        let program = self.command.rsplit('/').next().unwrap_or_default();
+        match () {
+            () if self.reason.trim().is_empty() => {
+                Some(format!("root_exec: `{}` needs a `reason`: why must it be root?", self.command))
+            }
+            () if self.command.trim() != self.command || self.command.is_empty() => {
+                Some("root_exec: `command` is the whole command line, without spaces around it".into())
+            }
+            () if crate::watch::SHELLS.contains(&program) => {
+                Some(format!("root_exec: `{}` may do anything: name the whole command line", self.command))
+            }
+            () => None,
+        }
     }
 }
 
@@ -266,6 +307,7 @@ impl Declared {
                 faults.push(format!("plaintext: {port}/{} stands there twice", protocol.word()));
             }
         }
+        faults.extend(self.root_execs.iter().filter_map(RootExec::fault));
         for (list, promise) in self.promises() {
             if !CHECKS.iter().any(|check| check.slug == promise.check) {
                 faults.push(format!("{list}: there is no check `{}`: see `sidewarden-agent checks`", promise.check));
@@ -292,6 +334,8 @@ pub struct History {
     pub entered_privileged: Option<String>,
     /// A process that came in as root while the workload is not.
     pub entered_root: Option<String>,
+    /// One that did so by intent.
+    pub declared_root: Option<String>,
 }
 
 /// What a check says.
@@ -788,6 +832,45 @@ mod tests {
     fn a_misspelt_capability_is_a_fault() {
         let declared = Declared { capabilities: vec!["NET_ADMIN".into(), "NET_ADMN".into()], ..Declared::default() };
         assert_eq!(declared.faults(), ["capabilities: `NET_ADMN` is no capability of Linux"]);
+    }
+
+    #[test]
+    fn who_may_come_in_as_root_is_named_by_a_whole_command_line_and_a_reason() {
+        let faults = |command: &str, reason: &str| {
+            let one = RootExec { command: command.into(), container: None, reason: reason.into() };
+            Declared { root_execs: vec![one], ..Declared::default() }.faults().join("; ")
+        };
+        assert_eq!(faults("/usr/bin/pg_dump --all", "the backup"), "");
+        assert_eq!(faults("sh -c backup", "the backup"), "");
+        for (command, reason, expected) in [
+            ("/usr/bin/pg_dump", " ", "needs a `reason`"),
+            ("", "x", "whole command line"),
+            ("ls ", "x", "without spaces"),
+            ("/bin/bash", "x", "may do anything"),
+            ("sh", "x", "may do anything"),
+        ] {
+            assert!(faults(command, reason).contains(expected), "{command}: {}", faults(command, reason));
+        }
+    }
+
+    #[test]
+    fn a_declared_root_is_the_one_with_that_command_line_in_that_container() {
+        let one = |container: Option<&str>| {
+            vec![RootExec { command: "ls /".into(), container: container.map(str::to_owned), reason: "r".into() }]
+        };
+        let rows = [
+            (None, "db", "ls /", true),
+            (None, "db", "ls /etc", false),
+            (None, "db", "ls", false),
+            (Some("db*"), "db-1", "ls /", true),
+            (Some("db*"), "web", "ls /", false),
+            (Some("db"), "db-1", "ls /", false),
+        ];
+        for (wanted, container, command, expected) in rows {
+            let declared = one(wanted);
+            let found = RootExec::reason(&declared, container, command);
+            assert_eq!(found, expected.then_some("r"), "{wanted:?} {container} {command}");
+        }
     }
 
     #[test]

@@ -77,10 +77,12 @@ fn told(told: &Told, _: &Host, case: &Case<'_>) -> Answer {
     }
     let line =
         |port: &str, b: &PortBinding| api("NetworkSettings.Ports", format!("{port} at {}:{}", b.host_ip, b.host_port));
-    let number = |port: &str| port.split('/').next().and_then(|n| n.parse::<u16>().ok());
     let is_declared = |port: &str| {
-        number(port)
-            .is_some_and(|n| case.declared.ports.contains(&n) || case.declared.plaintext.iter().any(|p| p.port == n))
+        let (number, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
+        let number = number.parse::<u16>();
+        let with_tls = |n: &u16| protocol == "tcp" && case.declared.ports.contains(n);
+        let without = |n: &u16| case.declared.plaintext.iter().any(|p| p.port == *n && p.protocol.word() == protocol);
+        number.is_ok_and(|n| with_tls(&n) || without(&n))
     };
     let (listed, others): (Vec<_>, Vec<_>) = owner.mappings().partition(|(port, _)| is_declared(port));
     let others: Vec<Evidence> = others.into_iter().map(|(port, b)| line(port, b)).collect();
@@ -278,6 +280,27 @@ mod tests {
                         s.declared.ports = vec![1];
                     },
                     "fail",
+                ),
+                (
+                    "declared for TCP, mapped for UDP",
+                    |s| {
+                        let ports = &mut s.told().network_settings.ports;
+                        let bound = ports.remove("8443/tcp").unwrap();
+                        ports.insert("8443/udp".into(), bound);
+                        s.declared.ports = vec![8443];
+                        plaintext(s, 8443, Protocol::Tcp);
+                    },
+                    "fail",
+                ),
+                (
+                    "declared for UDP",
+                    |s| {
+                        let ports = &mut s.told().network_settings.ports;
+                        let bound = ports.remove("8443/tcp").unwrap();
+                        ports.insert("8443/udp".into(), bound);
+                        plaintext(s, 8443, Protocol::Udp);
+                    },
+                    "pass",
                 ),
                 ("none mapped", |s| s.told().network_settings.ports.clear(), "pass"),
             ],

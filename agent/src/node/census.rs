@@ -172,13 +172,21 @@ impl Census {
     }
 
     /// Somebody has run a program in a container; `exec` is how, if the engine still knew.
-    pub fn entered(&mut self, id: &str, exec_id: &str, exec: Option<&Exec>, at: Timestamp) -> Vec<Event> {
+    pub fn entered(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        exec: Option<&Exec>,
+        declared: &Declared,
+        at: Timestamp,
+    ) -> Vec<Event> {
         let Some(known) = self.containers.get_mut(id) else { return Vec::new() };
         let Ok(inspect) = &known.inspect else { return Vec::new() };
         let image = self.images.get(&inspect.image).and_then(|image| image.files.known());
         let roots = image.map_or(&[][..], |files| &files.roots);
-        exec::remember(&mut known.history, inspect, roots, exec);
-        exec::told(inspect, roots, &known.about, exec_id, exec, at).into_iter().collect()
+        let place = exec::Place { inspect, roots, declared: &declared.root_execs };
+        exec::remember(&mut known.history, &place, exec);
+        exec::told(&place, &known.about, exec_id, exec, at).into_iter().collect()
     }
 
     /// The engine has not answered for a while: nothing is known any more. Told once.
@@ -430,7 +438,10 @@ mod tests {
             r#"{"ContainerID":"a","ProcessConfig":{"privileged":true,"user":"","entrypoint":"sh","arguments":null}}"#,
         )
         .unwrap();
-        assert_eq!(kinds(rig.0.entered(&"a".repeat(64), "e", Some(&exec), AT)), ["container.exec"]);
+        assert_eq!(
+            kinds(rig.0.entered(&"a".repeat(64), "e", Some(&exec), &Declared::default(), AT)),
+            ["container.exec"]
+        );
         rig.judge();
         assert_eq!(rig.verdict("a", "exec-privileged"), "fail");
         rig.0.set_container(inspect("a", |i| i.state.started_at = "2027-01-01T00:00:00.123456789Z".into()), AT);
@@ -488,7 +499,7 @@ mod tests {
         for name in ["a", "b"] {
             rig.0.set_container(inspect(name, |_| ()), AT);
         }
-        rig.0.entered(&"a".repeat(64), "e", Some(&exec), AT);
+        rig.0.entered(&"a".repeat(64), "e", Some(&exec), &Declared::default(), AT);
         for name in ["a", "b"] {
             rig.0.set_unreadable(&name.repeat(64), "half an answer".into());
             rig.0.set_container(inspect(name, |_| ()), AT);
@@ -499,6 +510,6 @@ mod tests {
 
     #[test]
     fn an_exec_of_a_container_that_is_gone_is_nothing() {
-        assert!(Rig::new().0.entered("x", "e", None, AT).is_empty());
+        assert!(Rig::new().0.entered("x", "e", None, &Declared::default(), AT).is_empty());
     }
 }

@@ -312,7 +312,7 @@ impl Node {
         if !self.census.ids().iter().any(|known| known == container) {
             self.look_at(client, container).await?;
         }
-        let events = self.census.entered(container, id, exec.as_ref(), Timestamp::now());
+        let events = self.census.entered(container, id, exec.as_ref(), &self.config.declared, Timestamp::now());
         let told = !events.is_empty();
         self.tell(events);
         Ok(told)

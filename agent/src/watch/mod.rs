@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 pub use differ::{Origin, differ, differ_container};
 pub use mask::{mask, plain};
 pub use tracker::Normal;
+pub(crate) use tracker::SHELLS;
 
 use crate::backoff::{self, Random};
 use crate::cis::{self, Case, Declared};
@@ -226,7 +227,7 @@ impl Watcher {
         let machine = Machine::new(&config.root);
         Watcher {
             sight: Sight::new(machine.clone(), config.subject.clone()),
-            tracker: Tracker::new(config.normal.clone()),
+            tracker: Tracker::new(Normal { root_execs: config.declared.root_execs.clone(), ..config.normal.clone() }),
             listening: ListenerSight::new(machine.clone()),
             exposures: Exposures::new(config.random),
             prober: None,

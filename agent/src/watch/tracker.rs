@@ -9,8 +9,8 @@ use std::time::Duration;
 use sidewarden_proto::event::{Body, Event, ProcessEntered, ProcessInfo, ProcessMissed, ProcessShell, Severity};
 use sidewarden_proto::time::Timestamp;
 
-use super::mask;
-use crate::cis::History;
+use super::{mask, plain};
+use crate::cis::{History, RootExec};
 use crate::facts::parse::capability_names;
 use crate::facts::{Process, ProcessId, Role, containers};
 
@@ -28,7 +28,7 @@ const MAX_BURSTS: usize = 64;
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
 
 /// Names of shells.
-const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "mksh", "fish"];
+pub(crate) const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "mksh", "fish"];
 
 /// Programs that are PID 1 only to start and reap the real first process.
 const INITS: [&str; 6] = ["docker-init", "tini", "dumb-init", "catatonit", "s6-svscan", "pause"];
@@ -40,6 +40,8 @@ pub struct Normal {
     pub healthchecks: Vec<String>,
     /// Shells that the workload starts by design.
     pub shells: Vec<String>,
+    /// Who may come in as root.
+    pub root_execs: Vec<RootExec>,
 }
 
 /// The workload's processes by PID.
@@ -179,7 +181,8 @@ impl Tracker {
                     "somebody came into the container and was gone before its command could be read ({})",
                     info(&known.process, "").command
                 );
-                let body = ProcessEntered { process: info(&known.process, ""), as_root: false, privileged: false };
+                let process = info(&known.process, "");
+                let body = ProcessEntered { process, as_root: false, privileged: false, declared: String::new() };
                 self.history.unbroken = false;
                 // It may have been a declared health check that was over quickly.
                 let severity = if self.normal.healthchecks.is_empty() { Severity::Warning } else { Severity::Notice };
@@ -209,8 +212,12 @@ impl Tracker {
 
     fn tell_entry(&mut self, p: &Process, as_root: bool, more: u64, at: Timestamp) -> Event {
         let process = info(p, "");
+        // Who has more capabilities than the workload is nobody's intent.
+        let declared = RootExec::reason(&self.normal.root_execs, "", &p.command()).filter(|_| as_root && more == 0);
+        let declared = declared.unwrap_or_default().to_owned();
         let how = match (as_root, more != 0) {
             (true, true) => format!(" AS ROOT and with {} that the workload does not have", short_list(more)),
+            (true, false) if !declared.is_empty() => format!(" as root, which is declared ({})", plain(&declared)),
             (true, false) => " AS ROOT".into(),
             (false, true) => format!(" with {} that the workload does not have", short_list(more)),
             (false, false) => String::new(),
@@ -218,14 +225,25 @@ impl Tracker {
         let summary =
             format!("somebody came into the container{how}: {} (pid {}, uid {})", process.command, p.id.pid, p.uids[0]);
         let seen = format!("{at}: {} (pid {}, uid {})", process.command, p.id.pid, p.uids[0]);
-        if as_root {
-            self.history.entered_root = Some(seen.clone());
+        match (as_root, declared.is_empty()) {
+            (true, true) => self.history.entered_root = Some(seen.clone()),
+            (true, false) => self.history.declared_root = Some(format!("{seen}: declared, {declared}")),
+            (false, _) => {}
         }
         if more != 0 {
             self.history.entered_privileged = Some(seen);
         }
-        let severity = if as_root || more != 0 { Severity::Critical } else { Severity::Warning };
-        Event::new(at, severity, summary, &Body::from(ProcessEntered { process, as_root, privileged: more != 0 }))
+        let severity = match as_root || more != 0 {
+            _ if !declared.is_empty() => Severity::Notice,
+            true => Severity::Critical,
+            false => Severity::Warning,
+        };
+        Event::new(
+            at,
+            severity,
+            summary,
+            &Body::from(ProcessEntered { process, as_root, privileged: more != 0, declared }),
+        )
     }
 
     fn shell(&mut self, p: &Process, family: &Family<'_>, at: Timestamp) -> Option<Event> {
@@ -349,9 +367,16 @@ mod tests {
         process(1, 0, Role::First, "nginx -g daemon")
     }
 
+    fn backup() -> RootExec {
+        RootExec { command: "pg_dump --all".into(), container: None, reason: "the nightly backup".into() }
+    }
+
     fn tracker() -> Tracker {
-        let mut tracker =
-            Tracker::new(Normal { healthchecks: vec!["curl -f".into()], shells: vec!["sh -c logrotate".into()] });
+        let mut tracker = Tracker::new(Normal {
+            healthchecks: vec!["curl -f".into()],
+            shells: vec!["sh -c logrotate".into()],
+            root_execs: vec![backup()],
+        });
         assert!(tracker.look(&[web()], Timestamp(0)).is_empty());
         tracker
     }
@@ -382,6 +407,21 @@ mod tests {
             assert_eq!(kinds(&got), expected.map(|s| ("process.entered", s)).into_iter().collect::<Vec<_>>(), "{what}");
             assert!(tracker.look(&[web(), p], Timestamp(2)).is_empty(), "{what}: told twice");
         }
+    }
+
+    #[test]
+    fn root_by_intent_is_a_notice_and_is_remembered_as_that() {
+        let look = |p: Process| {
+            let mut tracker = tracker();
+            let got = kinds(&tracker.look(&[web(), p], Timestamp(1)))[0].1;
+            (got, [tracker.history().entered_root.is_some(), tracker.history().declared_root.is_some()])
+        };
+        let root = |line: &str| Process { uids: [0; 4], ..process(40, 0, Role::Entered, line) };
+        assert_eq!(look(root("pg_dump --all")), (Severity::Notice, [false, true]));
+        assert_eq!(look(root("pg_dump --all -f /x")), (Severity::Critical, [true, false]));
+        let more = Process { cap_bounding: CAPS | 1 << 21, ..root("pg_dump --all") };
+        assert_eq!(look(more), (Severity::Critical, [true, false]));
+        assert_eq!(look(process(40, 0, Role::Entered, "pg_dump --all")), (Severity::Warning, [false, false]));
     }
 
     #[test]

@@ -322,6 +322,7 @@ pub async fn shop(app: &App) -> Vec<Agent> {
         },
         as_root: true,
         privileged: false,
+        declared: String::new(),
     };
     orders.send(app, vec![event(Severity::Critical, "somebody entered as root and ran `sh -c id`", entered)]).await;
     let shell = ProcessShell {

@@ -84,6 +84,10 @@ impl Happening {
         let Body::ProcessEntered(entered) = body else {
             return if matches!(body, Body::ProcessShell(_)) { vec![Happening::Shell] } else { Vec::new() };
         };
+        // Root by intent is no happening; more capabilities than the workload has are one all the same.
+        if !entered.declared.is_empty() && !entered.privileged {
+            return Vec::new();
+        }
         let told = [(Happening::PrivilegedExec, entered.privileged), (Happening::RootExec, entered.as_root)];
         told.into_iter().filter(|(_, is_so)| *is_so).map(|(what, _)| what).chain([Happening::Exec]).collect()
     }
@@ -274,6 +278,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{ProcessEntered, ProcessInfo};
 
     const HOUR: Timestamp = Timestamp::from_secs(3_600);
 
@@ -341,5 +346,18 @@ mod tests {
             (gate.enforce, gate.max_per_workload, gate.leave, gate.unreachable),
             (false, 1, 1, Alone::Quarantine)
         );
+    }
+
+    #[test]
+    fn who_comes_in_as_root_by_intent_closes_no_gate() {
+        let happened = |as_root, privileged, declared: &str| {
+            let entered =
+                ProcessEntered { process: ProcessInfo::default(), as_root, privileged, declared: declared.into() };
+            Happening::of(&entered.into())
+        };
+        assert_eq!(happened(true, false, ""), [Happening::RootExec, Happening::Exec]);
+        assert_eq!(happened(true, false, "the backup"), []);
+        let both = [Happening::PrivilegedExec, Happening::RootExec, Happening::Exec];
+        assert_eq!(happened(true, true, "the backup"), both);
     }
 }

@@ -4,6 +4,10 @@ use super::*;
 
 pub(super) fn entered(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::ProcessEntered(body)) = seen.body else { return Vec::new() };
+    // Root by intent is told, and no alert.
+    if !body.declared.is_empty() && !body.privileged {
+        return Vec::new();
+    }
     let name = match (body.privileged, body.as_root) {
         (true, _) => "PrivilegedExec",
         (false, true) => "RootExec",

@@ -110,7 +110,8 @@ fn every_refusal_goes_to_at_most_one_rule() {
 
 #[test]
 fn events_raise_the_alert_that_names_them() {
-    let entered = |as_root, privileged| ProcessEntered { process: process(), as_root, privileged };
+    let entered =
+        |as_root, privileged| ProcessEntered { process: process(), as_root, privileged, declared: String::new() };
     let started = |clean| AgentStarted {
         version: "1".into(),
         mode: Mode::Sidecar,
@@ -136,6 +137,8 @@ fn events_raise_the_alert_that_names_them() {
         (entered(true, false).into(), &["RootExec"]),
         (entered(true, true).into(), &["PrivilegedExec"]),
         (entered(false, true).into(), &["PrivilegedExec"]),
+        (ProcessEntered { declared: "the backup".into(), ..entered(true, false) }.into(), &[]),
+        (ProcessEntered { declared: "the backup".into(), ..entered(true, true) }.into(), &["PrivilegedExec"]),
         (ProcessShell { process: process() }.into(), &["ShellInWorkload"]),
         (permissive(true, "0.0.0.0:8443").into(), &["PlaintextAllowed[0.0.0.0:8443]"]),
         (permissive(true, "<b>").into(), &["PlaintextAllowed[other]"]),
