@@ -257,7 +257,7 @@ const MANY: usize = 100;
 
 /// `cargo test --release -p sidewarden-tests --test zoo -- --ignored --nocapture`
 #[test]
-#[ignore = "not a test: a measurement of what judging and watching cost, one container and a hundred"]
+#[ignore = "not a test: a measurement of what judging and watching a hundred containers cost"]
 fn a_hundred_containers_are_judged_within_a_second_of_cpu() -> Result<()> {
     let Some(zoo) = Zoo::open()? else { return Ok(()) };
     let image = zoo.id(Image::Sound)?;
@@ -281,15 +281,41 @@ fn a_hundred_containers_are_judged_within_a_second_of_cpu() -> Result<()> {
         median / u32::try_from(containers)?
     );
     ensure!(median < Duration::from_secs(1), "{spent:?}");
-    let id = zoo.docker.run(["inspect", "--format", "{{.Id}}", &format!("{}-many-0", zoo.name)]).output()?;
-    let subject = |mode| Subject { mode, cgroup: Some(id.trim().to_owned()) };
-    one_judgement(&subject(Mode::Sidecar))?;
-    steady("node, all containers", |stop| Ok(node::start(node, |_| (), stop)?))?;
-    for (what, mode) in [("sidecar, one container", Mode::Sidecar), ("exec, one container", Mode::Exec)] {
-        let watch = WatchConfig::new(subject(mode));
-        steady(what, |stop| Ok(Watch::start(watch, |_| (), stop)?))?;
+    steady("node, all containers", |stop| Ok(node::start(node, |_| (), stop)?))
+}
+
+/// Set where this program runs beside a container, in its namespaces, as an agent does.
+const BESIDE: &str = "SIDEWARDEN_MEASURE_BESIDE";
+
+/// `cargo test --release -p sidewarden-tests --test zoo -- --ignored --nocapture`
+#[test]
+#[ignore = "not a test: a measurement of what judging and watching one container costs from beside it"]
+fn one_container_is_judged_and_watched_from_beside_it_at_this_cost() -> Result<()> {
+    if std::env::var_os(BESIDE).is_some() {
+        return measure_beside();
+    }
+    let Some(zoo) = Zoo::open()? else { return Ok(()) };
+    let sound = CAGES.first().context("the zoo is empty")?;
+    zoo.fill(&Cage { name: "watched", ..*sound }, &zoo.id(Image::Sound)?)?;
+    let workload = format!("container:{}-watched", zoo.name);
+    let program = format!("{}:/measure:ro", std::env::current_exe()?.display());
+    let beside = ["--rm", "--pid", &workload, "--network", &workload, "--user", "10001", "--cap-drop", "ALL"];
+    let libraries = ["/usr:/usr:ro", "/lib:/lib:ro", "/lib64:/lib64:ro", &program].map(|mount| ["--volume", mount]);
+    let measure =
+        ["--ignored", "--exact", "--nocapture", "one_container_is_judged_and_watched_from_beside_it_at_this_cost"];
+    let label = zoo.label();
+    let made = zoo.docker.run(["run", "--label", &label, "--env", &format!("{BESIDE}=1"), "--entrypoint", "/measure"]);
+    let made = made.args(beside).args(libraries.concat()).args([zoo.id(Image::Sound)?]).args(measure).limit(LIMIT);
+    for line in made.output()?.lines().filter(|line| line.contains("container")) {
+        eprintln!("{line}");
     }
     Ok(())
+}
+
+fn measure_beside() -> Result<()> {
+    let subject = || Subject { mode: Mode::Sidecar, cgroup: None };
+    one_judgement(&subject())?;
+    steady("sidecar, one container", |stop| Ok(Watch::start(WatchConfig::new(subject()), |_| (), stop)?))
 }
 
 /// Judgements that one is the mean of.
@@ -297,8 +323,7 @@ const JUDGEMENTS: u32 = 200;
 /// How long a watch is measured, once it has settled.
 const SPAN: Duration = Duration::from_secs(30);
 
-/// What one full look at a container and its judgement cost. Here every process of the host is in sight, which a sidecar does
-/// not have to read.
+/// What one full look at a container and its judgement cost.
 fn one_judgement(subject: &Subject) -> Result<()> {
     let (mut listeners, history) = (ListenerSight::new(Machine::new("/")), History::default());
     let (declared, before) = (Declared::default(), cpu()?);
@@ -307,7 +332,7 @@ fn one_judgement(subject: &Subject) -> Result<()> {
         let case = Case { facts: &facts, declared: &declared, history: &history, now: Timestamp::now() };
         ensure!(cis::judge_all(&case).len() == cis::CHECKS.len(), "not every check was judged");
     }
-    eprintln!("one container, the full table from beside it: {:.3?} of CPU", (cpu()? - before) / JUDGEMENTS);
+    println!("one container, the full table from beside it: {:.3?} of CPU", (cpu()? - before) / JUDGEMENTS);
     Ok(())
 }
 
@@ -321,7 +346,7 @@ fn steady(what: &str, start: impl FnOnce(CancellationToken) -> Result<Watch>) ->
     let spent = cpu()? - before;
     let memory = std::fs::read_to_string("/proc/self/status")?;
     let memory = memory.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default().trim();
-    eprintln!("watching, {what}: {:.2} % of a core; this process has {memory}", 100.0 * spent.div_duration_f64(SPAN));
+    println!("watching, {what}: {:.2} % of a core; this process has {memory}", 100.0 * spent.div_duration_f64(SPAN));
     stop.cancel();
     watch.thread.join().map_err(|_| anyhow::anyhow!("the watch of {what} panicked"))
 }
