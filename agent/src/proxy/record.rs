@@ -12,6 +12,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion};
@@ -105,10 +106,21 @@ struct Half {
 }
 
 impl Half {
+    /// Of keys that come from `secret`. rustls reads whatever lies in its input before it lets go of a connection, and tells
+    /// of the first secret alone: a KeyUpdate right behind the handshake leaves keys of the second, and the next ones that
+    /// we derive would be these once more, from the first nonce on.
     fn new((seq, keys): (u64, ConnectionTrafficSecrets), secret: Option<Secret>) -> Result<Half, RecordError> {
         let (cipher, key, iv) = Cipher::of(&keys).ok_or_else(|| unusable("an unknown cipher suite"))?;
-        let iv = iv.try_into().map_err(|_| unusable("the IV is of another length"))?;
+        let iv: [u8; 12] = iv.try_into().map_err(|_| unusable("the IV is of another length"))?;
         let secret = secret.ok_or_else(|| unusable("their secret was not heard"))?;
+        let (mut first, mut first_iv) = ([0; 32], [0; 12]);
+        let first = &mut first[..cipher.key_len()];
+        secret.keys(first, &mut first_iv).map_err(unusable)?;
+        let fits = verify_slices_are_equal(first, key).is_ok() && first_iv == iv;
+        first.fill(0);
+        if !fits {
+            return Err(unusable("they were changed in one breath with the handshake"));
+        }
         Ok(Half { key: Key::new(cipher, key).map_err(unusable)?, iv, seq, secret })
     }
 
@@ -488,6 +500,32 @@ pub(crate) mod tests {
         slot[HEADER..HEADER + 4].copy_from_slice(&[13, 0, 0, 0]);
         let length = client.seal_as(HANDSHAKE, &mut slot, 4, 0).unwrap();
         assert_eq!(server.open(&mut slot[..length]), Err(RecordError::Unexpected(13)), "certificate request");
+    }
+
+    #[test]
+    fn keys_that_were_changed_in_one_breath_with_the_handshake_are_not_taken_over() {
+        let (client, server) = configs();
+        let mut client = rustls::ClientConnection::new(client, "x".try_into().unwrap()).unwrap();
+        let mut server = UnbufferedServerConnection::new(server).unwrap();
+        let (mut input, mut output, mut secrets) = (Vec::new(), Vec::new(), Secrets::default());
+        loop {
+            if !client.is_handshaking() {
+                client.refresh_traffic_keys().unwrap();
+            }
+            while client.wants_write() {
+                client.write_tls(&mut input).unwrap();
+            }
+            let (done, heard) = hear(|| advance(&mut server, &mut input, &mut output, &mut Early::default()));
+            secrets.add(heard);
+            if done.unwrap() == Progress::Done {
+                break;
+            }
+            client.read_tls(&mut &output[..]).unwrap();
+            client.process_new_packets().unwrap();
+            output.clear();
+        }
+        let taken = Records::of_server(server, secrets).map(drop);
+        assert_eq!(taken, Err(unusable("they were changed in one breath with the handshake")));
     }
 
     /// rustls' own end, as a foreign peer is.
