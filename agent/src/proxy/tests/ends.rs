@@ -97,14 +97,15 @@ async fn a_client_that_is_cut_is_a_reset_to_its_server() {
 #[tokio::test]
 async fn our_own_certificate_ends_what_was_made_with_it_too() {
     let ca = Ca::new("td");
-    let now = Timestamp::now();
-    let mut short = ca.params("shop/orders");
-    validity(&mut short, now.minus(Duration::from_secs(60)), now.plus(Duration::from_secs(2)));
-    let orders = Agent::start(Some(ca.identity_of(&short)), inbound_config(echo().await, WEB)).await;
-    let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(orders.inbound[0], ORDERS)).await;
-    let mut client = call(&web).await;
-    client.write_all(b"x").await.unwrap();
-    assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 1);
+    let (orders, _web, mut client) = in_time(async |until| {
+        let mut short = ca.params("shop/orders");
+        validity(&mut short, until.minus(Duration::from_secs(600)), until);
+        let orders = Agent::start(Some(ca.identity_of(&short)), inbound_config(echo().await, WEB)).await;
+        let web = Agent::start(Some(ca.identity("shop/web")), outbound_config(orders.inbound[0], ORDERS)).await;
+        let mut client = call(&web).await;
+        echoes(&mut client).await.then_some((orders, web, client))
+    })
+    .await;
     assert!(client.read(&mut [0; 1]).await.is_err(), "cut, not ended");
     let ended = |body: &Body| if let Body::ConnectionEnded(ended) = body { Some(ended.reason.clone()) } else { None };
     assert_eq!(orders.event(ended).await, "expired");

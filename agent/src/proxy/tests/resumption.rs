@@ -61,17 +61,20 @@ async fn nothing_is_resumed_after_a_change_and_who_lost_the_right_is_refused() {
 /// Two visits, the change, and a third: why that one was refused.
 async fn come_again_after(change: Change, version: &'static SupportedProtocolVersion) -> (RefusalReason, String) {
     let ca = Ca::new("td");
-    let mut params = ca.params("shop/web");
-    let until = Timestamp::now().plus(Duration::from_secs(2));
-    if let Change::Expiry = change {
-        validity(&mut params, until.minus(Duration::from_secs(60)), until);
-    }
-    let (web, identity) = (ca.issue_with(&params), ca.identity("shop/orders"));
-    let config = keeping(&web, version);
-    let mut orders = Agent::start(Some(identity.clone()), inbound_config(echo().await, WEB)).await;
-    for _ in 0..2 {
-        assert_eq!(visit(orders.inbound[0], &config).await.unwrap(), HandshakeKind::Full, "{change:?}");
-    }
+    let (web, identity, config, mut orders, until) = in_time(async |until| {
+        let mut params = ca.params("shop/web");
+        if let Change::Expiry = change {
+            validity(&mut params, until.minus(Duration::from_secs(600)), until);
+        }
+        let (web, identity) = (ca.issue_with(&params), ca.identity("shop/orders"));
+        let config = keeping(&web, version);
+        let orders = Agent::start(Some(identity.clone()), inbound_config(echo().await, WEB)).await;
+        for _ in 0..2 {
+            assert_eq!(visit(orders.inbound[0], &config).await.ok()?, HandshakeKind::Full, "{change:?}");
+        }
+        Some((web, identity, config, orders, until))
+    })
+    .await;
     match change {
         Change::Revocation => {
             let spki = web.check().unwrap().credential.peer().spki;

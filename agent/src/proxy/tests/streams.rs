@@ -8,6 +8,7 @@ use crate::proxy::channel::Channel;
 use crate::proxy::frame::Frame;
 use crate::proxy::header::Header;
 use crate::proxy::secure::{Proof, Secure};
+use crate::spool::SpoolStats;
 
 async fn ask(agent: &Agent, question: &[u8]) -> Vec<u8> {
     let mut client = call(agent).await;
@@ -19,7 +20,7 @@ async fn ask(agent: &Agent, question: &[u8]) -> Vec<u8> {
 }
 
 async fn until(what: &str, holds: impl Fn() -> bool) {
-    for _ in 0..1_000 {
+    for _ in 0..12_000 {
         if holds() {
             return;
         }
@@ -28,10 +29,19 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
     panic!("never: {what}");
 }
 
-/// A stream is over for its client a moment before its connection rests.
+/// A stream is over for its client a moment before its connection rests; nothing waits between the end that is counted and
+/// the rest.
 async fn rested(web: &Agent, orders: &Agent) {
-    until("the connection rests", || web.shared.registry.len() == 1 && orders.shared.registry.len() == 1).await;
-    sleep(Duration::from_millis(20)).await;
+    until("the connection rests", || live(web, "outbound") == "0" && live(orders, "inbound") == "0").await;
+    assert_eq!((web.shared.registry.len(), orders.shared.registry.len()), (1, 1));
+}
+
+/// How many streams are relayed, as the metrics tell it.
+fn live(agent: &Agent, direction: &str) -> String {
+    let text = agent.shared.metrics.render(&SpoolStats::default(), None, None, Timestamp(0));
+    let start = format!("sidewarden_agent_connections_live{{direction=\"{direction}\"}} ");
+    let text = String::from_utf8(text).unwrap();
+    text.lines().find_map(|line| line.strip_prefix(&start)).expect("a gauge from the start").to_owned()
 }
 
 /// Another agent by hand: a connection on which it may say what it likes.
