@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use sidewarden_collector::client::{Client, list, print_json, text};
+use sidewarden_collector::fleet;
 use sidewarden_collector::table::{clean, table};
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::policy::connections::Listener;
@@ -27,7 +28,7 @@ pub const HELP: &str =
   [[allow]]                            # with the first one, what none of them covers is refused, everywhere
   from = [\"shop/web\", \"dns:api.partner.example\"]   # shop/*, *, spiffe://other.domain/shop/*, anybody
   to = [\"shop/orders\"]                 # the same words
-  listeners = [8443]                   # only at these ports or server_names of `to`; all, if left out
+  listeners = [8443]                   # only at these ports or server_names of `to`, whose agent looks at them; all, if left out
 
   [[deny]]                             # goes before every [[allow]]
   from = [\"shop/legacy\"]
@@ -245,7 +246,9 @@ pub async fn run(client: Option<&Client>, command: Command, domain: &TrustDomain
     let asked = || client.context("the API is not known");
     match command {
         Command::Check { file } => {
-            let policy = read(&file)?.1;
+            let document = read(&file)?.0;
+            let wrong = |faults| anyhow::anyhow!("{}: {faults}", file.display());
+            let policy = fleet::read(&document).map_err(wrong)?;
             println!("The policy has no faults: {}.", contents(&policy));
             Ok(())
         }

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use directive::{Directives, DirectivesError, InForce, Roots};
 pub use gatekeeper::keep;
-pub use policies::{Application, History, Kept, apply, earlier};
+pub use policies::{Application, History, Kept, apply, earlier, read};
 pub use quarantine::{agent_of, release};
 pub use reach::Reach;
 pub use revocations::{Asked, Done, RevokeError, deny_issuers, hand_out, reason, refresh, revoke, undo};

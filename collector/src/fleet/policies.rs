@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use sidewarden_proto::config::Faults;
 use sidewarden_proto::directive::Directive;
+use sidewarden_proto::policy::connections::Rule;
+use sidewarden_proto::policy::party::Party;
 use sidewarden_proto::policy::{Applied, Policy};
 use sidewarden_proto::time::Timestamp;
 
@@ -115,6 +118,31 @@ impl History {
     }
 }
 
+/// Reads a policy that somebody wants in force.
+///
+/// What nobody would enforce is a fault here, and not in the reader that agents share: under a policy that they cannot
+/// read they let nothing through, and one with such a line may be in force.
+pub fn read(text: &str) -> Result<Policy, Faults> {
+    let policy = Policy::parse(text)?;
+    let rules = [("allow", &policy.allow), ("deny", &policy.deny)];
+    let faults: Vec<String> = rules.iter().flat_map(|(kind, rules)| unenforced(kind, rules)).collect();
+    if faults.is_empty() { Ok(policy) } else { Err(Faults(faults)) }
+}
+
+/// Listeners are looked at by the agent of who is called.
+fn unenforced(kind: &str, rules: &[Rule]) -> Vec<String> {
+    let agentless = |rule: &Rule| rule.to.iter().find(|party| matches!(party, Party::Dns(_))).cloned();
+    let limited = rules.iter().filter(|rule| !rule.listeners.is_empty());
+    let found = limited.filter_map(|rule| Some((rule.line, agentless(rule)?)));
+    found
+        .map(|(line, party)| {
+            format!(
+                "line {line}: [[{kind}]] has `listeners`, which the agent of who is called looks at, and {party} has none: write it in a line of its own without `listeners`"
+            )
+        })
+        .collect()
+}
+
 /// Puts a policy in force; it, and the version of the directive that carries it.
 ///
 /// What agents would do that are too old for it must be `confirmed`.
@@ -125,7 +153,9 @@ pub fn apply(
     asked: Application,
     now: Timestamp,
 ) -> Result<(Applied, u64), RevokeError> {
-    let policy = Policy::parse(&asked.text).map_err(|faults| RevokeError::Wrong(faults.to_string()))?;
+    // What was in force once may always come back.
+    let parse = if asked.restores.is_some() { Policy::parse } else { read };
+    let policy = parse(&asked.text).map_err(|faults| RevokeError::Wrong(faults.to_string()))?;
     let told = too_old(fleet, policy.needs());
     if !asked.confirmed && !told.is_empty() {
         return Err(RevokeError::Unconfirmed(told));
@@ -227,8 +257,12 @@ mod tests {
         }
 
         fn apply(&self, text: &str, confirmed: bool) -> Result<u64, RevokeError> {
+            self.apply_as(None, text, confirmed)
+        }
+
+        fn apply_as(&self, restores: Option<u64>, text: &str, confirmed: bool) -> Result<u64, RevokeError> {
             let (why, by) = ("test".to_owned(), "me".to_owned());
-            let asked = Application { text: text.into(), why, by, restores: None, confirmed };
+            let asked = Application { text: text.into(), why, by, restores, confirmed };
             apply(&self.issuer, &self.directives, &self.fleet, asked, Timestamp::now())
                 .map(|(applied, _)| applied.version)
         }
@@ -251,6 +285,36 @@ mod tests {
         assert_eq!(kept, [(1, DENY.into()), (2, GATE.into()), (3, DENY.into())]);
         assert_eq!(earlier(&scene.directives, Some(2)).unwrap().text, GATE);
         assert!(earlier(&scene.directives, Some(9)).is_err());
+    }
+
+    #[test]
+    fn listeners_of_who_has_no_agent_are_a_fault_for_whoever_applies_them_and_for_nobody_else() {
+        let policy = |to: &str, listeners: &str| {
+            format!("[[allow]]\nfrom = ['*']\nto = ['*']\n[[deny]]\nfrom = ['shop/a']\nto = [{to}]\n{listeners}\n")
+        };
+        let (ports, names) = ("listeners = [5432]", "listeners = ['db.example.com']");
+        for (to, listeners, good) in [
+            ("'shop/b'", ports, true),
+            ("'anybody'", ports, true),
+            ("'spiffe://partner/pay/card'", ports, true),
+            ("'dns:db.example.com'", "", true),
+            ("'dns:db.example.com'", "listeners = []", true),
+            ("'dns:db.example.com'", ports, false),
+            ("'shop/b', 'dns:db.example.com'", names, false),
+        ] {
+            let (scene, text) = (Scene::new(), policy(to, listeners));
+            assert!(Policy::parse(&text).is_ok(), "agents read it: {text}");
+            let told = scene.apply(&text, false).err().map(|error| error.to_string()).unwrap_or_default();
+            assert_eq!(told.is_empty(), good, "{text}: {told}");
+            assert!(
+                good || told.contains("line 4: [[deny]]") && told.contains("dns:db.example.com has none"),
+                "{told}"
+            );
+            assert!(scene.apply_as(Some(1), &text, false).is_ok(), "what was in force may come back");
+        }
+        let both =
+            policy("'dns:x.example'", ports) + "[[allow]]\nfrom = ['*']\nto = ['dns:y.example']\nlisteners = [1]\n";
+        assert_eq!(read(&both).unwrap_err().0.len(), 2, "all faults at once");
     }
 
     #[test]

@@ -166,10 +166,28 @@ impl Policy {
             return Tried::one(Outcome::Allowed, 0, "neither side has an agent that would judge it");
         };
         let somewhere = |rule: &&Rule| !rule.listeners.is_empty() && rule.covers(from.who(), to.who(), domain);
+        if !matches!(to, Somebody::Workload(_)) {
+            return self.told_of_the_agentless(answer, about, self.deny.iter().find(somewhere));
+        }
         if let Some(rule) = self.deny.iter().find(somewhere).filter(|_| at.is_none() && answer.is_allowed()) {
             return Tried::one(Outcome::Depends, rule.line, format!("denies it at some listeners: {rule}"));
         }
         self.told(answer, about, at.is_none())
+    }
+
+    /// Nobody over there looks at listeners.
+    fn told_of_the_agentless(&self, answer: Answer, about: Vec<usize>, limited_deny: Option<&Rule>) -> Tried {
+        let mut tried = self.told(answer, about, false);
+        let unseen = "has `listeners`, which nobody looks at where no agent is called";
+        if let Answer::Allowed(line) = answer
+            && self.allow.iter().any(|rule| rule.line == line && !rule.listeners.is_empty())
+        {
+            tried.because.push((line, format!("{unseen}: it allows every one")));
+        }
+        if let Some(rule) = limited_deny.filter(|_| answer.is_allowed()) {
+            tried.because.push((rule.line, format!("{unseen}: it denies none")));
+        }
+        tried
     }
 
     fn told(&self, answer: Answer, about: Vec<usize>, any_listener: bool) -> Tried {
@@ -338,6 +356,21 @@ listeners = [22]
         ] {
             check(&connection(from, to, listener), outcome, line);
         }
+    }
+
+    #[test]
+    fn listeners_of_who_has_no_agent_are_said_to_be_looked_at_by_nobody() {
+        let text = "[[allow]]\nfrom = ['shop/web']\nto = ['dns:db.example.com']\nlisteners = [5432]\n\
+                    [[deny]]\nfrom = ['shop/web']\nto = ['dns:db.example.com']\nlisteners = [22]\n";
+        let policy = Policy::parse(text).unwrap();
+        for listener in ["5432", "22", "80", ""] {
+            let tried = policy.try_case(&connection("shop/web", "dns:db.example.com", listener), &domain());
+            let lines: Vec<usize> = tried.because.iter().map(|(line, _)| *line).collect();
+            assert_eq!((tried.outcome, &lines[..]), (Outcome::Allowed, &[1, 1, 5][..]), "{listener}: {tried:?}");
+            assert!(tried.because[1].1.contains("allows every one") && tried.because[2].1.contains("denies none"));
+        }
+        let other = policy.try_case(&connection("shop/web", "dns:x.example", "5432"), &domain());
+        assert_eq!((other.outcome, other.because.len()), (Outcome::Refused, 1 + 1), "{other:?}");
     }
 
     #[test]
