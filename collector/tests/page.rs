@@ -19,6 +19,16 @@ struct Browser(PathBuf);
 /// How long the page may take by its own clock.
 const BUDGET: &str = "--virtual-time-budget=6000";
 
+/// How often a page is asked for when the browser does not get it.
+const TRIES: u32 = 6;
+
+/// A network that comes or goes on this machine, as those of containers do, makes the browser drop what it is fetching: then
+/// there is no page at all, or the page's own program is missing, or its question has no answer.
+fn was_cut_off(document: &str) -> bool {
+    let signs = ["main-frame-error", r#"<main id="main" tabindex="-1"></main>"#, "the collector cannot be reached"];
+    !document.contains("</html>") || signs.iter().any(|sign| document.contains(sign))
+}
+
 impl Browser {
     fn run(&self, url: &str, more: &[String]) -> String {
         let profile = tempfile::tempdir().unwrap();
@@ -55,9 +65,10 @@ impl Browser {
                     browser.run(&url, &more);
                 }
             }
-            browser.run(&url, &["--dump-dom".to_owned()])
+            let look = || browser.run(&url, &["--dump-dom".to_owned()]);
+            (1..TRIES).map(|_| look()).find(|document| !was_cut_off(document)).unwrap_or_else(look)
         });
-        tokio::time::timeout(scene::LIMIT, looked).await.unwrap().unwrap()
+        tokio::time::timeout(scene::LIMIT * 2, looked).await.unwrap().unwrap()
     }
 }
 

@@ -608,10 +608,14 @@ function route() {
 function once(show) {
   const stop = new AbortController();
   running = stop;
-  show(stop.signal).then(() => trouble(null), (error) => {
+  const round = () => show(stop.signal).then(() => trouble(null), (error) => {
     if (stop.signal.aborted) return;
-    error.status === 401 ? enter(error.short) : trouble(error);
+    if (error.status === 401) return enter(error.short);
+    trouble(error);
+    // Who cannot be reached now may be in a moment; another answer stays what it is.
+    if (error.status === 0) setTimeout(() => stop.signal.aborted || round(), REFRESH);
   });
+  round();
 }
 
 /** A token in the address is taken out of it at once, before anything can copy it. */
