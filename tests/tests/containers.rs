@@ -3,12 +3,16 @@
 //! Needs a container engine and root, or sudo without a password. `cargo verify` provides everything; elsewhere a test
 //! that cannot run fails and says why, unless SIDEWARDEN_ALLOW_SKIP=1.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use sidewarden_agent::config::Config;
+use sidewarden_agent::node::{self, NodeConfig, Survey};
+use sidewarden_proto::finding::Finding;
 use sidewarden_tests::events::{Event, Events};
 use sidewarden_tests::interrupt::poll;
 use sidewarden_tests::progress::Progress;
@@ -64,6 +68,53 @@ fn a_shop_that_is_left_alone_speaks_no_plain_word_and_breaks_no_rule() -> Result
         ensure!(healthy.is_some(), "{service} is {}", health()?);
     }
     Ok(())
+}
+
+/// What our own containers, and the services of the scene, cost by the same rules as everybody's, as a node agent tells it.
+/// Beyond what is named here they break none; what only other machines know (AppArmor, SELinux) is left out.
+const OWN: [(&str, &[&str]); 9] = [
+    ("collector", &["image-latest"]),
+    // Full sight needs uid 0 and SYS_PTRACE.
+    ("web-agent", &["user", "capabilities", "image-latest"]),
+    ("orders-agent", &["user", "capabilities", "image-latest"]),
+    ("db-agent", &["user", "capabilities", "image-latest"]),
+    ("visitor", &["user", "image-health", "health", "setuid-files", "image-latest"]),
+    // Debian's packages as they are, without a health check.
+    ("web", &["image-health", "health", "setuid-files", "image-latest"]),
+    ("orders", &["image-health", "health", "setuid-files", "image-latest"]),
+    ("db", &["image-health", "health", "setuid-files", "image-latest"]),
+    ("alertmanager", &["image-health", "health", "setuid-files", "image-latest"]),
+];
+
+#[test]
+fn our_own_containers_are_judged_like_all_others_and_break_no_rule_that_is_not_named_here() -> Result<()> {
+    let Some(open) = open("own")? else { return Ok(()) };
+    ensure!(nix::unistd::geteuid().is_root(), "a node agent reads the host's /proc: run this as root");
+    let ids: BTreeMap<&str, String> =
+        OWN.iter().map(|(service, _)| Ok((*service, open.scene.container(service)?))).collect::<Result<_>>()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let node = NodeConfig::new(&Config::default(), "/".into());
+    let wrong = || -> Result<Vec<String>> {
+        let survey = runtime.block_on(node::survey(&node))?;
+        Ok(OWN.iter().filter_map(|(service, expected)| differs(&survey, service, &ids[service], expected)).collect())
+    };
+    // Until each has answered its health check for the first time.
+    let right = poll(LIMIT, Duration::from_secs(1), || wrong().ok().filter(Vec::is_empty))?;
+    ensure!(right.is_some(), "{}", wrong()?.join("\n"));
+    Ok(())
+}
+
+/// What is wrong with what a survey tells of a container, where it breaks other rules than expected.
+fn differs(survey: &Survey, service: &str, id: &str, expected: &[&str]) -> Option<String> {
+    let Some((_, findings)) = survey.containers.iter().find(|(about, _)| about.id.starts_with(id)) else {
+        return Some(format!("{service}: nothing is told of it"));
+    };
+    let of_the_machine = |f: &&Finding| ["apparmor", "selinux"].contains(&&*f.check);
+    let broken: Vec<&Finding> = findings.iter().filter(|f| f.verdict.word() == "fail" && !of_the_machine(f)).collect();
+    let names: BTreeSet<&str> = broken.iter().map(|f| f.check.as_str()).collect();
+    let evidence: Vec<_> = broken.iter().map(|f| format!("{} {:?}", f.check, f.evidence.first())).collect();
+    (names != expected.iter().copied().collect())
+        .then(|| format!("{service} breaks {names:?}, not {expected:?}: {evidence:#?}"))
 }
 
 #[test]
