@@ -145,7 +145,7 @@ async fn an_auditor_sees_the_table_of_the_fleet_of_a_service_and_of_one_instance
 
     let page = browser.look(&scene.app, "report", &at("")).await;
     assert_shows(&page, &["the whole fleet", "<b>Judged </b>5<", "5.31", "the Docker socket is not mounted", ">FAIL<"]);
-    assert_shows(&page, &["shop/rogue#rogue-1", "UNKNOWN", "it would take", "<option value=\"shop/*\">"]);
+    assert_shows(&page, &["shop/rogue#rogue-1", "UNKNOWN", "to know:", "<option value=\"shop/*\">"]);
     assert!(!page.contains("/run/docker.sock"), "evidence of one stands beside the verdicts of all: {page}");
     for format in ["csv", "json", "html"] {
         assert_shows(&page, &[&format!("/api/v1/report?numbering=1.3.1&amp;format={format}\"")]);

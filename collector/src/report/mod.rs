@@ -404,7 +404,7 @@ fn status(verdict: &Verdict) -> String {
         Verdict::Pass => "PASS".to_owned(),
         Verdict::Fail => "FAIL".to_owned(),
         Verdict::Waived { by, until, .. } => format!("FAIL (waived by {by} until {until})"),
-        Verdict::Unknown { grant } => format!("UNKNOWN (it would take {grant})"),
+        Verdict::Unknown { grant } => format!("UNKNOWN (to know: {grant})"),
         Verdict::NotApplicable { why } if why == NO_SWARM => format!("PASS ({why})"),
         Verdict::NotApplicable { why } => format!("NOT APPLICABLE ({why})"),
     }

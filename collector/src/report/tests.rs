@@ -93,12 +93,8 @@ fn table_of(report: &Report) -> Vec<(&str, &str, usize)> {
 #[test]
 fn the_table_of_the_fleet_shows_the_worst_of_each_check_and_whose_it_is() {
     let report = report(&state(), &evidence(), &scope("*"), &made(), &[]);
-    let expected = [
-        ("4.1", "PASS", 2),
-        ("5.9", "FAIL", 2),
-        ("5.10", "FAIL", 2),
-        ("7.1", "UNKNOWN (it would take a node agent)", 1),
-    ];
+    let expected =
+        [("4.1", "PASS", 2), ("5.9", "FAIL", 2), ("5.10", "FAIL", 2), ("7.1", "UNKNOWN (to know: a node agent)", 1)];
     assert_eq!(table_of(&report), expected);
     assert_eq!(report.table[2].whose, ["hosts/a#h/db", "shop/web#2"]);
     let names: Vec<_> = report.subjects.iter().map(|s| (s.name.as_str(), s.kind)).collect();
@@ -170,14 +166,14 @@ fn a_difference_has_what_changed_what_came_and_what_went() {
         [
             ("hosts/a#h", "swarm-off", "PASS (swarm mode not enabled)", ""),
             ("hosts/a#h/db", "memory-limit", "FAIL", ""),
-            ("shop/web#1", "memory-limit", "PASS", "UNKNOWN (it would take a node agent)"),
-            ("shop/web#1", "swarm-off", "PASS (swarm mode not enabled)", "UNKNOWN (it would take a node agent)"),
+            ("shop/web#1", "memory-limit", "PASS", "UNKNOWN (to know: a node agent)"),
+            ("shop/web#1", "swarm-off", "PASS (swarm mode not enabled)", "UNKNOWN (to know: a node agent)"),
             ("shop/web#2", "host-network", "FAIL", "PASS"),
         ]
     );
     assert!(text(&difference.after.clone(), Some(&difference)).contains("5 verdicts changed since"));
     let page = html(&difference.after.clone(), Some(&difference));
-    for (told, class) in [("", "unknown"), ("UNKNOWN (it would take a node agent)", "unknown"), ("PASS", "pass")] {
+    for (told, class) in [("", "unknown"), ("UNKNOWN (to know: a node agent)", "unknown"), ("PASS", "pass")] {
         assert!(page.contains(&format!("<td class=\"{class}\">{told}</td>")), "{told}: {page}");
     }
     assert_eq!(csv(&difference.after.clone(), Some(&difference)).lines().count(), 6);
