@@ -34,7 +34,7 @@ use crate::proxy::{self, BindError, Listeners, Shared};
 use crate::respond::{self, Observed};
 use crate::spool::{Limits, Opened, Spool, SpoolError, Writer};
 use crate::uplink::drive::HEARTBEAT_SECS;
-use crate::uplink::{SharedStatus, Uplink};
+use crate::uplink::{GO_HOME, SharedStatus, Uplink};
 use crate::watch::{View, Watch, WatchConfig};
 
 /// Of the time to drain, what is kept for sending the last events.
@@ -195,6 +195,8 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
         directives,
         metrics: metrics.clone(),
         random,
+        go_home: GO_HOME,
+        mode,
         status: uplink_status.clone(),
     };
     let talking = tokio::spawn(uplink.run(stop_talking.clone()));

@@ -160,7 +160,9 @@ pub async fn run(mut parts: Parts, stop: CancellationToken) {
 
 impl Parts {
     fn look(&mut self, responder: &mut Responder, in_reach: &mut tokio::time::Instant) {
-        if self.uplink.lock().unwrap_or_else(PoisonError::into_inner).session.is_some() {
+        let uplink = self.uplink.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // One that follows another collector's directives decides nothing: with it an agent is alone, too.
+        if uplink.session.is_some() && uplink.keeps_gates {
             *in_reach = tokio::time::Instant::now();
         }
         let Some(identity) = self.identity.borrow_and_update().clone() else { return };

@@ -90,7 +90,9 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let own = authority.own().borrow().clone();
     let path = dir.join("directive.json");
     let roots = orders::roots(&issuer, now)?;
-    let directives = Arc::new(Directives::open(&path, &config.trust_domain, roots, &own, now)?);
+    let open = if authority.is_member() { Directives::open_following } else { Directives::open };
+    let directives = Arc::new(open(&path, &config.trust_domain, roots, &own, now)?);
+    judge_leader(&config, &authority, &directives)?;
     let (commits, index, committing) = open_store(&config)?;
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
     let fleet = Arc::new(Fleet::default());
@@ -100,11 +102,14 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
-    core.tasks.spawn(fleet::keep(core.clone()));
     if let Some(folder) = &core.config.evidence.folder {
         core.tasks.spawn(evidence::folder::keep(core.clone(), evidence::folder::Folder::new(folder)));
     }
     core.tasks.spawn(ca::tell(core.clone()));
+    match core.config.ca.leader.clone() {
+        Some(leader) => core.tasks.spawn(fleet::follow(core.clone(), leader)),
+        None => core.tasks.spawn(fleet::keep(core.clone())),
+    };
     Ok(App { agents, api, metrics, core, committing, lock })
 }
 
@@ -153,9 +158,32 @@ fn open_authority(config: &Config, now: Timestamp) -> anyhow::Result<(Arc<Author
             config.data_dir.display()
         );
     }
+    if !Authority::exists(&dir) && config.ca.leader.is_some() {
+        anyhow::bail!(
+            "ca.leader is set, and {} has no issuing CA yet: `ca member request` here, `ca member sign` at the leader, `ca member install` here",
+            dir.display()
+        );
+    }
     let (domain, names) = (config.trust_domain.clone(), config.api.names.clone());
     let (authority, first) = Authority::open(&dir, Terms { domain, names, own_life, vault: vault(config)? }, now)?;
     Ok((Arc::new(authority), first))
+}
+
+/// Whom to follow is said exactly where there is somebody to follow.
+fn judge_leader(config: &Config, authority: &Authority, directives: &Directives) -> anyhow::Result<()> {
+    match (&config.ca.leader, authority.is_member()) {
+        (Some(_), false) => {
+            anyhow::bail!("ca.leader is set, and this collector has a root of its own: take the setting away")
+        }
+        (None, true) => anyhow::bail!(
+            "this collector has no root of its own: set ca.leader to the collector that has, or nobody hears of revocations here"
+        ),
+        (Some(_), true) if directives.now().directive.version > 0 => {
+            authority.follow(&directives.now().directive.bundle);
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// How the CA's keys lie on disk, by the settings and what systemd hands over.
@@ -280,6 +308,9 @@ async fn keep_house(core: Core) {
             issuer.register().confirm(&confirmed)?;
             let mut events = renew_and_collect(&issuer, &directives, now)?;
             let own = issuer.authority().own().borrow().clone();
+            if directives.is_following() {
+                return Ok(events);
+            }
             let mut trust = trust.lock().unwrap_or_else(PoisonError::into_inner);
             match trust.look(&directives, &own, now) {
                 Ok(event) => events.extend(event),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sidewarden_proto::config::{Bytes, Env, Faults, Reader, load};
+use sidewarden_proto::config::{Bytes, Env, Faults, HostPort, Reader, load};
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::secret::Secret;
 
@@ -52,6 +52,8 @@ pub struct Ca {
     /// The passphrase that seals them. Without one the systemd credential `sidewarden-ca-passphrase` counts, and without
     /// that they are plain.
     pub passphrase_file: Option<PathBuf>,
+    /// The collector that has the root's key, where this one has only an issuing CA under it.
+    pub leader: Option<HostPort>,
 }
 
 /// Where agents come in.
@@ -153,7 +155,7 @@ fn config(reader: &mut Reader<'_>) -> Config {
 }
 
 fn ca(reader: &mut Reader<'_>) -> Ca {
-    Ca { passphrase_file: reader.optional("passphrase_file") }
+    Ca { passphrase_file: reader.optional("passphrase_file"), leader: reader.optional("leader") }
 }
 
 fn agents(reader: &mut Reader<'_>) -> Agents {
@@ -255,7 +257,7 @@ mod tests {
         let more = ["handshake_timeout", "max_handshakes", "max_connections", "max_links_per_second", "names", "tls"];
         let last = ["token", "alertmanagers", "webhooks", "url", "ca_file", "log", "hold", "resend", "days", "bytes"];
         let evidence = ["fail_on", "with_fix_only", "max_age", "folder", "attestor", "name", "key_file"];
-        for key in keys.iter().chain(&more).chain(&last).chain(&evidence).chain(&["passphrase_file"]) {
+        for key in keys.iter().chain(&more).chain(&last).chain(&evidence).chain(&["passphrase_file", "leader"]) {
             let shown = EXAMPLE.contains(&format!("{key} = ")) || EXAMPLE.contains(&format!("{key}]]"));
             assert!(shown, "{key} is not in deploy/collector.toml");
         }

@@ -247,6 +247,10 @@ fn of_parts(core: &Core) -> prometheus::Result<Vec<MetricFamily>> {
     let help = "When the collector's own certificate ends, in seconds since 1970.";
     page.seconds("certificate_end_timestamp_seconds", help, Some(own))?;
     ca_ends(&page, core)?;
+    if let Some(reached) = core.directives.is_reached() {
+        let help = "1 while the collector whose directives are followed is within reach.";
+        page.gauge("leader_connected", help, &[])?.with_label_values::<&str>(&[]).set(i64::from(reached));
+    }
     Ok(page.0.gather())
 }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sidewarden_proto::batch::{Epoch, Tombstone};
+use sidewarden_proto::batch::{Epoch, LossReason, Tombstone};
 use sidewarden_proto::event::{
     Body, ContainerRef, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged,
     TrustedRoot,
@@ -388,7 +388,7 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 25] = [
+    const KINDS: [&str; 26] = [
         "attestation.set",
         "attestation.removed",
         "scan.added",
@@ -411,6 +411,7 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "ca.rotated",
         "ca.issued",
         "ca.certificates",
+        "leader.changed",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",
@@ -467,6 +468,9 @@ impl State {
     /// Takes in the place where events were.
     pub fn apply_loss(&mut self, stamp: Stamp<'_>, tombstone: &Tombstone) {
         self.advance(stamp);
+        if tombstone.reason == LossReason::Elsewhere {
+            return;
+        }
         self.lose(stamp, tombstone.reason.word(), tombstone.last_seq - tombstone.first_seq + 1);
     }
 
@@ -603,7 +607,7 @@ impl State {
             Body::AgentConnected(b) => {
                 let Ok(instance) = b.instance.parse() else { return };
                 let agent = self.agent(&AgentId { workload: b.workload, instance });
-                agent.version = b.version;
+                (agent.version, agent.mode) = (b.version, Mode::of_word(&b.mode).or(agent.mode));
                 agent.session = Session::Live { since: stamp.received, source: b.source, transport: b.transport };
             }
             Body::QuarantineChanged(b) => {
@@ -741,7 +745,6 @@ mod pairs {
 
 #[cfg(test)]
 mod tests {
-    use sidewarden_proto::batch::LossReason;
     use sidewarden_proto::event::*;
     use sidewarden_proto::finding::{CisIds, Evidence, Remedy, Verdict};
     use sidewarden_proto::identity::Sha256;
@@ -800,6 +803,7 @@ mod tests {
             transport,
             version: "0.1.0".into(),
             clock_ahead_us: 0,
+            mode: String::new(),
         }
     }
 
@@ -963,6 +967,9 @@ mod tests {
         told.state.apply_loss(Stamp { position: 9, agent: &id, epoch, received: told.now }, &tombstone);
         let counts = |word: &str| (told.web().lost[word].count, told.state.totals.lost[word]);
         assert_eq!((counts("spool_full"), counts("damaged")), ((5, 5), (2, 2)));
+        let elsewhere = Tombstone { first_seq: 10, last_seq: 12, reason: LossReason::Elsewhere, ..tombstone };
+        told.state.apply_loss(Stamp { position: 10, agent: &id, epoch, received: told.now }, &elsewhere);
+        assert_eq!(told.state.totals.lost.len(), 2, "what another collector has is not lost");
     }
 
     #[test]

@@ -156,6 +156,8 @@ pub enum LossReason {
     Damaged,
     /// The collector has less than it once acknowledged.
     CollectorRewound,
+    /// Nothing is lost: another collector has them.
+    Elsewhere,
     /// A reason of a newer version.
     Other,
 }
@@ -167,6 +169,7 @@ impl LossReason {
             LossReason::SpoolFull => "spool_full",
             LossReason::Damaged => "damaged",
             LossReason::CollectorRewound => "collector_rewound",
+            LossReason::Elsewhere => "elsewhere",
             LossReason::Other => "other",
         }
     }
@@ -176,6 +179,7 @@ impl LossReason {
             1 => LossReason::SpoolFull,
             2 => LossReason::Damaged,
             3 => LossReason::CollectorRewound,
+            4 => LossReason::Elsewhere,
             _ => LossReason::Other,
         }
     }
@@ -185,6 +189,7 @@ impl LossReason {
             LossReason::SpoolFull => 1,
             LossReason::Damaged => 2,
             LossReason::CollectorRewound => 3,
+            LossReason::Elsewhere => 4,
             LossReason::Other => 0,
         }
     }

@@ -415,6 +415,9 @@ pub enum DirectiveFault {
     /// The signer's chain does not verify.
     #[error("the directive's signer cannot be verified: {0}")]
     Chain(String),
+    /// The signer is a collector that hands directives out and makes none.
+    #[error("the directive is signed by a collector that follows another: only the one with the root's key makes them")]
+    Follower,
     /// The signature is not of this document.
     #[error("the directive's signature does not fit")]
     Signature,
@@ -461,9 +464,18 @@ impl Signed {
         if signer.name != PeerName::Spiffe(tls::collector_id(&directive.trust_domain)) {
             return Err(DirectiveFault::WrongSigner(signer.name.to_string()));
         }
+        // The verifier took a path through what was shown; a follower has no other to show than through its own CA.
+        if tls::is_of_member(&chain).map_err(|e| DirectiveFault::Chain(e.to_string()))? {
+            return Err(DirectiveFault::Follower);
+        }
         let message = [CONTEXT, self.document.as_bytes()].concat();
         tls::verify_signature(&chain[0], &message, &self.signature.0).map_err(|_| DirectiveFault::Signature)?;
         Ok(directive)
+    }
+
+    /// What it says, proven by nothing: for whoever has kept it since it was proven.
+    pub fn as_kept(&self) -> Result<Directive, DirectiveFault> {
+        serde_json::from_str(&self.document).map_err(|e| DirectiveFault::Unreadable(e.to_string()))
     }
 
     /// Who says to have signed it; proven by [`Signed::open`] alone.

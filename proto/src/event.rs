@@ -298,6 +298,8 @@ kinds! {
     CaIssued = "ca.issued",
     /// Every certificate that the collector answers for: after a start, and after a change of one.
     CaCertificates = "ca.certificates",
+    /// The collector whose directives this one hands out was reached, or lost.
+    LeaderChanged = "leader.changed",
     /// An alert began to fire.
     AlertFiring = "alert.firing",
     /// An alert ended.
@@ -324,6 +326,11 @@ impl Mode {
             Mode::Exec => "exec",
             Mode::Node => "node",
         }
+    }
+
+    /// The mode of that word.
+    pub fn of_word(word: &str) -> Option<Mode> {
+        [Mode::Sidecar, Mode::Exec, Mode::Node].into_iter().find(|mode| mode.word() == word)
     }
 }
 
@@ -1082,6 +1089,10 @@ pub struct AgentConnected {
     /// How far its clock is ahead of the collector's, microseconds; negative when it is behind, 0 when it does not tell.
     #[serde(default)]
     pub clock_ahead_us: i64,
+    /// How it stands beside its workload ([`Mode`]'s word); empty when it does not tell. A collector that it comes to in the
+    /// middle of its life learns it from this.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub mode: String,
 }
 
 /// Body of `agent.disconnected`.
@@ -1126,6 +1137,18 @@ pub struct CaRotated {
     /// Some of them.
     #[serde(default)]
     pub named: Vec<String>,
+}
+
+/// Body of `leader.changed`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LeaderChanged {
+    /// Where it is.
+    pub leader: String,
+    /// Whether it is within reach.
+    pub reached: bool,
+    /// Why it is not.
+    #[serde(default)]
+    pub why: String,
 }
 
 /// Body of `ca.issued`.

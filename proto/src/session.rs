@@ -231,7 +231,7 @@ impl Receiver {
             silent_after: heartbeat * SILENT_HEARTBEATS,
             heard_at: now,
         };
-        (receiver, Frame::Welcome(Welcome { version: version.to_owned(), cursor }))
+        (receiver, Frame::Welcome(Welcome { version: version.to_owned(), cursor, keeps_gates: true }))
     }
 
     /// Takes a frame that came from the agent.
@@ -375,6 +375,7 @@ mod tests {
             heartbeat_secs: 5,
             understands: 2,
             at_us: Timestamp(0),
+            mode: String::new(),
         }
     }
 
@@ -519,7 +520,9 @@ mod tests {
         (0..WINDOW_LINKS + 1).for_each(|_| spool.append(1));
         let (mut sender, _) = Sender::new(hello(), now);
         assert_eq!(sender.wants_after(), None, "before the welcome");
-        sender.handle(Frame::Welcome(Welcome { version: String::new(), cursor: Cursor::START }), now).unwrap();
+        sender
+            .handle(Frame::Welcome(Welcome { version: String::new(), cursor: Cursor::START, keeps_gates: true }), now)
+            .unwrap();
         while let Some(cursor) = sender.wants_after() {
             sender.send(spool.after(cursor).unwrap(), now);
         }

@@ -143,6 +143,19 @@ pub fn collector_id(domain: &TrustDomain) -> SpiffeId {
     domain.workload("sidewarden/collector").expect("the path is a constant that follows the rules")
 }
 
+/// The common name of an issuing CA that was signed for a further collector: what bears it hands directives out, and makes none.
+pub const MEMBER_CA: &str = "Sidewarden issuing, further collector";
+
+/// Whether the issuing CA of a further collector is in `chain`, leaf first.
+pub fn is_of_member(chain: &[CertificateDer<'_>]) -> Result<bool, LeafFault> {
+    let bears = |cert: &X509Certificate<'_>| {
+        let mut names = cert.subject().iter_common_name();
+        names.any(|name| name.as_str().is_ok_and(|name| name == MEMBER_CA))
+    };
+    let cas = chain.iter().skip(1).map(parse).collect::<Result<Vec<_>, _>>()?;
+    Ok(cas.iter().any(bears))
+}
+
 /// A key with its certificate chain.
 #[derive(Clone)]
 pub struct Credential {

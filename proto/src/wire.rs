@@ -10,13 +10,15 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Cursor, Epoch, Link, MAX_LINK, Malformed};
-use crate::identity::InstanceId;
+use crate::identity::{AgentId, InstanceId, Sha256};
 use crate::time::Timestamp;
 
 /// ALPN of the session between agent and collector.
 pub const ALPN: &[u8] = b"sidewarden/1";
 /// ALPN between two agents that carry one stream after the other on a connection.
 pub const ALPN_STREAMS: &[u8] = b"sidewarden-streams/1";
+/// ALPN between two collectors, of which one follows the other's directives.
+pub const ALPN_COLLECTOR: &[u8] = b"sidewarden-collector/1";
 /// ALPN of enrolment.
 pub const ALPN_ENROL: &[u8] = b"sidewarden-enrol/1";
 /// Most bytes of a frame after its length.
@@ -46,6 +48,9 @@ pub struct Hello {
     /// What its clock says; 0 from agents that do not tell.
     #[serde(default)]
     pub at_us: Timestamp,
+    /// How it stands beside its workload ([`crate::event::Mode`]'s word); empty from agents that do not tell.
+    #[serde(default)]
+    pub mode: String,
 }
 
 /// The collector's answer.
@@ -56,6 +61,43 @@ pub struct Welcome {
     pub version: String,
     /// How far the collector has this agent's events; the next link must follow here.
     pub cursor: Cursor,
+    /// Whether this collector decides about gates. One that follows another does not: an agent is alone with them there.
+    #[serde(default = "yes")]
+    pub keeps_gates: bool,
+}
+
+/// What a collector that follows another tells it of its agents.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Certificates that it has issued, or has seen in use.
+    #[serde(default)]
+    pub issued: Vec<Issued>,
+    /// The directives that its agents run.
+    #[serde(default)]
+    pub confirmed: Vec<(AgentId, u64)>,
+}
+
+/// A certificate of an agent, as a collector's register has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Issued {
+    /// To whom.
+    pub agent: AgentId,
+    /// Its serial number, in hex.
+    pub serial: String,
+    /// Its public key (SHA-256 of the SPKI).
+    pub spki: Sha256,
+    /// When it begins.
+    pub not_before_us: Timestamp,
+    /// When it ends.
+    pub not_after_us: Timestamp,
+    /// The public key of its root.
+    pub root: Sha256,
+    /// Whether it was seen in use.
+    #[serde(default)]
+    pub seen: bool,
+    /// Whether a newer key of the instance was seen after it.
+    #[serde(default)]
+    pub superseded: bool,
 }
 
 /// What one side says to the other.
@@ -85,6 +127,8 @@ pub enum Frame {
     Bye(String),
     /// Collector: I will not go on with you, for this reason.
     Refuse(Refuse),
+    /// A collector that follows another: what it knows of its agents.
+    Report(Report),
 }
 
 /// Why a collector ends a session.
@@ -138,6 +182,7 @@ const RENEW: u8 = 9;
 const RENEWED: u8 = 10;
 const BYE: u8 = 11;
 const REFUSE: u8 = 12;
+const REPORT: u8 = 13;
 
 impl Frame {
     /// The frame's bytes, its length in front.
@@ -155,6 +200,7 @@ impl Frame {
             Frame::Renewed(answer) => (RENEWED, answer.clone()),
             Frame::Bye(reason) => (BYE, json(reason)),
             Frame::Refuse(refuse) => (REFUSE, json(refuse)),
+            Frame::Report(report) => (REPORT, json(report)),
         };
         let length = u32::try_from(payload.len() + 1).unwrap_or(u32::MAX);
         [&length.to_be_bytes()[..], &[kind], &payload].concat()
@@ -179,6 +225,7 @@ impl Frame {
             RENEWED => Frame::Renewed(payload.to_vec()),
             BYE => Frame::Bye(from_json(kind, payload)?),
             REFUSE => Frame::Refuse(from_json(kind, payload)?),
+            REPORT => Frame::Report(from_json(kind, payload)?),
             _ => return Ok(None),
         }))
     }
@@ -240,7 +287,6 @@ mod tests {
 
     use super::*;
     use crate::batch::{LossReason, Tombstone};
-    use crate::identity::Sha256;
 
     fn frames() -> Vec<Frame> {
         let epoch = Epoch([3; 16]);
@@ -256,8 +302,9 @@ mod tests {
                 heartbeat_secs: 5,
                 understands: 2,
                 at_us: Timestamp(7),
+                mode: "exec".into(),
             }),
-            Frame::Welcome(Welcome { version: "0.1.0".into(), cursor }),
+            Frame::Welcome(Welcome { version: "0.1.0".into(), cursor, keeps_gates: false }),
             Frame::Link(Link::Tombstone(tombstone)),
             Frame::Ack(cursor),
             Frame::Rewind(cursor),
@@ -268,7 +315,33 @@ mod tests {
             Frame::Renewed(vec![5]),
             Frame::Bye("SIGTERM".into()),
             Frame::Refuse(Refuse { reason: "revoked".into(), detail: String::new(), retry: false }),
+            Frame::Report(report()),
         ]
+    }
+
+    fn report() -> Report {
+        let agent: AgentId = "spiffe://x/shop/web#c1".parse().unwrap();
+        let (spki, root) = (Sha256([1; 32]), Sha256([2; 32]));
+        let (not_before_us, not_after_us) = (Timestamp(1), Timestamp(2));
+        let issued = Issued {
+            agent: agent.clone(),
+            serial: "a1".into(),
+            spki,
+            not_before_us,
+            not_after_us,
+            root,
+            seen: true,
+            superseded: false,
+        };
+        Report { issued: vec![issued], confirmed: vec![(agent, 7)] }
+    }
+
+    #[test]
+    fn a_welcome_of_an_older_collector_keeps_gates() {
+        let json = format!(r#"{{"cursor":{{"seq":0,"hash":"{}"}}}}"#, Sha256::ZERO);
+        let bytes = [&[WELCOME][..], json.as_bytes()].concat();
+        let Ok(Some(Frame::Welcome(welcome))) = Frame::decode(&bytes) else { panic!("not read") };
+        assert!(welcome.keeps_gates);
     }
 
     #[test]

@@ -86,7 +86,7 @@ pub fn certificate_request(key: &KeyPair) -> Result<Der, EnrolError> {
     Ok(Der(request.der().to_vec()))
 }
 
-/// Asks each of `collectors` in turn until one answers. Each of `pins` is tried, for a root may be on its way out.
+/// Asks each of `collectors` in turn until one answers; a token is known to the one that made it alone. Each of `pins` is tried, for a root may be on its way out.
 pub async fn ask(
     resolver: &Resolver,
     collectors: &[HostPort],
@@ -97,12 +97,23 @@ pub async fn ask(
     for address in collectors {
         for pin in pins {
             match ask_one(resolver, address, *pin, request).await {
-                Err(error) if error.may_pass() => last = error,
+                Err(error) if error.may_pass() || error.is_unknown_token() => last = last.or(error),
                 settled => return settled,
             }
         }
     }
     Err(last)
+}
+
+impl EnrolError {
+    fn is_unknown_token(&self) -> bool {
+        matches!(self, EnrolError::Refused(refused) if refused.reason == "token_unknown")
+    }
+
+    /// Of two, the one that may pass: whoever could not be asked may yet know the token.
+    fn or(self, next: EnrolError) -> EnrolError {
+        if !matches!(self, EnrolError::NoCollector) && self.may_pass() && !next.may_pass() { self } else { next }
+    }
 }
 
 async fn ask_one(

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <number>.seg    segments, in the order of their numbers
+//! collectors      how far each collector has the chain (`places`)
 //! epoch           the epoch in force, in hex; segments of another epoch are leftovers of a change that was cut short
 //! clean           there while nothing runs and the last run ended in order
 //! damaged/        copies of what could not be read
@@ -19,6 +20,9 @@ use super::record::{self, MAX_SEGMENT, SEGMENT};
 
 /// Most bytes of copies of damaged parts: evidence, not an archive.
 const MAX_DAMAGED: u64 = 4 << 20;
+
+/// Most bytes of what is noted of collectors.
+const MAX_COLLECTORS: u64 = 64 << 10;
 
 /// Where a record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,6 +184,21 @@ impl Disk {
     /// Puts `epoch` in force.
     pub fn set_epoch(&self, epoch: Epoch) -> io::Result<()> {
         self.replace(&self.dir.join("epoch"), format!("{epoch}\n").as_bytes())
+    }
+
+    /// What is noted of collectors; empty when there is nothing that can be read.
+    pub fn collectors(&self) -> String {
+        let mut text = String::new();
+        let file = File::open(self.dir.join("collectors"));
+        match file.and_then(|file| file.take(MAX_COLLECTORS).read_to_string(&mut text)) {
+            Ok(_) => text,
+            Err(_) => String::new(),
+        }
+    }
+
+    /// Notes it.
+    pub fn set_collectors(&self, text: &str) -> io::Result<()> {
+        self.replace(&self.dir.join("collectors"), text.as_bytes())
     }
 
     /// Whether the last run ended in order; from now on it did not.

@@ -5,6 +5,7 @@
 //! not a task because a stalled disk must not stall the proxy.
 
 mod disk;
+mod places;
 mod queue;
 mod record;
 mod shed;
@@ -24,7 +25,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::backoff::Random;
 
-pub use queue::{Damage, Limits};
+pub use queue::{Damage, Limits, Met};
 use queue::{Found, Queue};
 
 /// Events that come within this of the first one go into the same batch.
@@ -119,7 +120,7 @@ struct Inbox {
 #[derive(Debug)]
 enum Request {
     After(Cursor, oneshot::Sender<Option<Link>>),
-    Fits(Cursor, oneshot::Sender<bool>),
+    Meet(String, Cursor, oneshot::Sender<Met>),
     NewEpoch(Epoch, oneshot::Sender<()>),
     Flush(oneshot::Sender<()>),
 }
@@ -174,9 +175,10 @@ impl Spool {
         self.ask(|answer| Request::After(cursor, answer)).await.flatten()
     }
 
-    /// Whether a collector that stands at `cursor` has the same history; `None` when the spool does not answer.
-    pub async fn fits(&self, cursor: Cursor) -> Option<bool> {
-        self.ask(|answer| Request::Fits(cursor, answer)).await
+    /// Whether `collector`, which stands at `cursor`, has the same history, and all of it; `None` when the spool does not
+    /// answer. What is acknowledged from now on, that collector has. One that lacks something is told the posture anew.
+    pub async fn meet(&self, collector: &str, cursor: Cursor) -> Option<Met> {
+        self.ask(|answer| Request::Meet(collector.to_owned(), cursor, answer)).await
     }
 
     /// Goes on in another epoch: what was not acknowledged is sealed again there, in the same order.
@@ -359,7 +361,13 @@ fn seal(shared: &Shared, queue: &mut Queue, mut events: Vec<Event>, lost: [u32; 
 fn answer(shared: &Shared, queue: &mut Queue, request: Request, damage: &mut Vec<Damage>) {
     let heard = match request {
         Request::After(cursor, answer) => answer.send(queue.after(cursor, damage)).is_ok(),
-        Request::Fits(cursor, answer) => answer.send(queue.fits(cursor)).is_ok(),
+        Request::Meet(collector, cursor, answer) => {
+            let met = queue.meet(&collector, cursor);
+            if met.lacks {
+                shared.baseline.send_modify(|count| *count += 1);
+            }
+            answer.send(met).is_ok()
+        }
         Request::Flush(answer) => answer.send(()).is_ok(),
         Request::NewEpoch(epoch, answer) => {
             queue.begin_epoch(epoch, (shared.now)(), damage);

@@ -16,6 +16,7 @@ use sidewarden_proto::identity::Sha256;
 use sidewarden_proto::time::Timestamp;
 
 use super::disk::{Disk, Place};
+use super::places::Places;
 use super::record::{self, RECORD_HEAD, Scan};
 use super::shed::{self, Candidate};
 
@@ -135,6 +136,16 @@ pub struct Queue {
     failing: Option<String>,
     /// Events dropped for want of room, lowest severity first.
     shed: [u64; 4],
+    places: Places,
+}
+
+/// A collector that said where it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// It is on our chain.
+    pub fits: bool,
+    /// It lacks something that is here no more.
+    pub lacks: bool,
 }
 
 impl Queue {
@@ -153,6 +164,7 @@ impl Queue {
             handed: 0,
             failing: None,
             shed: [0; 4],
+            places: Places::default(),
         };
         let mut damage = Vec::new();
         if !queue.load(&numbers, &mut damage) {
@@ -161,6 +173,8 @@ impl Queue {
         }
         let result = queue.disk.set_epoch(queue.epoch);
         queue.note(result);
+        queue.places = Places::read(&queue.disk.collectors(), queue.epoch);
+        queue.places.found(queue.held.front().map_or(queue.last, Held::before));
         Ok((queue, Found { clean, damage }))
     }
 
@@ -444,10 +458,26 @@ impl Queue {
     /// No session is up any more: nothing is under way.
     pub fn recall(&mut self) {
         self.handed = 0;
+        self.note_places();
+    }
+
+    fn note_places(&mut self) {
+        let result = self.disk.set_collectors(&self.places.text(self.epoch));
+        self.note(result);
+    }
+
+    /// A session with `collector` begins, which has everything up to `cursor`.
+    pub fn meet(&mut self, collector: &str, cursor: Cursor) -> Met {
+        if !self.fits(cursor) {
+            return Met { fits: false, lacks: false };
+        }
+        self.places.meet(collector, cursor);
+        self.note_places();
+        Met { fits: true, lacks: self.held.front().map_or(self.last, Held::before).seq > cursor.seq }
     }
 
     /// Whether a collector that stands at `cursor` is on our chain.
-    pub fn fits(&self, cursor: Cursor) -> bool {
+    fn fits(&self, cursor: Cursor) -> bool {
         if cursor.seq == 0 || cursor.seq >= self.last.seq {
             return cursor == Cursor::START || cursor == self.last;
         }
@@ -459,7 +489,7 @@ impl Queue {
         }
     }
 
-    /// The link to send after `cursor`; a tombstone where the collector has less than it once acknowledged.
+    /// The link to send after `cursor`; a tombstone where the collector has less than was once acknowledged.
     ///
     /// A link that cannot be read any more becomes a tombstone, and `damage` tells of it.
     pub fn after(&mut self, cursor: Cursor, damage: &mut Vec<Damage>) -> Option<Link> {
@@ -469,7 +499,8 @@ impl Queue {
         let at = self.held.partition_point(|held| held.last <= cursor.seq);
         let before = self.held.get(at).map_or(self.last, Held::before);
         let link = if before.seq > cursor.seq {
-            self.gap(cursor, before, LossReason::CollectorRewound)
+            let (reason, until) = self.places.missing(cursor, before);
+            self.gap(cursor, until, reason)
         } else {
             self.read(at, damage)?
         };
@@ -503,6 +534,7 @@ impl Queue {
 
     /// Everything up to `cursor` is on the collector's disk.
     pub fn acknowledge(&mut self, cursor: Cursor) {
+        self.places.acknowledged(cursor);
         while self.held.front().is_some_and(|held| held.last <= cursor.seq) {
             self.held.pop_front();
         }
@@ -523,7 +555,7 @@ impl Queue {
         let old_segments = self.disk.segments();
         self.disk.end_segment();
         let old = std::mem::take(&mut self.held);
-        (self.epoch, self.last, self.handed) = (epoch, Cursor::START, 0);
+        (self.epoch, self.last, self.handed, self.places) = (epoch, Cursor::START, 0, Places::default());
         let allowed = self.limits.disk_bytes;
         // Both chains are there until the new one is in force.
         self.limits.disk_bytes = allowed.saturating_add(self.disk.bytes());
@@ -783,6 +815,40 @@ mod tests {
         queue.acknowledge(Cursor { seq: 3, hash: links[2].hash() });
         let (again, end) = drain(&mut queue, Cursor::START);
         assert_eq!((tombstones(&again), end.seq), (vec![(1, 3, LossReason::CollectorRewound)], 4));
+    }
+
+    #[test]
+    fn another_collector_is_told_that_it_lacks_what_the_first_one_has_and_a_restart_does_not_forget_who_has_what() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut queue, _) = open(dir.path(), WIDE);
+        let (fits, misses) = (Met { fits: true, lacks: false }, Met { fits: true, lacks: true });
+        assert_eq!(queue.meet("first:1", Cursor::START), fits);
+        // Of several segments, so that a restart does not find what was let go of.
+        (0..40).for_each(|_| drop(queue.append(vec![event(Severity::Warning, 60_000)])));
+        let (_, at_first) = drain(&mut queue, Cursor::START);
+        queue.acknowledge(at_first);
+        queue.append(vec![event(Severity::Warning, 5)]);
+        for restart in [false, true] {
+            if restart {
+                drop(queue);
+                queue = open(dir.path(), WIDE).0;
+            }
+            assert_eq!(queue.meet("second:1", Cursor::START), misses);
+            let (links, end) = drain(&mut queue, Cursor::START);
+            let told = tombstones(&links);
+            assert!(matches!(told[..], [(1, 2..=40, LossReason::Elsewhere)]), "{told:?}");
+            assert_eq!((end, told[0].1 == 40), (queue.last(), !restart));
+        }
+        let end = queue.last();
+        queue.acknowledge(end);
+        queue.append(vec![event(Severity::Warning, 5)]);
+        assert_eq!(queue.meet("first:1", at_first), misses);
+        assert_eq!(tombstones(&drain(&mut queue, at_first).0), [(41, 41, LossReason::Elsewhere)]);
+        // It comes back without its disk.
+        assert_eq!(queue.meet("first:1", Cursor::START), misses);
+        let told = tombstones(&drain(&mut queue, Cursor::START).0);
+        assert_eq!(told, [(1, 40, LossReason::CollectorRewound), (41, 41, LossReason::Elsewhere)]);
+        assert!(!queue.meet("first:1", Cursor { seq: 99, ..end }).fits);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sidewarden_proto::batch::Cursor;
 use sidewarden_proto::directive::UNDERSTANDS;
+use sidewarden_proto::event::Mode;
 use sidewarden_proto::identity::InstanceId;
 use sidewarden_proto::session::{FromCollector, Sender, SessionError};
 use sidewarden_proto::time::Timestamp;
@@ -55,12 +56,18 @@ pub enum Ended {
     Shutdown,
     /// We have another certificate, or another epoch: come back at once.
     ComeBack,
+    /// We go to another collector.
+    Left,
 }
 
 /// What a session needs.
 pub struct Session<'a> {
+    /// The address of the collector, as the settings have it.
+    pub collector: &'a str,
     /// Which instance we are.
     pub instance: &'a InstanceId,
+    /// How we stand beside our workload.
+    pub mode: Mode,
     /// The identity that the connection was made with.
     pub identity: Arc<Identity>,
     /// The newest.
@@ -75,6 +82,8 @@ pub struct Session<'a> {
     pub metrics: &'a Metrics,
     /// For a new epoch.
     pub random: Random,
+    /// Cancelled when we go to another collector.
+    pub leave: &'a CancellationToken,
     /// Called once the collector has welcomed us.
     pub welcomed: &'a (dyn Fn(&Welcome) + Sync),
 }
@@ -105,6 +114,7 @@ where
         heartbeat_secs: HEARTBEAT_SECS,
         understands: UNDERSTANDS,
         at_us: Timestamp::now(),
+        mode: session.mode.word().into(),
     };
     let (sender, first) = Sender::new(hello, now());
     let mut driver = Driver { session, sender, writer, waiting: None, sent: VecDeque::new(), directive };
@@ -125,7 +135,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
         loop {
             let has_more = self.send_links().await?;
             if end.is_some_and(|end| (self.sender.is_settled() && !has_more) || Instant::now() >= end) {
-                return self.part(reader).await;
+                return match self.session.leave.is_cancelled() && !shutdown.is_cancelled() {
+                    true => self.part(reader, "it goes to another collector").await.map(|()| Ended::Left),
+                    false => self.part(reader, "the agent ends").await.map(|()| Ended::Shutdown),
+                };
             }
             let due = Instant::from_std(self.sender.timeout());
             let due = end.map_or(due, |end| due.min(end));
@@ -161,6 +174,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
                         end.get_or_insert(Instant::now() + SETTLE_WITHIN);
                     }
                 }
+                () = self.session.leave.cancelled(), if end.is_none() => end = Some(Instant::now() + SETTLE_WITHIN),
                 () = shutdown.cancelled(), if end.is_none() => end = Some(Instant::now() + SETTLE_WITHIN),
             }
         }
@@ -200,7 +214,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
 
     /// A collector with another history than ours: we go on in a new epoch, and it keeps what it has.
     async fn welcome(&mut self, welcome: &Welcome) -> Result<Option<Ended>, Fault> {
-        if !self.session.spool.fits(welcome.cursor).await.ok_or(Fault::Spool)? {
+        if !self.session.spool.meet(self.session.collector, welcome.cursor).await.ok_or(Fault::Spool)?.fits {
             tracing::warn!(at = welcome.cursor.seq, "the collector's history is not ours; going on in a new epoch");
             self.session.spool.begin_epoch(self.session.random).await;
             return Ok(Some(Ended::ComeBack));
@@ -246,13 +260,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
         Ok(())
     }
 
-    async fn part(&mut self, mut reader: ReadHalf<S>) -> Result<Ended, Fault> {
-        self.write(Frame::Bye("the agent ends".into())).await?;
+    async fn part(&mut self, mut reader: ReadHalf<S>, why: &str) -> Result<(), Fault> {
+        self.write(Frame::Bye(why.into())).await?;
         self.writer.shutdown().await?;
         let until_closed = async { while reader.read(&mut [0; 1024]).await.is_ok_and(|count| count > 0) {} };
         if timeout(PART_WITHIN, until_closed).await.is_err() {
             tracing::debug!("the collector did not close after the goodbye");
         }
-        Ok(Ended::Shutdown)
+        Ok(())
     }
 }

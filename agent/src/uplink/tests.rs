@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use quinn::crypto::rustls::QuicServerConfig;
 use sidewarden_proto::batch::{Cursor, Epoch, Link};
 use sidewarden_proto::enrol::{Answer, to_message};
-use sidewarden_proto::event::{AgentStopping, Event, Severity};
+use sidewarden_proto::event::{AgentStopping, Event, Mode, Severity};
 use sidewarden_proto::identity::Sha256;
 use sidewarden_proto::session::{FromAgent, Receiver};
 use sidewarden_proto::tls::{Floor, server_config};
@@ -37,7 +37,7 @@ impl Log {
 }
 
 struct Collector {
-    ca: Ca,
+    ca: Arc<Ca>,
     log: Mutex<Log>,
     /// Sent to the agent right after the welcome.
     directive: Option<Vec<u8>>,
@@ -47,12 +47,16 @@ struct Collector {
 
 impl Collector {
     fn new() -> Collector {
-        Collector { ca: Ca::new("td"), log: Mutex::default(), directive: None, cut_after: None }
+        Collector { ca: Arc::new(Ca::new("td")), log: Mutex::default(), directive: None, cut_after: None }
     }
 
     /// Serves QUIC and TCP on one port; `quic` can be left out.
     async fn listen(self: &Arc<Collector>, quic: bool) -> HostPort {
-        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.listen_at(SocketAddr::from(([127, 0, 0, 1], 0)), quic).await
+    }
+
+    async fn listen_at(self: &Arc<Collector>, at: SocketAddr, quic: bool) -> HostPort {
+        let tcp = TcpListener::bind(at).await.unwrap();
         let address = tcp.local_addr().unwrap();
         let tls = server_config(&self.ca.collector(), &self.ca.trust(), Floor::Tls13, &[ALPN]).unwrap();
         if quic {
@@ -191,6 +195,8 @@ impl Agent {
             directives: directive_sender,
             metrics: Arc::new(Metrics::new("test")),
             random: crate::backoff::random,
+            go_home: Duration::from_millis(100),
+            mode: Mode::Sidecar,
             status: status.clone(),
         };
         let running = tokio::spawn(uplink.run(shutdown.clone()));
@@ -253,6 +259,27 @@ async fn a_collector_that_is_not_there_is_passed_over() {
     let agent = Agent::start(collector.ca.identity("shop/web"), vec![gone, at]);
     agent.emit(1).await;
     collector.wait("the event", |log| (log.cursor().seq == 1).then_some(())).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_goes_back_to_the_first_collector_when_that_is_there_again() {
+    let first = Arc::new(Collector::new());
+    let ca = first.ca.clone();
+    let second = Arc::new(Collector { ca: ca.clone(), ..Collector::new() });
+    // Its port is taken until it comes.
+    let held = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = HostPort { host: "127.0.0.1".into(), port: held.local_addr().unwrap().port() };
+    drop(held);
+    let other = second.listen(true).await;
+    let agent = Agent::start(ca.identity("shop/web"), vec![at.clone(), other]);
+    agent.emit(1).await;
+    second.wait("the event", |log| (log.cursor().seq == 1).then_some(())).await;
+    first.listen_at(SocketAddr::from(([127, 0, 0, 1], at.port)), false).await;
+    first.wait("a session", |log| (log.sessions > 0).then_some(())).await;
+    assert_eq!(second.wait("a goodbye", |log| log.byes.first().cloned()).await, "it goes to another collector");
+    agent.emit(1).await;
+    first.wait("the next event", |log| (log.cursor().seq == 2).then_some(())).await;
     agent.stop().await;
 }
 

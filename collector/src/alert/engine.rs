@@ -534,6 +534,7 @@ mod tests {
             transport: "quic".into(),
             version: "0.1.0".into(),
             clock_ahead_us: 0,
+            mode: String::new(),
         })
     }
 

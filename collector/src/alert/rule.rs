@@ -24,7 +24,7 @@ mod traffic;
 
 pub use agents::not_back;
 use agents::{agent_clock, damaged, killed, lost, silence, unknown};
-use collector::{collector_clock, forged, ingest};
+use collector::{collector_clock, forged, ingest, leader};
 use identities::{
     ca_dates, enrolment, issued, policy_changed, quarantined, renewal, revocation_lists, revoked, rotated, trust_files,
 };
@@ -524,6 +524,7 @@ pub const RULES: &[Rule] = &[
             "ca.rotated",
             "ca.issued",
             "ca.certificates",
+            "leader.changed",
             "alert.firing",
             "alert.resolved",
         ],
@@ -640,6 +641,16 @@ pub const RULES: &[Rule] = &[
         meaning: "a step was taken by which one root of the trust domain takes over from another",
         what_to_do: "if nobody of you did this, somebody has the collector; `ca status` says what is next, and whom it waits for",
         read: rotated,
+    },
+    Rule {
+        name: "LeaderLost",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: Duration::from_secs(60),
+        kinds: &["leader.changed"],
+        meaning: "a collector cannot reach the one that makes the directives: what is revoked there is not heard of here",
+        what_to_do: "bring the collector that ca.leader names back, or the way to it; until then revoke nothing and rotate nothing",
+        read: leader,
     },
     Rule {
         name: "EnrolmentRefused",

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use sidewarden_proto::batch::LossReason;
 use sidewarden_proto::event::{
     AlertFiring, AlertResolved, Body, ContainerRef, ContainerVerdictChanged, Event, EventsLost, Severity,
     VerdictChanged,
@@ -170,6 +171,7 @@ impl Watcher {
         }
         match &link.what {
             What::Events(events) => self.observe_events(link, events),
+            What::Lost(tombstone) if tombstone.reason == LossReason::Elsewhere => {}
             What::Lost(tombstone) => {
                 let body = Body::from(EventsLost {
                     first_seq: tombstone.first_seq,

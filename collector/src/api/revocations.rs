@@ -14,7 +14,7 @@ use super::Api;
 use super::error::ApiError;
 use super::serve::Source;
 use crate::app::Core;
-use crate::fleet::{self, Asked, Done, Reach, RevokeError};
+use crate::fleet::{self, Asked, DirectivesError, Done, Reach, RevokeError};
 
 /// Longest name of who does it.
 const MAX_BY: usize = 64;
@@ -50,6 +50,9 @@ impl From<RevokeError> for ApiError {
             RevokeError::Already { .. } => ApiError::conflict(text, "nothing is left to do"),
             RevokeError::Unknown(_) => ApiError::not_found(text, "see what is revoked: /api/v1/revocations"),
             RevokeError::Full => ApiError::conflict(text, "see what is revoked: /api/v1/revocations"),
+            RevokeError::Directive(DirectivesError::Follows) => {
+                ApiError::conflict(text, "see ca.leader in this collector's settings")
+            }
             RevokeError::Directive(_) | RevokeError::Register(_) => ApiError::internal("changing the directive", &text),
         }
     }

@@ -9,15 +9,17 @@ use std::time::Duration;
 
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use sidewarden_proto::directive::Directive;
 use sidewarden_proto::enrol::Der;
-use sidewarden_proto::identity::{Sha256, SpiffeId, TrustDomain};
+use sidewarden_proto::identity::{Peer, Sha256, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Trust};
 use tokio::sync::watch;
 
 use super::generation::{self, Generation};
+use super::issue::read_request;
 use super::rotate::{self, Entry, Stage, Step};
-use super::{CaError, Vault, certificates, files};
+use super::{CaError, Vault, certificates, files, member};
 
 /// What does not change while a collector runs.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ pub struct Authority {
     /// One change at a time.
     changing: Mutex<()>,
     generations: RwLock<Arc<Vec<Generation>>>,
+    /// The roots of the directive that a member follows.
+    followed: RwLock<Option<Vec<CertificateDer<'static>>>>,
     own: watch::Sender<Credential>,
 }
 
@@ -75,7 +79,8 @@ impl Authority {
         let own = make_own(&terms, active(&generations), now)?;
         let (dir, own) = (dir.to_owned(), watch::Sender::new(own));
         let generations = RwLock::new(Arc::new(generations));
-        Ok((Authority { terms, dir, changing: Mutex::default(), generations, own }, first))
+        let (changing, followed) = (Mutex::default(), RwLock::default());
+        Ok((Authority { terms, dir, changing, generations, followed, own }, first))
     }
 
     /// Whether there is a CA in `dir`.
@@ -103,7 +108,7 @@ impl Authority {
 
     /// Every root that is trusted now.
     pub fn bundle(&self) -> Vec<Der> {
-        self.generations().iter().map(|generation| Der(generation.root.cert.to_vec())).collect()
+        self.roots().iter().map(|root| Der(root.to_vec())).collect()
     }
 
     /// The public keys of roots whose certificates are to be renewed now.
@@ -121,8 +126,12 @@ impl Authority {
 
     /// The one trust domain with its roots.
     pub fn trust(&self) -> Trust {
-        let roots = self.generations().iter().map(|generation| generation.root.cert.clone()).collect();
-        Trust::single(self.terms.domain.clone(), roots)
+        Trust::single(self.terms.domain.clone(), self.roots())
+    }
+
+    fn roots(&self) -> Vec<CertificateDer<'static>> {
+        let ours = || self.generations().iter().map(|generation| generation.root.cert.clone()).collect();
+        self.followed().unwrap_or_else(ours)
     }
 
     /// SHA-256 of the public key of the root that issues now: what a token carries.
@@ -214,6 +223,67 @@ impl Authority {
         let params = certificates::leaf(workload, instance, names, life, now, issuing.not_after)?;
         let cert = params.signed_by(spki, &issuing.issuer)?;
         Ok(vec![cert.der().clone(), issuing.cert.clone(), root.cert.clone()])
+    }
+
+    /// Signs an issuing CA for another collector, for the key in its request (DER): its certificate, and the root.
+    pub fn sign_member(&self, csr: &[u8], now: Timestamp) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        let (key, _) = read_request(csr).map_err(|refused| CaError::Request(refused.detail))?;
+        let generations = self.generations();
+        let root = &active(&generations).root;
+        let ca = root.ca.as_ref().ok_or(rotate::OutOfTurn::Member)?;
+        let cert =
+            generation::issuing_params(&self.terms.domain, tls::MEMBER_CA, ca, now).signed_by(&key, &ca.issuer)?;
+        Ok(vec![cert.der().clone(), root.cert.clone()])
+    }
+
+    /// The public keys of our own issuing CAs.
+    pub fn issuers(&self) -> Vec<Sha256> {
+        self.generations().iter().filter_map(|generation| tls::spki_of(&generation.issuing.cert).ok()).collect()
+    }
+
+    /// Whether the root's key is kept by another collector.
+    pub fn is_member(&self) -> bool {
+        self.generations().iter().any(|generation| generation.entry.member)
+    }
+
+    /// Of a member: the roots are those of the directive that it follows. Everybody who listens takes them from now on.
+    pub fn follow(&self, bundle: &[Der]) {
+        let roots: Vec<_> = bundle.iter().map(|der| CertificateDer::from(der.0.clone())).collect();
+        let changed = {
+            let mut followed = self.followed.write().unwrap_or_else(PoisonError::into_inner);
+            followed.replace(roots.clone()) != Some(roots)
+        };
+        if changed {
+            self.own.send_modify(|_| {});
+        }
+    }
+
+    fn followed(&self) -> Option<Vec<CertificateDer<'static>>> {
+        self.followed.read().unwrap_or_else(PoisonError::into_inner).clone().filter(|roots| !roots.is_empty())
+    }
+
+    /// Of a member: whether it needs another issuing CA. `signer` signed the directive that it follows.
+    pub fn wants_issuing(&self, directive: &Directive, signer: &Peer, now: Timestamp) -> bool {
+        let generations = self.generations();
+        let Generation { root, issuing, entry } = active(&generations);
+        let is_leaving = directive.renew.roots.contains(&root.spki) || !signer.issuers.contains(&root.spki);
+        entry.member && (is_leaving || issuing.is_due(root.not_after, now))
+    }
+
+    /// Of a member: takes a new issuing CA into use; the one before is deleted.
+    pub fn take_issuing(
+        &self,
+        key: &KeyPair,
+        chain: &[CertificateDer<'static>],
+        now: Timestamp,
+    ) -> Result<(), CaError> {
+        let _changing = self.lock();
+        let before = self.entries();
+        let entry = member::put(&self.dir, &before, key, chain, &self.terms.domain, &self.terms.vault, now)?;
+        self.reopen(&[entry], now)?;
+        self.renew_own(now)?;
+        before.iter().for_each(|gone| self.remove(gone));
+        Ok(())
     }
 
     /// Retired keys are of no more use to us, and of much to a thief.

@@ -164,15 +164,15 @@ pub fn make(
 /// A new issuing CA under `root`.
 pub fn make_issuing(at: &Path, root: &Ca, domain: &TrustDomain, vault: &Vault, now: Timestamp) -> Result<Ca, CaError> {
     let key = KeyPair::generate()?;
-    let cert = issuing_params(domain, root, now).signed_by(&key, &root.issuer)?;
+    let cert = issuing_params(domain, "Sidewarden issuing", root, now).signed_by(&key, &root.issuer)?;
     store(&at.join("issuing"), cert.pem(), &key, vault)?;
     load(&at.join("issuing"), vault, now)
 }
 
 /// What an issuing CA's certificate says. It never outlives its root.
-pub fn issuing_params(domain: &TrustDomain, root: &Ca, now: Timestamp) -> rcgen::CertificateParams {
+pub fn issuing_params(domain: &TrustDomain, name: &str, root: &Ca, now: Timestamp) -> rcgen::CertificateParams {
     let life = ISSUING_LIFE.min(root.not_after.since(now));
-    certificates::ca(domain, "Sidewarden issuing", Some(0), life, now)
+    certificates::ca(domain, name, Some(0), life, now)
 }
 
 /// A generation as its files tell it, without its keys.
@@ -203,6 +203,11 @@ fn describe_one(at: &Path, entry: Entry) -> Result<Described, CaError> {
     let issuing_until = dates(&issuing.join("cert.pem"), &read_cert(&issuing.join("cert.pem"))?)?.1;
     let keys = (vault::lies(&root), vault::lies(&issuing));
     Ok(Described { entry, pin: spki_at(&root, &cert)?, root_until, issuing_until, keys })
+}
+
+/// Whether the key of the root of `entry` lies in `dir`.
+pub fn has_root_key(dir: &Path, entry: &Entry) -> bool {
+    vault::lies(&dir_of(dir, entry).join("root")) != Lies::Nowhere
 }
 
 /// Where keys are, of every generation in `dir`.

@@ -13,10 +13,11 @@ use super::{CaError, Register};
 const HOLDERS: &str = "
     SELECT i.workload, i.instance, i.spki, i.not_after, COALESCE(c.directive, 0),
         COALESCE((SELECT s.root FROM issued s WHERE s.workload = i.workload AND s.instance = i.instance AND s.seen = 1
-                  ORDER BY s.id DESC LIMIT 1), i.root)
+                  AND NOT s.superseded ORDER BY s.id DESC LIMIT 1), i.root)
     FROM issued i LEFT JOIN confirmed c ON c.workload = i.workload AND c.instance = i.instance
     WHERE i.not_after > ?1 AND i.id =
-        (SELECT MAX(n.id) FROM issued n WHERE n.workload = i.workload AND n.instance = i.instance)
+        (SELECT MAX(n.id) FROM issued n WHERE n.workload = i.workload AND n.instance = i.instance
+         AND NOT n.superseded)
     ORDER BY i.workload, i.instance";
 
 /// A certificate that went to somebody without an agent.
@@ -43,6 +44,9 @@ impl Register {
 
     /// Notes which directives agents run, all in one transaction.
     pub fn confirm(&self, confirmed: &[(AgentId, u64)]) -> Result<(), CaError> {
+        if confirmed.is_empty() {
+            return Ok(());
+        }
         let write = || {
             let tx = self.db.unchecked_transaction()?;
             let sql = "INSERT INTO confirmed (workload, instance, directive) VALUES (?1, ?2, ?3)

@@ -17,6 +17,7 @@ use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
 use x509_parser::prelude::{FromDer, X509CertificationRequest};
 
+use super::member::{self, ELSEWHERE};
 use super::tokens::{Pattern, TokenInfo, TokenState, is_reserved};
 use super::{Authority, CaError, Register};
 use std::sync::Arc;
@@ -71,6 +72,14 @@ impl From<CaError> for Refused {
         refuse("internal", "the collector could not issue a certificate: see its log", true)
     }
 }
+
+/// Whether a newer key of the instance is in use than that of the row `i`.
+///
+/// What another collector told may have come late: it replaces nothing that begins after it, and what is replaced by its
+/// own word replaces nothing at all. So no report, and no clock that is off, takes an agent's newest key from it.
+pub(super) const SUPERSEDED: &str = "(i.superseded OR EXISTS (SELECT 1 FROM issued n
+    WHERE n.workload = i.workload AND n.instance = i.instance AND n.spki <> i.spki AND n.seen = 1 AND n.id > i.id
+    AND NOT n.superseded AND (n.way <> 'elsewhere' OR n.not_before >= i.not_before)))";
 
 /// Why and to whom: what goes into the register beside the certificate.
 struct Reason<'a> {
@@ -178,7 +187,11 @@ impl Issuer {
             let detail = format!("the certificate ended {}: enrol with a new token", peer.not_after);
             return Err(refuse("grace_over", detail, false));
         }
-        let agent = self.agent_of(&peer, &request.instance)?;
+        // The old certificate itself may be revoked, or who issued it.
+        if let Some(denied) = directive.revokes(&peer) {
+            return Err(refuse("revoked", denied.to_string(), false));
+        }
+        let agent = self.agent_of(&peer, &chain, &request.instance, now)?;
         check_denied(directive, &agent, spki, now)?;
         self.issue(&self.register(), agent, key, spki, &Reason { way: "grace", token: None }, now)
     }
@@ -200,15 +213,47 @@ impl Issuer {
         self.issue(&self.register(), agent.clone(), &key, spki, &Reason { way: "renewal", token: None }, now)
     }
 
-    fn agent_of(&self, peer: &Peer, instance: &InstanceId) -> Result<AgentId, Refused> {
+    fn agent_of(
+        &self,
+        peer: &Peer,
+        chain: &[CertificateDer<'_>],
+        instance: &InstanceId,
+        now: Timestamp,
+    ) -> Result<AgentId, Refused> {
         let PeerName::Spiffe(workload) = &peer.name else {
             return Err(refuse("bad_request", "the old certificate names no workload", false));
         };
         let agent = AgentId { workload: workload.clone(), instance: instance.clone() };
-        match self.key_state(&agent, peer.spki)? {
+        match self.known(&agent, peer, chain, now)? {
             KeyState::Current { .. } => Ok(agent),
             KeyState::Superseded => Err(refuse("revoked", "a newer key of this instance is in use", false)),
             _ => Err(refuse("bad_request", "the old certificate was not issued to this instance", false)),
+        }
+    }
+
+    /// What is known of the key of `peer`, who shows `chain` (verified) and says to be `agent`. One that another collector
+    /// of the trust domain issued is taken into the register when it is first seen: from then on the rules for keys of
+    /// one instance hold for it here as well.
+    pub fn known(
+        &self,
+        agent: &AgentId,
+        peer: &Peer,
+        chain: &[CertificateDer<'_>],
+        now: Timestamp,
+    ) -> Result<KeyState, Refused> {
+        let state = self.key_state(agent, peer.spki)?;
+        if state != KeyState::Unknown {
+            return Ok(state);
+        }
+        match member::instance_of(chain, &self.authority.issuers()) {
+            None => Ok(KeyState::Unknown),
+            Some(other) if other != agent.instance => Ok(KeyState::OtherInstance(other.to_string())),
+            Some(_) => {
+                let root = chain.last().and_then(|root| tls::spki_of(root).ok()).unwrap_or(Sha256::ZERO);
+                let reason = Reason { way: ELSEWHERE, token: None };
+                self.record(&self.register(), agent, peer, root, &reason, now)?;
+                Ok(KeyState::Current { renewal: false })
+            }
         }
     }
 
@@ -222,20 +267,24 @@ impl Issuer {
     /// What is known of the key `spki`, shown by one who says to be `agent`.
     pub fn key_state(&self, agent: &AgentId, spki: Sha256) -> Result<KeyState, CaError> {
         let register = self.register();
-        let newest = "SELECT id, instance, way FROM issued WHERE spki = ?1 AND workload = ?2 ORDER BY id DESC LIMIT 1";
-        let row = register.db.query_row(newest, params![spki.0, agent.workload.as_str()], |row| {
-            Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?))
+        let newest = format!(
+            "SELECT i.instance, i.way, {SUPERSEDED} FROM issued i WHERE i.spki = ?1 AND i.workload = ?2
+             ORDER BY i.id DESC LIMIT 1"
+        );
+        let row = register.db.query_row(&newest, params![spki.0, agent.workload.as_str()], |row| {
+            Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, bool>(2)?))
         });
-        let Some((id, instance, way)) = row.optional().map_err(|e| register.fault(e))? else {
+        let Some((instance, way, superseded)) = row.optional().map_err(|e| register.fault(e))? else {
             return Ok(KeyState::Unknown);
         };
         if instance != agent.instance.as_str() {
             return Ok(KeyState::OtherInstance(instance));
         }
-        let newer = "SELECT EXISTS (SELECT 1 FROM issued WHERE workload = ?1 AND instance = ?2 AND spki <> ?3 AND seen = 1 AND id > ?4)";
-        let values = params![agent.workload.as_str(), agent.instance.as_str(), spki.0, id];
-        let superseded: bool = register.db.query_row(newer, values, |row| row.get(0)).map_err(|e| register.fault(e))?;
-        Ok(if superseded { KeyState::Superseded } else { KeyState::Current { renewal: way != "token" } })
+        Ok(if superseded {
+            KeyState::Superseded
+        } else {
+            KeyState::Current { renewal: way != "token" && way != ELSEWHERE }
+        })
     }
 
     /// Notes that the key is in use: from now on, older ones of its instance are not.

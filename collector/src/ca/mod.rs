@@ -13,6 +13,7 @@ pub mod generation;
 mod holders;
 mod issue;
 mod look_up;
+pub mod member;
 pub mod orders;
 pub mod rotate;
 pub mod seal;
@@ -69,6 +70,9 @@ pub enum CaError {
         /// What is wrong.
         fault: seal::SealFault,
     },
+    /// A certificate request that cannot be used, or what was made of it.
+    #[error("{0}")]
+    Request(String),
     /// A step of a rotation that makes no sense now.
     #[error(transparent)]
     OutOfTurn(#[from] rotate::OutOfTurn),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::{OptionalExtension, params};
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::directive::{Directive, Renew};
 use sidewarden_proto::enrol::Der;
@@ -19,6 +20,7 @@ use sidewarden_proto::tls;
 
 use super::holders::{Outside, outside_missing};
 use super::issue::read_request;
+use super::member::{self, Member};
 use super::rotate::{self, Missing, Step};
 use super::tokens::is_reserved;
 use super::{CaError, Issuer, Register, pem};
@@ -41,6 +43,16 @@ pub enum Order {
         step: Step,
         /// Take it even if agents are left behind.
         force: bool,
+    },
+    /// An issuing CA for another collector.
+    SignMember {
+        /// Its request (PKCS#10).
+        csr: Der,
+    },
+    /// Another collector is gone for good: nothing waits for it.
+    ForgetMember {
+        /// The serial number of its issuing CA.
+        serial: String,
     },
     /// A certificate for a client without an agent.
     Issue {
@@ -76,6 +88,8 @@ pub enum Reply {
         /// The chain.
         pem: String,
     },
+    /// It is done, and there is nothing to say.
+    Done,
     /// No.
     Refused {
         /// Why, and what to do.
@@ -148,6 +162,14 @@ pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Re
     let Some((id, order)) = issuer.register().next_order(now)? else { return Ok(Vec::new()) };
     let (reply, event) = match order {
         Order::Rotate { step, force } => turn(issuer, directives, step, force, now),
+        Order::SignMember { csr } => match sign_member(issuer, &csr.0, None, now) {
+            Ok((chain, event)) => (Reply::Issued { pem: chain.iter().map(pem).collect() }, Some(event)),
+            Err(error) => (refused(error), None),
+        },
+        Order::ForgetMember { serial } => match issuer.register().forget_member(&serial)? {
+            true => (Reply::Done, None),
+            false => (refused(format!("no issuing CA {serial} was signed for another collector")), None),
+        },
         Order::Issue { csr, name, names, life_secs, although_agents } => {
             let life = Duration::from_secs(life_secs);
             issue(issuer, &Ask { csr: &csr.0, name: &name, names: &names, life, although_agents }, now)
@@ -179,6 +201,12 @@ pub fn missing(
         directive.revokes(&peer).is_none() && directive.revokes_agent(&holder.agent).is_none()
     });
     let mut missing = rotate::missing(&holders, step, directive.version, active, grace, now);
+    let mut members = register.members(now)?;
+    // The agents of one whose root has left are out with it.
+    members.retain(|member| {
+        directive.bundle.iter().any(|root| tls::spki_of(&root.0.as_slice().into()).ok() == Some(member.root))
+    });
+    missing.extend(member::missing(&members, step, directive, active));
     if step == Step::Retire {
         missing.extend(outside_missing(&register.outside(now)?, active));
     }
@@ -241,6 +269,28 @@ pub fn roots(issuer: &Issuer, now: Timestamp) -> Result<Roots, CaError> {
     let roots = authority.tainted();
     let within_secs = if roots.is_empty() { 0 } else { within_secs };
     Ok(Roots { bundle: authority.bundle(), renew: Renew { roots, within_secs } })
+}
+
+/// Signs an issuing CA for another collector, in place of the one with the key `replaces`: the chain, and what is told.
+pub fn sign_member(
+    issuer: &Issuer,
+    csr: &[u8],
+    replaces: Option<Sha256>,
+    now: Timestamp,
+) -> Result<(Vec<CertificateDer<'static>>, Event), CaError> {
+    let authority = issuer.authority();
+    let chain = authority.sign_member(csr, now)?;
+    let member = Member::of(&chain)?;
+    issuer.register().record_member(&member, replaces, now)?;
+    let (name, not_after_us) = (tls::collector_id(authority.domain()), member.not_after);
+    let (severity, whose) = match replaces {
+        Some(_) => (Severity::Notice, "the next issuing CA of"),
+        None => (Severity::Critical, "an issuing CA for"),
+    };
+    let summary = format!("{whose} another collector was signed, until {not_after_us}");
+    let (serial, spki) = (member.serial, member.spki.to_string());
+    let body = CaIssued { name, names: Vec::new(), serial, spki, not_after_us };
+    Ok((chain, Event::new(now, severity, summary, &Body::from(body))))
 }
 
 fn rotated(issuer: &Issuer, step: Step, force: bool, left: &[Missing], now: Timestamp) -> Event {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rcgen::KeyPair;
-use sidewarden_proto::directive::Directive;
+use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::{PeerName, TrustDomain, Usage};
 use sidewarden_proto::secret::Secret;
@@ -237,6 +237,29 @@ fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_holds_by_no_right_c
     let late = enrol(&ask(&token, &key), behind).unwrap();
     assert!(holds(&late, behind) && !holds(&late, now.plus(DAY / 12)), "it ends with the wrong clock's day");
     assert!(enrol(&renewal, now).is_ok(), "once the clock is right all is as before");
+}
+
+#[test]
+fn a_certificate_that_is_revoked_or_whose_issuer_is_makes_no_next_one_within_the_grace() {
+    let (dir, now) = made();
+    let ((issuer, token), key) = (issuer(dir.path(), now), KeyPair::generate().unwrap());
+    let json = serde_json::json!({"version": 1, "trust_domain": domain(), "issued_us": now, "bundle": []});
+    let directive: Directive = serde_json::from_value(json).unwrap();
+    let first = issuer.enrol(&ask(&token, &key), &directive, &|_| None, now).unwrap();
+    let previous = first.issued.chain.clone();
+    let renewal = sidewarden_proto::enrol::Request { token_id: String::new(), previous, ..ask(&token, &key) };
+    let rows = [
+        (Target::Serial { serial: first.event.serial.clone() }, Err("revoked".to_owned())),
+        (Target::Serial { serial: "77".into() }, Ok(())),
+        (Target::IssuingKey { spki: issuer.authority().issuers()[0] }, Err("revoked".to_owned())),
+    ];
+    for (what, expected) in rows {
+        let (id, why, at_us) = ("1".into(), "stolen".into(), now);
+        let revoked = vec![Revocation { id, what: what.clone(), why, at_us, keys: Vec::new() }];
+        let directive = directive.clone().with_revoked(revoked);
+        let answer = issuer.enrol(&renewal, &directive, &|_| None, now.plus(2 * DAY));
+        assert_eq!(answer.map(drop).map_err(|refused| refused.reason), expected, "{what:?}");
+    }
 }
 
 #[test]

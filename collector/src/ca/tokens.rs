@@ -26,17 +26,21 @@ const SCHEMA: &str = "
         issued INTEGER NOT NULL, way TEXT NOT NULL, token TEXT, seen INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX IF NOT EXISTS issued_instance ON issued (workload, instance);
     CREATE INDEX IF NOT EXISTS issued_spki ON issued (spki);
+    CREATE INDEX IF NOT EXISTS issued_ends ON issued (not_after);
     CREATE TABLE IF NOT EXISTS confirmed (workload TEXT NOT NULL, instance TEXT NOT NULL, directive INTEGER NOT NULL,
         PRIMARY KEY (workload, instance)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS outside (serial TEXT PRIMARY KEY, spki BLOB NOT NULL, name TEXT NOT NULL,
         not_after INTEGER NOT NULL, issued INTEGER NOT NULL, root BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS members (serial TEXT PRIMARY KEY, spki BLOB NOT NULL, root BLOB NOT NULL,
+        not_after INTEGER NOT NULL, issued INTEGER NOT NULL, confirmed INTEGER NOT NULL DEFAULT 0, replaced_by BLOB);
     CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, text TEXT NOT NULL, reply TEXT);
 ";
 
 /// Columns that came later than their table.
-const LATER: [(&str, &str, &str); 2] = [
+const LATER: [(&str, &str, &str); 3] = [
     ("issued", "root", "ALTER TABLE issued ADD COLUMN root BLOB"),
     ("orders", "taken", "ALTER TABLE orders ADD COLUMN taken INTEGER NOT NULL DEFAULT 0"),
+    ("issued", "superseded", "ALTER TABLE issued ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0"),
 ];
 
 /// Which workloads a token is good for: one, or every service of a namespace.

@@ -14,7 +14,7 @@ use sidewarden_collector::app;
 use sidewarden_collector::ca::generation::{self, Described};
 use sidewarden_collector::ca::orders::{self, Order, Reply};
 use sidewarden_collector::ca::rotate::{self, Missing, Stage, Step};
-use sidewarden_collector::ca::{Register, TokenState, backup, make_dir, write_secret};
+use sidewarden_collector::ca::{Register, TokenState, backup, make_dir, member, write_secret};
 use sidewarden_collector::config::Config;
 use sidewarden_collector::{client, table};
 use sidewarden_proto::directive::Directive;
@@ -65,6 +65,9 @@ pub enum CaCommand {
         #[arg(long)]
         although_agents_bear_it: bool,
     },
+    /// Further collectors of the same trust domain, each with an issuing CA of its own under the same root
+    #[command(subcommand)]
+    Member(MemberCommand),
     /// Seal the keys on disk with the passphrase of ca.passphrase_file or the systemd credential
     Seal,
     /// Write sealed keys plain again
@@ -83,6 +86,31 @@ pub enum CaCommand {
         file: PathBuf,
         #[command(flatten)]
         passphrase: Passphrase,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum MemberCommand {
+    /// At the new collector, before its first start: make a key, and a request for an issuing CA; PEM to stdout
+    Request,
+    /// Where the root's key is: sign an issuing CA for a request; PEM to stdout
+    Sign {
+        /// What `ca member request` wrote
+        #[arg(long, value_name = "FILE")]
+        csr: PathBuf,
+    },
+    /// At the new collector: take in what was signed
+    Install {
+        /// What `ca member sign` wrote
+        #[arg(long, value_name = "FILE")]
+        chain: PathBuf,
+    },
+    /// Where the root's key is: which there are, and what each hands out
+    List,
+    /// Where the root's key is: wait no more for a collector that is gone for good
+    Forget {
+        /// The serial number of its issuing CA, as `ca member list` shows it
+        serial: String,
     },
 }
 
@@ -123,6 +151,7 @@ pub fn run(config: &Config, command: CaCommand) -> anyhow::Result<()> {
                 &Order::Issue { csr, name: id, names: dns, life_secs, although_agents: although_agents_bear_it },
             )
         }
+        CaCommand::Member(command) => member_command(config, command),
         CaCommand::Seal => seal(config),
         CaCommand::Unseal => unseal(config),
         CaCommand::Backup { out, passphrase } => make_backup(config, &out, &passphrase),
@@ -260,7 +289,7 @@ fn take(config: &Config, step: Step, force: bool) -> anyhow::Result<Vec<Missing>
             )
         }
         Reply::Refused { why } => bail!(why),
-        Reply::Issued { .. } => bail!("the collector answered something else"),
+        Reply::Issued { .. } | Reply::Done => bail!("the collector answered something else"),
     }
 }
 
@@ -328,6 +357,50 @@ fn issue(config: &Config, order: &Order) -> anyhow::Result<()> {
         }
         Reply::Refused { why } => bail!(why),
         _ => bail!("the collector answered something else"),
+    }
+}
+
+fn member_command(config: &Config, command: MemberCommand) -> anyhow::Result<()> {
+    let dir = config.data_dir.join("ca");
+    match command {
+        MemberCommand::Sign { csr } => issue(config, &Order::SignMember { csr: Der(read_csr(&csr)?) }),
+        MemberCommand::Request => {
+            make_dir(&dir)?;
+            let _lock = stopped(config)?;
+            print!("{}", member::request(&dir, &app::vault(config)?)?);
+            eprintln!(
+                "Have it signed where the root's key is: `ca member sign --csr FILE`; then `ca member install` here."
+            );
+            Ok(())
+        }
+        MemberCommand::Install { chain } => {
+            let _lock = stopped(config)?;
+            let pem = std::fs::read(&chain).with_context(|| chain.display().to_string())?;
+            let chain = sidewarden_proto::tls::certificates(&pem).with_context(|| chain.display().to_string())?;
+            member::install(&dir, &chain, &config.trust_domain, &app::vault(config)?, Timestamp::now())?;
+            eprintln!(
+                "This collector issues under the same root now. Set ca.leader to where the root's key is, and start it."
+            );
+            Ok(())
+        }
+        MemberCommand::List => {
+            let members = Register::open(&config.data_dir.join("ca.db"))?.members(Timestamp::now())?;
+            let rows = members.into_iter().map(|member| {
+                vec![member.serial, member.root.to_string(), member.not_after.to_string(), member.confirmed.to_string()]
+            });
+            print!("{}", table::table(&["SERIAL", "ROOT", "UNTIL", "DIRECTIVE"], rows));
+            Ok(())
+        }
+        MemberCommand::Forget { serial } => match ask(config, &Order::ForgetMember { serial })? {
+            Reply::Done => {
+                eprintln!(
+                    "Nothing waits for it any more. Its issuing CA holds all the same: to end that, `revoke --issuing-key`."
+                );
+                Ok(())
+            }
+            Reply::Refused { why } => bail!(why),
+            _ => bail!("the collector answered something else"),
+        },
     }
 }
 

@@ -7,7 +7,7 @@ use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Renew
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::Credential;
+use sidewarden_proto::tls::{Credential, Trust};
 use tokio::sync::watch;
 
 use super::policies::History;
@@ -45,6 +45,14 @@ pub enum DirectivesError {
         /// What is wrong.
         error: String,
     },
+    /// Two makers, or one that lost what it had made.
+    #[error(
+        "directive {0} of the collector that is followed says something else than the one of that number here: apply any change there, the next number settles it"
+    )]
+    Differs(u64),
+    /// They are made elsewhere.
+    #[error("directives are made by the collector that ca.leader names: ask that one")]
+    Follows,
     /// Signing.
     #[error(transparent)]
     Signing(#[from] DirectiveFault),
@@ -56,6 +64,10 @@ pub struct Directives {
     path: PathBuf,
     change: Mutex<()>,
     in_force: watch::Sender<Arc<InForce>>,
+    /// Directives are made by another collector, and handed out here as that one signed them.
+    follows: bool,
+    /// Whether that one is within reach; not known at first.
+    reached: Mutex<Option<bool>>,
 }
 
 impl Directives {
@@ -71,24 +83,84 @@ impl Directives {
         let directive = match read(path)? {
             Some(kept) if kept.bundle == bundle && kept.renew.roots == renew.roots => kept,
             Some(kept) => Directive { version: kept.version + 1, issued_us: now, bundle, renew, ..kept },
-            None => Directive {
-                version: 1,
-                trust_domain: domain.clone(),
-                issued_us: now,
-                bundle,
-                deny: Vec::new(),
-                revoked: Vec::new(),
-                foreign: ForeignRoots::default(),
-                renew,
-                quarantined: Vec::new(),
-                released: Vec::new(),
-                policy: None,
-            },
+            None => first(domain, 1, Roots { bundle, renew }, now),
         };
         write(path, &directive)?;
         let signed = Signed::sign(&directive, own)?;
-        let in_force = watch::Sender::new(Arc::new(InForce { directive, signed }));
-        Ok(Directives { path: path.to_owned(), change: Mutex::new(()), in_force })
+        Ok(Directives::with(path, InForce { directive, signed }, false))
+    }
+
+    /// Opens the directive that was taken from another collector last. Before there was one, there is an empty one of
+    /// version 0, which no agent takes over another.
+    pub fn open_following(
+        path: &Path,
+        domain: &TrustDomain,
+        roots: Roots,
+        own: &Credential,
+        now: Timestamp,
+    ) -> Result<Directives, DirectivesError> {
+        let (directive, signed) = match read_signed(path)? {
+            Some(signed) => (signed.as_kept()?, signed),
+            None => {
+                let none = first(domain, 0, roots, now);
+                let signed = Signed::sign(&none, own)?;
+                (none, signed)
+            }
+        };
+        Ok(Directives::with(path, InForce { directive, signed }, true))
+    }
+
+    fn with(path: &Path, in_force: InForce, follows: bool) -> Directives {
+        let in_force = watch::Sender::new(Arc::new(in_force));
+        let (path, change, reached) = (path.to_owned(), Mutex::default(), Mutex::default());
+        Directives { path, change, in_force, follows, reached }
+    }
+
+    /// Takes a directive of the collector that we follow, if it is newer; whether it was.
+    pub fn adopt(&self, signed: Signed, trust: &Trust, now: Timestamp) -> Result<bool, DirectivesError> {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let directive = signed.open(trust, now)?;
+        let have = self.now();
+        if directive.version == have.directive.version && directive != have.directive {
+            return Err(DirectivesError::Differs(directive.version));
+        }
+        // The same version signed anew counts too: agents verify it against the signer's dates.
+        if directive.version < have.directive.version || signed == have.signed {
+            return Ok(false);
+        }
+        write_secret(&signed_path(&self.path), &signed.to_bytes())?;
+        // For commands, which read it while nothing runs.
+        write(&self.path, &directive)?;
+        let newer = directive.version > have.directive.version;
+        self.in_force.send_replace(Arc::new(InForce { directive, signed }));
+        Ok(newer)
+    }
+
+    /// Whether directives are made by another collector.
+    pub fn is_following(&self) -> bool {
+        self.follows
+    }
+
+    /// Whether there is one. Without any, nobody can be let in: who is revoked is not known.
+    pub fn is_there(&self) -> bool {
+        !self.follows || self.now().directive.version > 0
+    }
+
+    /// Whether an agent that has none yet would take it from us now: its signer must not have run out.
+    pub fn is_fresh(&self, trust: &Trust, now: Timestamp) -> bool {
+        !self.follows || self.now().signed.open(trust, now).is_ok()
+    }
+
+    /// Notes whether the collector that we follow is within reach; whether that has changed.
+    pub fn reached(&self, reached: bool) -> bool {
+        let mut before = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        before.replace(reached) != Some(reached)
+    }
+
+    /// Whether the collector that we follow is within reach; `None` if directives are made here.
+    pub fn is_reached(&self) -> Option<bool> {
+        let reached = *self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        self.follows.then_some(reached == Some(true))
     }
 
     /// The policies so far.
@@ -116,6 +188,9 @@ impl Directives {
         now: Timestamp,
         change: impl FnOnce(Directive) -> Result<Directive, E>,
     ) -> Result<u64, E> {
+        if self.follows {
+            return Err(DirectivesError::Follows.into());
+        }
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.now();
         let (version, issued_us) = (old.directive.version, old.directive.issued_us);
@@ -146,11 +221,17 @@ impl Directives {
 
     /// Signs it anew with our new certificate: agents verify it against the signer's dates.
     pub fn sign_again(&self, own: &Credential) -> Result<(), DirectivesError> {
+        if self.follows {
+            return Ok(());
+        }
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         self.put(self.now().directive.clone(), own)
     }
 
     fn put(&self, directive: Directive, own: &Credential) -> Result<(), DirectivesError> {
+        if self.follows {
+            return Err(DirectivesError::Follows);
+        }
         let signed = Signed::sign(&directive, own)?;
         write(&self.path, &directive)?;
         self.in_force.send_replace(Arc::new(InForce { directive, signed }));
@@ -158,18 +239,53 @@ impl Directives {
     }
 }
 
+/// What is kept, for changing it: a revocation of a kind that this version does not know would be lost by that.
 fn read(path: &Path) -> Result<Option<Directive>, DirectivesError> {
     let unreadable = |error: String| DirectivesError::Unreadable { path: path.to_owned(), error };
+    let kept = read_any(path)?;
+    let mut revoked = kept.iter().flat_map(|directive| &directive.revoked);
+    match revoked.find(|revocation| revocation.what == Target::Unknown) {
+        Some(newer) => Err(unreadable(format!("{} was revoked by a newer collector", newer.id))),
+        None => Ok(kept),
+    }
+}
+
+fn read_any(path: &Path) -> Result<Option<Directive>, DirectivesError> {
+    let unreadable = |error: String| DirectivesError::Unreadable { path: path.to_owned(), error };
     match std::fs::read(path) {
-        Ok(bytes) => {
-            let directive: Directive = serde_json::from_slice(&bytes).map_err(|e| unreadable(e.to_string()))?;
-            match directive.revoked.iter().find(|revocation| revocation.what == Target::Unknown) {
-                Some(newer) => Err(unreadable(format!("{} was revoked by a newer collector", newer.id))),
-                None => Ok(Some(directive)),
-            }
-        }
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| unreadable(e.to_string())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(unreadable(error.to_string())),
+    }
+}
+
+fn first(domain: &TrustDomain, version: u64, roots: Roots, now: Timestamp) -> Directive {
+    Directive {
+        version,
+        trust_domain: domain.clone(),
+        issued_us: now,
+        bundle: roots.bundle,
+        deny: Vec::new(),
+        revoked: Vec::new(),
+        foreign: ForeignRoots::default(),
+        renew: roots.renew,
+        quarantined: Vec::new(),
+        released: Vec::new(),
+        policy: None,
+    }
+}
+
+/// Beside the directive, as another collector signed it.
+fn signed_path(path: &Path) -> PathBuf {
+    path.with_extension("signed.json")
+}
+
+fn read_signed(path: &Path) -> Result<Option<Signed>, DirectivesError> {
+    let path = signed_path(path);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(Signed::from_bytes(&bytes)?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(DirectivesError::Unreadable { path, error: error.to_string() }),
     }
 }
 
@@ -215,6 +331,52 @@ mod tests {
         let roots = Roots { renew, ..roots() };
         let kept = Directives::open(&path, &domain, roots, &own, now).unwrap().now();
         assert_eq!(kept.directive.version, 3);
+    }
+
+    #[test]
+    fn one_that_follows_hands_out_what_it_is_given_makes_none_and_never_goes_back() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Timestamp::now());
+        let domain: TrustDomain = "x.example".parse().unwrap();
+        let own_life = Duration::from_secs(86400);
+        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
+        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
+        let (own, trust) = (authority.own().borrow().clone(), authority.trust());
+        let path = dir.path().join("follows.json");
+        let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
+        let open = || Directives::open_following(&path, &domain, roots(), &own, now).unwrap();
+        let follows = open();
+        assert_eq!((follows.now().directive.version, follows.is_reached()), (0, Some(false)));
+        assert!(!follows.is_there(), "nobody can be let in yet");
+        let what = Target::Workload { id: domain.workload("shop/web").unwrap() };
+        let revoked = vec![Revocation { id: "1".into(), what, why: "test".into(), at_us: now, keys: Vec::new() }];
+        let made = |version| {
+            let directive = first(&domain, version, roots(), now).with_revoked(revoked.clone());
+            Signed::sign(&directive, &own).unwrap()
+        };
+        for (version, newer, expected) in [(3, true, 3), (2, false, 3), (3, false, 3), (4, true, 4)] {
+            assert_eq!(follows.adopt(made(version), &trust, now).unwrap(), newer, "{version}");
+            assert_eq!(follows.now().directive.version, expected);
+        }
+        let other = first(&domain, 4, roots(), now);
+        let other = follows.adopt(Signed::sign(&other, &own).unwrap(), &trust, now);
+        assert!(matches!(other, Err(DirectivesError::Differs(4))), "the same number, and nobody is revoked any more");
+        assert!(follows.is_there() && follows.is_fresh(&trust, now));
+        assert!(!follows.is_fresh(&trust, now.plus(2 * own_life)), "nobody takes it from us any more");
+        let none =
+            |_| -> Result<Directive, DirectivesError> { panic!("nothing is changed, so nothing is asked or kept") };
+        assert!(matches!(follows.change(&own, now, none), Err(DirectivesError::Follows)));
+        assert!(matches!(follows.set_roots(Roots::default(), &own, now), Err(DirectivesError::Follows)));
+        let stranger = Authority::open(
+            &dir.path().join("other"),
+            Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() },
+            now,
+        );
+        let stranger = stranger.unwrap().0.own().borrow().clone();
+        let forged = Signed::sign(&first(&domain, 9, roots(), now), &stranger).unwrap();
+        assert!(follows.adopt(forged, &trust, now).is_err());
+        let again = open().now();
+        assert_eq!((again.directive.version, &again.directive.revoked), (4, &revoked), "it survives a restart");
+        assert_eq!(again.signed, follows.now().signed);
     }
 
     #[test]

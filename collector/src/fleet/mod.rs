@@ -4,6 +4,7 @@
 //! process: live sessions, one for each instance, and the way to end them.
 
 mod directive;
+mod follow;
 mod gatekeeper;
 pub mod impact;
 mod policies;
@@ -20,6 +21,7 @@ use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 pub use directive::{Directives, DirectivesError, InForce, Roots};
+pub use follow::follow;
 pub use gatekeeper::keep;
 pub use policies::{Application, History, Kept, apply, earlier, read};
 pub use quarantine::{agent_of, release};

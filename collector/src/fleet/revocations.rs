@@ -3,6 +3,8 @@
 //! An instance is revoked by its keys, for its peers see nothing else of it; which those are is looked up again and again,
 //! so that no key issued in the same moment slips through.
 
+use std::time::Duration;
+
 use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Refused;
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256};
@@ -17,6 +19,8 @@ use crate::ca::{CaError, Grant, Holder, Issuer, MAX_KEYS};
 const MAX_REVOKED: usize = 2_000;
 /// Longest reason, in characters.
 const MAX_WHY: usize = 200;
+/// A new key of a quarantined instance is known to its peers by then, where another collector tells them.
+const KEY_WITHIN: Duration = Duration::from_secs(8);
 /// Longest serial number, in hex digits (RFC 5280: 20 bytes).
 const MAX_SERIAL: usize = 40;
 
@@ -81,6 +85,9 @@ pub fn revoke(
     asked: Asked,
     now: Timestamp,
 ) -> Result<Done, RevokeError> {
+    if directives.is_following() {
+        return Err(DirectivesError::Follows.into());
+    }
     let what = normal(asked.what, issuer)?;
     let why = reason(&asked.why)?;
     let known = Known::look_up(issuer, fleet, &what, now)?;
@@ -141,6 +148,10 @@ pub fn undo(issuer: &Issuer, directives: &Directives, id: &str, now: Timestamp) 
 pub fn refresh(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Result<Option<u64>, RevokeError> {
     let is_instance = |revocation: &Revocation| matches!(revocation.what, Target::Instance { .. });
     let before = directives.now();
+    // The collector that makes the directives looks them up; it knows our agents' keys from what we report.
+    if directives.is_following() {
+        return Ok(None);
+    }
     if !before.directive.revoked.iter().any(is_instance) && before.directive.quarantined.is_empty() {
         return Ok(None);
     }
@@ -169,7 +180,10 @@ pub fn refresh(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Resu
 /// What was just issued, if it may be handed out: peers of an instance that is quarantined know its new key before.
 pub fn hand_out(issuer: &Issuer, directives: &Directives, grant: Grant, now: Timestamp) -> Result<Grant, Refused> {
     let grant = issuer.still_allowed(grant, &directives.now().directive, now)?;
-    if directives.now().directive.quarantined.iter().any(|quarantine| quarantine.is_of(&grant.agent)) {
+    let is_quarantined = |directive: &Directive| directive.quarantined.iter().any(|q| q.is_of(&grant.agent));
+    if is_quarantined(&directives.now().directive) && directives.is_following() {
+        await_key(directives, &grant)?;
+    } else if is_quarantined(&directives.now().directive) {
         refresh(issuer, directives, now).map_err(|error| {
             tracing::error!(%error, agent = %grant.agent, "the new key of a quarantined instance cannot be told to its peers");
             let detail = "the collector could not issue a certificate: see its log".into();
@@ -177,6 +191,21 @@ pub fn hand_out(issuer: &Issuer, directives: &Directives, grant: Grant, now: Tim
         })?;
     }
     Ok(grant)
+}
+
+/// Waits until the collector that makes the directives has told everybody the key of a quarantined instance.
+fn await_key(directives: &Directives, grant: &Grant) -> Result<(), Refused> {
+    let end = std::time::Instant::now() + KEY_WITHIN;
+    while std::time::Instant::now() < end {
+        let in_force = directives.now();
+        let of = in_force.directive.quarantined.iter().find(|quarantine| quarantine.is_of(&grant.agent));
+        if of.is_none_or(|of| of.keys.iter().any(|key| key.to_string() == grant.event.spki)) {
+            return Ok(());
+        }
+        std::thread::sleep(KEY_WITHIN / 80);
+    }
+    let detail = "the instance is quarantined, and the collector that tells its peers of new keys cannot be reached";
+    Err(Refused { reason: "internal".into(), detail: detail.into(), retry: true })
 }
 
 fn instance_of(what: &Target) -> Option<AgentId> {

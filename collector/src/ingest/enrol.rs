@@ -6,12 +6,13 @@ use std::sync::Arc;
 use sidewarden_proto::enrol::{Answer, EnrolError, Refused, Request, from_payload, message_length, to_message};
 use sidewarden_proto::event::{Body, Event, Severity};
 use sidewarden_proto::identity::AgentId;
+use sidewarden_proto::time::Timestamp;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use super::Shared;
-use crate::ca::Grant;
-use crate::fleet;
+use super::{NO_DIRECTIVE, Shared};
+use crate::ca::{Grant, Issuer};
+use crate::fleet::{self, Directives};
 
 /// Why there was no request to answer.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,7 @@ async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> A
         (shared.issuer.clone(), shared.fleet.clone(), shared.directives.clone(), (shared.clock)());
     let workload = request.workload.as_ref().map(ToString::to_string).unwrap_or_default();
     let decided = tokio::task::spawn_blocking(move || {
+        check_directive(&issuer, &directives, &request, now)?;
         let live = |agent: &AgentId| sessions.live(agent).map(|live| live.spki);
         let grant = issuer.enrol(&request, &directives.now().directive, &live, now)?;
         fleet::hand_out(&issuer, &directives, grant, now)
@@ -75,6 +77,16 @@ async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> A
             Answer::Refused(Refused { reason: "internal".into(), detail, retry: true })
         }
     }
+}
+
+/// Who is revoked must be known here, and be told to whoever comes for the first time. One that was issued to before has
+/// a directive of its own, and must be able to renew while the collector that makes them is away for long.
+fn check_directive(issuer: &Issuer, directives: &Directives, request: &Request, now: Timestamp) -> Result<(), Refused> {
+    let is_first = request.previous.is_empty();
+    if directives.is_there() && (!is_first || directives.is_fresh(&issuer.authority().trust(), now)) {
+        return Ok(());
+    }
+    Err(Refused { reason: "not_ready".into(), detail: NO_DIRECTIVE.into(), retry: true })
 }
 
 /// Tells the log of a certificate.

@@ -4,6 +4,7 @@
 //! Nothing is acknowledged here that `commit` has not put on disk. A hostile peer costs a handshake at most: deadlines
 //! on every step, caps on handshakes and connections, one aggregated event for what was refused.
 
+mod collectors;
 mod enrol;
 mod quic;
 mod refusals;
@@ -25,6 +26,10 @@ pub use refusals::{Refusals, Stage};
 use crate::ca::Issuer;
 use crate::commit::Committer;
 use crate::fleet::{Directives, Fleet};
+
+/// Why a collector that follows another lets nobody in.
+const NO_DIRECTIVE: &str =
+    "this collector has no directive of the one it follows that still holds: see `ca.leader` and its log";
 
 /// What every connection needs.
 #[derive(Debug)]

@@ -227,11 +227,14 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
     if is_collector_path(&agent) {
         return Err(not_admitted("not_allowed", "a collector's certificate is not an agent's", false));
     }
+    if !shared.directives.is_there() {
+        return Err(not_admitted("not_ready", super::NO_DIRECTIVE, true));
+    }
     let in_force = shared.directives.now();
     if let Some(denied) = in_force.directive.revokes(&peer).or_else(|| in_force.directive.revokes_agent(&agent)) {
         return Err(not_admitted("revoked", format!("{agent}: {denied}"), false));
     }
-    let follows = check_key(shared, &agent, &peer).await?;
+    let follows = check_key(shared, &agent, &peer, &come.chain).await?;
     let now = (shared.clock)();
     let (source, transport) = (come.source.to_string(), come.transport);
     let coming = Coming { source, transport, directive: hello.directive, understands: hello.understands };
@@ -245,14 +248,20 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
 }
 
 /// Whether the key is this instance's, and follows an earlier one of it.
-async fn check_key(shared: &Arc<Shared>, agent: &Arc<AgentId>, peer: &Peer) -> Result<bool, NotAdmitted> {
-    let (issuer, owner, spki) = (shared.issuer.clone(), agent.clone(), peer.spki);
+async fn check_key(
+    shared: &Arc<Shared>,
+    agent: &Arc<AgentId>,
+    peer: &Peer,
+    chain: &[CertificateDer<'static>],
+) -> Result<bool, NotAdmitted> {
+    let (issuer, owner, shown, now) = (shared.issuer.clone(), agent.clone(), peer.clone(), (shared.clock)());
+    let chain = chain.to_vec();
     let looked_up = tokio::task::spawn_blocking(move || {
-        let state = issuer.key_state(&owner, spki)?;
+        let state = issuer.known(&owner, &shown, &chain, now)?;
         if matches!(state, KeyState::Current { .. }) {
-            issuer.seen(&owner, spki)?;
+            issuer.seen(&owner, shown.spki)?;
         }
-        Ok::<_, crate::ca::CaError>(state)
+        Ok::<_, Refused>(state)
     })
     .await;
     let critical = |reason, detail: String| NotAdmitted { critical: true, ..not_admitted(reason, detail, false) };
@@ -267,7 +276,7 @@ async fn check_key(shared: &Arc<Shared>, agent: &Arc<AgentId>, peer: &Peer) -> R
         Ok(Ok(KeyState::Unknown)) => {
             Err(critical("not_issued_here", format!("{agent} shows a key that is not in this collector's register")))
         }
-        Ok(Err(error)) => Err(internal(&error.to_string())),
+        Ok(Err(refused)) => Err(internal(&refused.detail)),
         Err(error) => Err(internal(&error.to_string())),
     }
 }
@@ -298,6 +307,7 @@ where
         transport: come.transport.to_owned(),
         version: hello.version.chars().take(64).collect(),
         clock_ahead_us: clock_ahead(hello.at_us, (shared.clock)()),
+        mode: hello.mode.chars().take(16).collect(),
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
@@ -362,7 +372,10 @@ fn now() -> Instant {
 impl<'a> Session<'a> {
     fn new(shared: &'a Arc<Shared>, source: SocketAddr, hello: &Hello, admitted: Admitted) -> Session<'a> {
         let Admitted { agent, peer, place, cursor } = admitted;
-        let (receiver, welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
+        let (receiver, mut welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
+        if let Frame::Welcome(welcome) = &mut welcome {
+            welcome.keeps_gates = !shared.directives.is_following();
+        }
         let life = peer.not_after.since((shared.clock)()).min(Duration::from_secs(365 * 24 * 3600));
         Session {
             shared,

@@ -11,7 +11,7 @@ use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use sidewarden_proto::event::RefusalReason;
 use sidewarden_proto::tls::{self, Floor};
-use sidewarden_proto::wire::{ALPN, ALPN_ENROL};
+use sidewarden_proto::wire::{ALPN, ALPN_COLLECTOR, ALPN_ENROL};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -19,7 +19,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::session::{self, Come};
-use super::{IngestError, Shared, enrol, handshake_refusal};
+use super::{IngestError, Shared, collectors, enrol, handshake_refusal};
 
 /// Both configurations, made anew whenever our certificate is.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ impl Configs {
         let authority = shared.issuer.authority();
         let own = authority.own().borrow().clone();
         Ok(Configs {
-            session: tls::server_config(&own, &authority.trust(), Floor::Tls13, &[ALPN])?,
+            session: tls::server_config(&own, &authority.trust(), Floor::Tls13, &[ALPN, ALPN_COLLECTOR])?,
             enrol: tls::server_config_without_client(&own, Floor::Tls13, &[ALPN_ENROL])?,
         })
     }
@@ -111,12 +111,15 @@ async fn shake(stream: TcpStream, configs: &Configs) -> std::io::Result<(TlsStre
 
 async fn run_session(shared: &Arc<Shared>, source: SocketAddr, stream: TlsStream<TcpStream>) {
     let (_, connection) = stream.get_ref();
+    let chain = connection.peer_certificates().unwrap_or_default();
+    let chain: Vec<_> = chain.iter().map(|cert| cert.clone().into_owned()).collect();
+    if connection.alpn_protocol() == Some(ALPN_COLLECTOR) {
+        return collectors::serve(shared, source, &chain, stream).await;
+    }
     if connection.alpn_protocol() != Some(ALPN) {
         let detail = "the client names no protocol of ours (ALPN sidewarden/1)";
         return shared.refusals.ingest(source, RefusalReason::HandshakeFailed.word(), detail);
     }
-    let chain = connection.peer_certificates().unwrap_or_default();
-    let chain = chain.iter().map(|cert| cert.clone().into_owned()).collect();
     let (reader, writer) = tokio::io::split(stream);
     session::serve(shared, Come { source, transport: "tcp", chain }, reader, writer).await;
 }

@@ -57,6 +57,9 @@ pub enum TrustCommand {
 pub fn run(config: &Config, command: TrustCommand, now: Timestamp) -> anyhow::Result<()> {
     let store = Store::new(&config.data_dir);
     match command {
+        TrustCommand::Import { .. } | TrustCommand::Remove { .. } if config.ca.leader.is_some() => {
+            anyhow::bail!("directives are made by the collector that ca.leader names: import and remove there")
+        }
         TrustCommand::List { json } => list(&store, config, json, now),
         TrustCommand::Import { file, domain, for_dns, allow_leaf, dry_run, note } => {
             let wanted = Wanted { domain, for_dns, allow_leaf, note };

@@ -125,6 +125,7 @@ impl Agent {
             heartbeat_secs: 5,
             understands: 0,
             at_us: Timestamp::now(),
+            mode: String::new(),
         }
     }
 

@@ -16,6 +16,7 @@ use sidewarden_proto::time::Timestamp;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
 
 /// Everything in these tests happens by then, or the test fails and says what did not.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -25,6 +26,8 @@ pub struct World {
     pub dir: TempDir,
     pub collector: Option<collector::App>,
     pub agents: SocketAddr,
+    /// Further collectors that agents know.
+    pub others: Vec<SocketAddr>,
     extra: String,
 }
 
@@ -38,7 +41,18 @@ impl World {
         let dir = TempDir::new().unwrap();
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let app = start_collector(dir.path(), free, extra).await;
-        World { dir, agents: app.agents, collector: Some(app), extra: extra.to_owned() }
+        World { dir, agents: app.agents, others: Vec::new(), collector: Some(app), extra: extra.to_owned() }
+    }
+
+    /// With a collector on threads of its own: dropped with [`Runtime::shutdown_background`], it ends as by `kill -9`.
+    #[allow(dead_code)] // for the tests of availability
+    pub async fn start_apart(extra: &'static str) -> (World, Runtime) {
+        let apart = Runtime::new().unwrap();
+        let dir = TempDir::new().unwrap();
+        let (path, free) = (dir.path().to_owned(), SocketAddr::from(([127, 0, 0, 1], 0)));
+        let app = apart.spawn(async move { start_collector(&path, free, extra).await }).await.unwrap();
+        let (agents, extra) = (app.agents, extra.to_owned());
+        (World { dir, agents, others: Vec::new(), collector: Some(app), extra }, apart)
     }
 
     pub fn collector(&self) -> &collector::App {
@@ -86,11 +100,12 @@ impl World {
     /// The same, watching a machine whose /proc and /sys are below `root`.
     pub async fn agent_below(&self, name: &str, rules: &str, root: Option<PathBuf>) -> Agent {
         let home = self.dir.path().join(name);
+        let collectors: Vec<String> = [self.agents].iter().chain(&self.others).map(|at| format!("'{at}'")).collect();
         let text = format!(
-            "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = ['{}']\n\
+            "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = [{}]\n\
              collector.token_file = '{}'\nadmin.listen = '127.0.0.1:0'\n{rules}",
             home.display(),
-            self.agents,
+            collectors.join(", "),
             self.dir.path().join(format!("{name}.token")).display(),
         );
         let config = AgentConfig::parse(&text, &|_| None).unwrap();

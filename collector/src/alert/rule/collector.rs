@@ -26,6 +26,17 @@ pub(super) fn collector_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
+pub(super) fn leader(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let Some(Body::LeaderChanged(body)) = seen.body else { return Vec::new() };
+    if body.reached {
+        return vec![Signal::Clear(Some(seen.agent.into()), None)];
+    }
+    let mut case =
+        case(seen, rule, format!("{}, whose directives are followed, is not reached", short(&body.leader, 200)));
+    case.evidence = lines([("why", &body.why)]);
+    vec![Signal::Raise(case)]
+}
+
 pub(super) fn forged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("it sent a {} event, which only the collector may tell", word(seen.kind)));
     case.evidence = vec![short(seen.summary, 200)];

@@ -162,6 +162,8 @@ fn events_raise_the_alert_that_names_them() {
         (insecure(true, "db:5432").into(), &["InsecureTrustAll[outbound db:5432]"]),
         (insecure(true, "<b>").into(), &["InsecureTrustAll[outbound other]"]),
         (insecure(false, "db:5432").into(), &[]),
+        (LeaderChanged { leader: "a:7443".into(), reached: false, why: "timed out".into() }.into(), &["LeaderLost"]),
+        (LeaderChanged { leader: "a:7443".into(), reached: true, why: String::new() }.into(), &[]),
         (TrustFilesRefused { error: "x.pem: it is empty".into() }.into(), &["TrustFilesRefused"]),
         (TrustChanged { domains: Default::default(), dns_roots: vec![] }.into(), &[]),
         (
@@ -359,6 +361,7 @@ fn a_clock_that_is_off_at_the_handshake_is_told_either_way() {
             transport: "quic".into(),
             version: String::new(),
             clock_ahead_us: ahead_secs * 1_000_000,
+            mode: String::new(),
         };
         let signals = read(100, 100, None, &body.into());
         let what = signals.iter().find_map(|(name, signal)| match signal {
