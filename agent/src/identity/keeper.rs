@@ -654,11 +654,19 @@ impl Keeper {
         if matches!(&answer, Err(error) if !error.may_pass()) {
             self.refused = Some(hash);
         }
-        self.adopt(&der, answer?).await?;
+        let mut answer = answer?;
+        // The session begins as soon as there is an identity, and the directive that comes with it may interrupt whatever
+        // waits here: nothing does before the token is gone.
+        let directive = answer.directive.take();
+        self.adopt(&der, answer).await?;
         self.key = None;
         match std::fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) => tracing::warn!(path = %path.display(), %error, "the used token cannot be removed"),
+        }
+        let trust = self.publish.borrow().as_ref().map(|identity| identity.trust.clone());
+        if let Some((signed, trust)) = directive.zip(trust) {
+            self.take_signed(signed, &trust).await;
         }
         Ok(())
     }
