@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use sidewarden_proto::backoff::{Random, part_of};
 use sidewarden_proto::event::{AgentStarted, AgentStopping, Body, Direction, Event, Mode, Severity, WorkloadExited};
 use sidewarden_proto::finding::Vantage;
+use sidewarden_proto::given::Elsewhere;
 use sidewarden_proto::identity::{BadName, InstanceId};
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::{mpsc, watch};
@@ -17,13 +19,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Admin};
-use crate::backoff::{Random, part_of};
 use crate::cis::Declared;
 use crate::config::{Config, TrustAll};
 use crate::dial::Resolver;
 use crate::facts::{self, ListenerSight, Machine, Subject};
 use crate::identity::foreign::Foreign;
-use crate::identity::keeper::{Elsewhere, Keeper, KeeperError, Parts, Renewal, Source};
+use crate::identity::keeper::{Keeper, KeeperError, Parts, Renewal, Source};
 use crate::identity::{Current, Store, StoreError, Terms};
 use crate::intercept::{self, InterceptError};
 use crate::metrics::Metrics;
@@ -460,10 +461,10 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::backoff;
     use crate::config::Collector;
-    use crate::identity::files::Files;
     use crate::identity::made_up::Ca;
+    use sidewarden_proto::backoff;
+    use sidewarden_proto::given::files::Files;
 
     /// A collector that nobody runs.
     fn config(dir: &Path) -> Config {

@@ -12,15 +12,13 @@ use std::time::Duration;
 use rustls::pki_types::DnsName;
 use sidewarden_proto::config::{self, Bytes, Env, Faults, FromValue, HostPort, Reader, Value};
 use sidewarden_proto::event::{Direction, Protocol};
+use sidewarden_proto::given::{Elsewhere, workload_api};
 use sidewarden_proto::identity::{InstanceId, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{GROUPS, Group};
 
 use crate::cis::{Declared, Images, Plaintext, Promise, RootExec};
-use crate::identity::files::Files;
 use crate::identity::foreign::ForeignFiles;
-use crate::identity::keeper::Elsewhere;
-use crate::identity::workload_api;
 use crate::policy::address::Network;
 use crate::policy::egress::{Lines, List, Rule};
 use crate::proxy::balance::Balance;
@@ -581,7 +579,7 @@ fn read(r: &mut Reader<'_>) -> Config {
         data_dir: r.value("data_dir", default.data_dir),
         instance: r.optional::<String>("instance").filter(|name| !name.is_empty()).and_then(|name| instance(r, &name)),
         collector: r.section("collector", collector),
-        identity: r.section("identity", identity),
+        identity: r.section("identity", Elsewhere::read),
         admin: r.section("admin", admin),
         inbound: r.list("inbound", inbound).into_iter().flatten().collect(),
         outbound: r.list("outbound", outbound).into_iter().flatten().collect(),
@@ -641,22 +639,6 @@ fn collector(r: &mut Reader<'_>) -> Collector {
         token_file: r.optional("token_file"),
         workload: r.optional("workload"),
         trust_domain: r.optional("trust_domain"),
-    }
-}
-
-fn identity(r: &mut Reader<'_>) -> Option<Elsewhere> {
-    let api = r.optional("workload_api").map(Elsewhere::WorkloadApi);
-    match (r.optional("cert"), r.optional("key"), r.optional("roots")) {
-        (None, None, None) => api,
-        _ if api.is_some() => {
-            r.fault("workload_api", "and `cert`, `key`, `roots` exclude each other: who this is comes from one place");
-            None
-        }
-        (Some(cert), Some(key), Some(roots)) => Some(Elsewhere::Files(Files { cert, key, roots })),
-        _ => {
-            r.fault("cert", "goes with `key` and `roots`: an identity in files needs all three");
-            None
-        }
     }
 }
 

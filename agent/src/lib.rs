@@ -4,7 +4,6 @@
 
 pub mod admin;
 pub mod app;
-pub mod backoff;
 pub mod cis;
 pub mod config;
 pub mod dial;

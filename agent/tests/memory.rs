@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sidewarden_agent::app::{self, Setup};
-use sidewarden_agent::backoff;
 use sidewarden_agent::config::Config;
+use sidewarden_proto::backoff;
 use sidewarden_proto::event::Mode;
 use tempfile::TempDir;
 

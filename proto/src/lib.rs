@@ -2,6 +2,7 @@
 //!
 //! Almost everything here is data in, data out: no sockets, no clock. Read in this order.
 
+pub mod backoff;
 pub mod batch;
 pub mod config;
 pub mod crl;
@@ -10,6 +11,7 @@ pub mod enrol;
 pub mod event;
 pub mod evidence;
 pub mod finding;
+pub mod given;
 pub mod guards;
 pub mod identity;
 pub mod policy;
@@ -19,4 +21,3 @@ pub mod time;
 pub mod tls;
 pub mod traffic;
 pub mod wire;
-pub mod workload_api;

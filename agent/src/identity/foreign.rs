@@ -11,10 +11,9 @@ use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::crl::{self, Crl, CrlFault};
+use sidewarden_proto::given::files::{FilesError, Seen, read, read_up_to, seen};
 use sidewarden_proto::identity::{TrustDomain, judge_root};
 use sidewarden_proto::tls::{self, PeerFault, TlsError};
-
-use super::files::{FilesError, Seen, read, read_up_to, seen};
 
 /// Most files of a folder.
 const MAX_BUNDLES: usize = 256;
@@ -166,7 +165,7 @@ fn wrong(path: &Path, fault: TlsError) -> FilesError {
 mod tests {
     use std::os::unix::fs::symlink;
 
-    use super::super::files::tests::pem;
+    use super::super::made_up::pem;
     use super::*;
     use crate::identity::made_up::Ca;
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
+use sidewarden_proto::backoff::{Backoff, Random, part_of};
 use sidewarden_proto::config::HostPort;
 use sidewarden_proto::crl::{self, CrlFault};
 use sidewarden_proto::directive::{Directive, Signed};
@@ -17,22 +18,22 @@ use sidewarden_proto::enrol::{self as wire, Answer, Request, Token};
 use sidewarden_proto::event::{
     Event, IdentityRenewalFailed, IdentityRenewed, Severity, TrustChanged, TrustCrls, TrustFilesRefused, TrustedRoot,
 };
+use sidewarden_proto::given::answer::Answer as ApiAnswer;
+use sidewarden_proto::given::files::{Files, FilesError, Stamp};
+use sidewarden_proto::given::workload_api::{self, WorkloadApiError};
+use sidewarden_proto::given::{Elsewhere, Offered};
 use sidewarden_proto::identity::{InstanceId, Sha256, SpiffeId, TrustDomain, describe};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, TlsError, Trust};
-use sidewarden_proto::workload_api::{self as api, Offered};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::enrol::{self, EnrolError};
-use super::files::{Files, FilesError, Stamp};
 use super::foreign::{self, ForeignFiles};
 use super::store::{Checked, Issued, Store, StoreError};
-use super::workload_api::{self, Endpoint, WorkloadApiError};
 use super::{Current, Identity, Terms};
-use crate::backoff::{Backoff, Random, part_of};
 use crate::dial::Resolver;
 
 /// A renewal over the session may take this long, waiting for a session included.
@@ -147,15 +148,6 @@ pub struct Source {
     pub elsewhere: Option<Elsewhere>,
     /// Whom else we trust.
     pub foreign: ForeignFiles,
-}
-
-/// Where somebody else keeps an identity for us.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Elsewhere {
-    /// In files.
-    Files(Files),
-    /// At a SPIFFE Workload API.
-    WorkloadApi(Endpoint),
 }
 
 impl Source {
@@ -468,7 +460,7 @@ impl Keeper {
         }
         let stamp = files.stamp();
         match files.read() {
-            Ok(checked) => self.held = Some(checked),
+            Ok(offered) => self.held = Some(Checked::from_files(offered)),
             Err(error) => {
                 self.trouble.send_replace(Some(error.to_string()));
                 tracing::warn!(%error, "no identity yet; waiting for the files");
@@ -496,11 +488,11 @@ impl Keeper {
     }
 
     fn take_files(&mut self, files: &Files) -> Result<(), KeeperError> {
-        self.take_checked(files.read()?)
+        self.take_checked(Checked::from_files(files.read()?))
     }
 
     /// What the Workload API says, or why it says nothing.
-    fn take_answer(&mut self, answer: Result<api::Answer, WorkloadApiError>) -> Result<(), KeeperError> {
+    fn take_answer(&mut self, answer: Result<ApiAnswer, WorkloadApiError>) -> Result<(), KeeperError> {
         let wanted = self.parts.source.workload.clone();
         let offered = answer.and_then(|answer| Ok(answer.choose(wanted.as_ref(), Timestamp::now())?));
         self.api_fault = offered.as_ref().err().map(ToString::to_string);
@@ -854,8 +846,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::identity::files;
-    use crate::identity::made_up::{Ca, validity};
+    use crate::identity::made_up::{self, Ca, validity};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -1018,7 +1009,7 @@ mod tests {
                 resolver: Resolver::from_system(),
                 terms: Terms::default(),
                 emit: Arc::new(move |event| told.lock().unwrap().push(event)),
-                random: crate::backoff::random,
+                random: sidewarden_proto::backoff::random,
                 renewals,
             };
             let (keeper, current) = Keeper::load(store, parts).unwrap();
@@ -1030,7 +1021,7 @@ mod tests {
         }
 
         fn put_token(&self, pin: Sha256) {
-            let token = Token::new(crate::backoff::random, pin);
+            let token = Token::new(sidewarden_proto::backoff::random, pin);
             std::fs::write(self.token_path(), token.text().reveal()).unwrap();
         }
 
@@ -1238,14 +1229,14 @@ mod tests {
     #[test]
     fn an_identity_in_files_is_taken_when_it_stands_still_and_the_last_good_one_is_kept() {
         let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
-        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let files = made_up::write(dir.path(), &ca, "shop/web");
         let mut world = OverFiles::new(files.clone());
         assert_eq!(world.workload().as_deref(), Some("spiffe://td/shop/web"));
         assert_eq!(world.keeper.next_step(), Step::LookAtFiles);
 
         // The key is written first, and the certificate a look later.
         let other = tempfile::tempdir().unwrap();
-        let newer = files::tests::write(other.path(), &ca, "shop/orders");
+        let newer = made_up::write(other.path(), &ca, "shop/orders");
         std::fs::copy(&newer.key, &files.key).unwrap();
         world.look().unwrap();
         std::fs::copy(&newer.cert, &files.cert).unwrap();
@@ -1270,7 +1261,7 @@ mod tests {
     #[test]
     fn trust_files_are_taken_when_they_stand_still_and_what_was_read_before_is_kept() {
         let (dir, ca, partner) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("partner.example"));
-        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let files = made_up::write(dir.path(), &ca, "shop/web");
         let (bundles, crls) = (dir.path().join("bundles"), dir.path().join("crls"));
         std::fs::create_dir(&bundles).unwrap();
         std::fs::create_dir(&crls).unwrap();
@@ -1284,7 +1275,7 @@ mod tests {
             world.keeper.tell_trust();
         };
         world.keeper.tell_trust();
-        std::fs::write(bundles.join("partner.example.pem"), files::tests::pem("CERTIFICATE", &partner.root)).unwrap();
+        std::fs::write(bundles.join("partner.example.pem"), made_up::pem("CERTIFICATE", &partner.root)).unwrap();
         look(&mut world);
         assert_eq!(domains(&world), 1, "it has just moved");
         look(&mut world);
@@ -1317,7 +1308,7 @@ mod tests {
     #[test]
     fn files_that_come_late_are_waited_for() {
         let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
-        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let files = made_up::write(dir.path(), &ca, "shop/web");
         let away = dir.path().join("away");
         std::fs::rename(&files.cert, &away).unwrap();
         let mut world = OverFiles::new(files.clone());
@@ -1332,7 +1323,7 @@ mod tests {
     #[test]
     fn a_certificate_in_a_file_that_nobody_replaces_is_told_before_it_ends() {
         let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
-        let files = files::tests::write(dir.path(), &ca, "shop/web");
+        let files = made_up::write(dir.path(), &ca, "shop/web");
         let mut world = OverFiles::new(files);
         world.look().unwrap();
         let mut params = ca.params("shop/web");

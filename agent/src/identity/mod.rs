@@ -4,11 +4,11 @@
 //! makes a whole new [`Identity`], and whoever handshakes takes the newest. [`keeper`] makes them.
 
 pub mod enrol;
-pub mod files;
 pub mod foreign;
 pub mod keeper;
+#[cfg(test)]
+mod spire;
 mod store;
-pub mod workload_api;
 
 use std::sync::Arc;
 
@@ -200,6 +200,8 @@ impl Identity {
 /// A certificate authority for tests.
 #[cfg(test)]
 pub mod made_up {
+    use std::fs;
+    use std::path::Path;
     use std::time::Duration;
 
     use rcgen::{
@@ -209,6 +211,7 @@ pub mod made_up {
     use rustls::pki_types::CertificateDer;
     use sidewarden_proto::directive::{Deny, Renew, Signed};
     use sidewarden_proto::enrol::Der;
+    use sidewarden_proto::given::files::Files;
 
     use super::*;
 
@@ -329,6 +332,23 @@ pub mod made_up {
             };
             Signed::sign(&directive, &self.collector()).unwrap()
         }
+    }
+
+    /// As PEM.
+    pub fn pem(label: &str, der: &[u8]) -> String {
+        let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der);
+        let lines: Vec<&str> = (0..text.len()).step_by(64).map(|i| &text[i..text.len().min(i + 64)]).collect();
+        format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+    }
+
+    /// Writes an identity as PEM.
+    pub fn write(dir: &Path, ca: &Ca, path: &str) -> Files {
+        let files = Files { cert: dir.join("tls.crt"), key: dir.join("tls.key"), roots: dir.join("ca.crt") };
+        let issued = ca.issue(path);
+        fs::write(&files.key, pem("PRIVATE KEY", &issued.key().unwrap())).unwrap();
+        fs::write(&files.cert, pem("CERTIFICATE", &issued.chain()[0].0)).unwrap();
+        fs::write(&files.roots, pem("CERTIFICATE", &ca.root)).unwrap();
+        files
     }
 
     /// Sets when a certificate holds.

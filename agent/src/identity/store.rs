@@ -11,6 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::directive::{Directive, Signed};
 use sidewarden_proto::enrol::Der;
+use sidewarden_proto::given::Offered;
 use sidewarden_proto::identity::{PeerName, SpiffeId, TrustDomain};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
@@ -62,6 +63,13 @@ pub struct Checked {
     pub trust: Trust,
     /// Whoever gave it keeps these roots up to date: what the collector says of a domain among them does not count.
     pub rooted_elsewhere: bool,
+}
+
+impl Checked {
+    /// What lay in files: the collector's word on the domain's roots is newer than theirs.
+    pub fn from_files(Offered { credential, workload, trust }: Offered) -> Checked {
+        Checked { credential, workload, trust, rooted_elsewhere: false }
+    }
 }
 
 impl Issued {

@@ -16,13 +16,13 @@ use std::time::Duration;
 
 use hyper::body::Bytes;
 use serde::Deserialize;
+use sidewarden_proto::backoff::{self, Backoff, Random};
 use sidewarden_proto::event::{ContainerRef, Event};
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::time::Timestamp;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::{self, Backoff, Random};
 use crate::cis::Declared;
 use crate::config::Config;
 use crate::facts::engine::{Exec, Image, ImageInspect, Info, Inspect, Layer, Network};

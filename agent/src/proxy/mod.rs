@@ -44,6 +44,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use sidewarden_proto::backoff::{Backoff, Random};
 use sidewarden_proto::event::{Direction, Event, RefusalReason};
 use sidewarden_proto::identity::Peer;
 use sidewarden_proto::policy::Extract;
@@ -55,7 +56,6 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::{Backoff, Random};
 use crate::config::{Config, Inbound, Inward, Limits, Outbound, Timeouts, TrustAll};
 use crate::dial::{self, Resolver};
 use crate::identity::{Current, Identity};

@@ -6,11 +6,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use sidewarden_proto::backoff::Random;
 use sidewarden_proto::config::HostPort;
 use tokio::time::Instant;
 
 use super::balance::{Balance, Change, Circle, MAX_ADDRESSES};
-use crate::backoff::Random;
 use crate::dial::{DialError, Resolver};
 
 /// Addresses are looked up again after this long, by [`Targets::refresh`], while the route is in use.

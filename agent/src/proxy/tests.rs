@@ -49,7 +49,7 @@ impl Agent {
         let metrics = Arc::new(Metrics::new("test"));
         let (publish, current) = watch::channel(identity);
         let resolver = Resolver::from_system();
-        let mut shared = Shared::new(&config, current, resolver, emit, metrics, crate::backoff::random);
+        let mut shared = Shared::new(&config, current, resolver, emit, metrics, sidewarden_proto::backoff::random);
         shared.own = Own::new(outbound.clone());
         change(&mut shared);
         let shared = Arc::new(shared);

@@ -18,12 +18,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sidewarden_proto::backoff::Random;
 use sidewarden_proto::batch::{Cursor, Epoch, Link};
 use sidewarden_proto::event::{Event, Severity};
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::{Notify, oneshot};
-
-use crate::backoff::Random;
 
 pub use queue::{Damage, Limits, Met};
 use queue::{Found, Queue};

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sidewarden_proto::backoff::Random;
 use sidewarden_proto::batch::Cursor;
 use sidewarden_proto::directive::UNDERSTANDS;
 use sidewarden_proto::event::Mode;
@@ -17,7 +18,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Random;
 use crate::identity::keeper::Renewal;
 use crate::identity::{Current, Identity};
 use crate::metrics::Metrics;

@@ -12,6 +12,7 @@ mod tests;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use sidewarden_proto::backoff::{Backoff, Random, part_of};
 use sidewarden_proto::config::HostPort;
 use sidewarden_proto::event::Mode;
 use sidewarden_proto::identity::InstanceId;
@@ -21,7 +22,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::{Backoff, Random, part_of};
 use crate::dial::Resolver;
 use crate::identity::keeper::Renewal;
 use crate::identity::{Current, Identity};

@@ -180,7 +180,8 @@ impl Agent {
     fn start(identity: Arc<Identity>, collectors: Vec<HostPort>) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let limits = Limits { disk_bytes: 8 << 20, memory_bytes: 1 << 20, links: 1_000 };
-        let (spool, writer, _) = Spool::open(dir.path(), limits, crate::backoff::random, Timestamp::now).unwrap();
+        let (spool, writer, _) =
+            Spool::open(dir.path(), limits, sidewarden_proto::backoff::random, Timestamp::now).unwrap();
         let (publish, current) = watch::channel(Some(identity));
         let (renewals, renewal_requests) = mpsc::channel(1);
         let (directive_sender, directives) = mpsc::channel(4);
@@ -194,7 +195,7 @@ impl Agent {
             renewals: renewal_requests,
             directives: directive_sender,
             metrics: Arc::new(Metrics::new("test")),
-            random: crate::backoff::random,
+            random: sidewarden_proto::backoff::random,
             go_home: Duration::from_millis(100),
             mode: Mode::Sidecar,
             status: status.clone(),

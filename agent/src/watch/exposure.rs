@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use sidewarden_proto::backoff::{Backoff, Random};
 use sidewarden_proto::event::{Body, Event, ListenerClosed, ListenerExposed, ListenersBaseline, Protocol, Severity};
 use sidewarden_proto::time::Timestamp;
 
 use super::mask;
-use crate::backoff::{Backoff, Random};
 use crate::cis::{Declared, Standing, standing};
 use crate::facts::{Listener, Lock, Speech};
 

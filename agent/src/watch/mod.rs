@@ -22,6 +22,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use sidewarden_proto::backoff::{self, Random};
 use sidewarden_proto::event::Event;
 use sidewarden_proto::finding::{Finding, Vantage};
 use sidewarden_proto::time::Timestamp;
@@ -32,7 +33,6 @@ pub use mask::{mask, plain};
 pub use tracker::Normal;
 pub(crate) use tracker::SHELLS;
 
-use crate::backoff::{self, Random};
 use crate::cis::{self, Case, Declared};
 use crate::facts::{self, Listener, ListenerSight, Lock, Machine, Process, ProcessId, Role, Seen, Subject};
 use crate::intercept::Ruleset;

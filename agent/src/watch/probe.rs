@@ -14,9 +14,9 @@ use nix::ifaddrs::getifaddrs;
 use tokio_util::sync::CancellationToken;
 
 use super::exposure::Key;
-use crate::backoff::Random;
 use crate::facts::{Listener, Speech, reached_at};
 use crate::proxy::handshake::shown;
+use sidewarden_proto::backoff::Random;
 
 /// To connect; everything asked is on this machine.
 const CONNECT: Duration = Duration::from_secs(1);

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
-use sidewarden_agent::backoff;
 use sidewarden_agent::config::Config;
 use sidewarden_agent::dial::Resolver;
 use sidewarden_agent::metrics::Metrics;
 use sidewarden_agent::proxy::{Listeners, Shared};
 use sidewarden_agent::spool::SpoolStats;
+use sidewarden_proto::backoff;
 use sidewarden_proto::event::{Body, ConnectionRefused, Event, PeerFirstSeen, RefusalReason};
 use sidewarden_proto::time::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

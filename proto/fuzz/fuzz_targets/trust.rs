@@ -3,8 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use sidewarden_proto::crl::Crl;
+use sidewarden_proto::given::answer::{Answer, Frames};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::workload_api::{Answer, Frames};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = Crl::read_all(bytes);

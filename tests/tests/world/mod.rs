@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sidewarden_agent::app::{self as agent, Setup};
-use sidewarden_agent::{backoff, config::Config as AgentConfig};
+use sidewarden_agent::config::Config as AgentConfig;
 use sidewarden_collector::app::{self as collector};
 use sidewarden_collector::config as collector_config;
 use sidewarden_collector::index::{Order, Query, Record};
+use sidewarden_proto::backoff;
 use sidewarden_proto::event::Mode;
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;

@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
-use sidewarden_proto::crl::CrlFault;
-use sidewarden_proto::identity::PeerName;
-use sidewarden_proto::tls::{self, Credential, TlsError, Trust};
 
-use super::Checked;
+use super::Offered;
+use crate::crl::CrlFault;
+use crate::identity::PeerName;
+use crate::tls::{self, Credential, TlsError, Trust};
 
 /// More than any chain or bundle: a file that is larger is a wrong one.
 const MAX_FILE: u64 = 1 << 20;
@@ -68,10 +68,10 @@ pub struct Files {
 pub struct Stamp([Option<Seen>; 3]);
 
 /// Device, inode, size, and time of change in seconds and nanoseconds.
-pub(super) type Seen = (u64, u64, u64, i64, i64);
+pub type Seen = (u64, u64, u64, i64, i64);
 
 /// Which file is at `path` now.
-pub(super) fn seen(path: &Path) -> Option<Seen> {
+pub fn seen(path: &Path) -> Option<Seen> {
     let meta = fs::metadata(path).ok()?;
     Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
 }
@@ -83,7 +83,7 @@ impl Files {
     }
 
     /// Reads them and looks them through: the key fits the leaf, and the leaf names a workload.
-    pub fn read(&self) -> Result<Checked, FilesError> {
+    pub fn read(&self) -> Result<Offered, FilesError> {
         let chain = at(&self.cert, tls::certificates(&read(&self.cert)?))?;
         let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?);
         // What the parser says of a key may quote it.
@@ -94,10 +94,10 @@ impl Files {
             return Err(FilesError::NoWorkload(self.cert.clone()));
         };
         let trust = Trust::single(workload.trust_domain(), roots);
-        Ok(Checked { credential, workload, trust, rooted_elsewhere: false })
+        Ok(Offered { credential, workload, trust })
     }
 
-    /// Whether others than the agent may read the key.
+    /// Whether others than we may read the key.
     pub fn key_is_open(&self) -> bool {
         fs::metadata(&self.key).is_ok_and(|meta| meta.mode() & 0o077 != 0)
     }
@@ -107,12 +107,13 @@ fn at<T>(path: &Path, result: Result<T, TlsError>) -> Result<T, FilesError> {
     result.map_err(|fault| FilesError::Wrong { path: path.to_owned(), fault })
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
+/// Reads a file that is not larger than chains and bundles are.
+pub fn read(path: &Path) -> Result<Vec<u8>, FilesError> {
     read_up_to(path, MAX_FILE)
 }
 
 /// Reads a file that has no more than `most` bytes.
-pub(super) fn read_up_to(path: &Path, most: u64) -> Result<Vec<u8>, FilesError> {
+pub fn read_up_to(path: &Path, most: u64) -> Result<Vec<u8>, FilesError> {
     let read = || {
         let mut bytes = Vec::new();
         File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
@@ -125,26 +126,26 @@ pub(super) fn read_up_to(path: &Path, most: u64) -> Result<Vec<u8>, FilesError> 
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
-    use crate::identity::made_up::Ca;
+    use crate::tls::tests::Authority;
 
     /// As PEM.
-    pub fn pem(label: &str, der: &[u8]) -> String {
+    fn pem(label: &str, der: &[u8]) -> String {
         let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der);
         let lines: Vec<&str> = (0..text.len()).step_by(64).map(|i| &text[i..text.len().min(i + 64)]).collect();
         format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
     }
 
     /// Writes an identity as PEM.
-    pub fn write(dir: &Path, ca: &Ca, path: &str) -> Files {
+    fn write(dir: &Path, ca: &Authority) -> Files {
         let files = files_in(dir);
-        let issued = ca.issue(path);
-        fs::write(&files.key, pem("PRIVATE KEY", &issued.key().unwrap())).unwrap();
-        fs::write(&files.cert, pem("CERTIFICATE", &issued.chain()[0].0)).unwrap();
-        fs::write(&files.roots, pem("CERTIFICATE", &ca.root)).unwrap();
+        let (chain, key) = ca.issue_raw("spiffe://td/shop/web");
+        fs::write(&files.key, pem("PRIVATE KEY", &key)).unwrap();
+        fs::write(&files.cert, pem("CERTIFICATE", &chain)).unwrap();
+        fs::write(&files.roots, pem("CERTIFICATE", ca.root())).unwrap();
         files
     }
 
@@ -158,8 +159,8 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_wrong_is_said_with_the_file_and_never_the_key() {
-        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
-        let files = write(dir.path(), &ca, "shop/web");
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Authority::new("td"));
+        let files = write(dir.path(), &ca);
         assert_eq!(files.read().unwrap().workload.to_string(), "spiffe://td/shop/web");
         let key = fs::read_to_string(&files.key).unwrap();
         let body = key.lines().nth(1).unwrap();
@@ -170,7 +171,7 @@ pub(super) mod tests {
             assert!(said.contains("tls.key: ") && !said.contains(&body[..8]), "{length}: {said}");
         }
         let other = tempfile::tempdir().unwrap();
-        fs::copy(write(other.path(), &ca, "shop/web").key, &files.key).unwrap();
+        fs::copy(write(other.path(), &ca).key, &files.key).unwrap();
         assert!(error(&files).contains("does not belong to the certificate"));
         fs::write(&files.key, &key).unwrap();
 
@@ -184,11 +185,11 @@ pub(super) mod tests {
 
     #[test]
     fn a_swapped_symlink_and_a_replaced_file_are_seen() {
-        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Authority::new("td"));
         let (one, two) = (dir.path().join("1"), dir.path().join("2"));
         for at in [&one, &two] {
             fs::create_dir(at).unwrap();
-            write(at, &ca, "shop/web");
+            write(at, &ca);
         }
         let data = dir.path().join("data");
         symlink(&one, &data).unwrap();
@@ -206,8 +207,8 @@ pub(super) mod tests {
 
     #[test]
     fn a_key_that_others_may_read_is_told() {
-        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
-        let files = write(dir.path(), &ca, "shop/web");
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Authority::new("td"));
+        let files = write(dir.path(), &ca);
         for (mode, open) in [(0o600, false), (0o400, false), (0o640, true), (0o604, true)] {
             fs::set_permissions(&files.key, fs::Permissions::from_mode(mode)).unwrap();
             assert_eq!(files.key_is_open(), open, "{mode:o}");

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::Offered;
 use crate::identity::{BadName, LeafFault, PeerName, SpiffeId, TrustDomain, Usage, judge_root};
 use crate::time::Timestamp;
 use crate::tls::{Credential, TlsError, Trust, verify_chain};
@@ -134,17 +135,6 @@ pub struct Answer {
     pub foreign: BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>,
     /// Revocation lists, as they are.
     pub crls: Vec<CertificateRevocationListDer<'static>>,
-}
-
-/// An identity with everything it is used with.
-#[derive(Clone, Debug)]
-pub struct Offered {
-    /// Key and chain.
-    pub credential: Credential,
-    /// Whom it names.
-    pub workload: SpiffeId,
-    /// The roots of its own domain and of those it is federated with.
-    pub trust: Trust,
 }
 
 impl Answer {

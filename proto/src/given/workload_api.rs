@@ -1,8 +1,7 @@
 //! An identity that a SPIFFE Workload API hands out (SPIRE's agent, and others): asked over its Unix socket, and then
 //! listened to, because each rotation of key or roots comes as a new answer on the same stream.
 //!
-//! Here are the socket, HTTP/2 and the waits; what an answer means is `proto::workload_api`'s, and what becomes of it the
-//! keeper's. The key never touches a disk.
+//! Here are the socket, HTTP/2 and the waits; what an answer means is `answer`'s. The key never touches a disk.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -12,13 +11,13 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::client::SendRequest;
 use http::{HeaderMap, Request};
-use sidewarden_proto::config::FromValue;
-use sidewarden_proto::workload_api::{Answer, AnswerFault, FETCH_X509_SVID, Frames, REQUEST, SECURITY_HEADER};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::answer::{Answer, AnswerFault, FETCH_X509_SVID, Frames, REQUEST, SECURITY_HEADER};
 use crate::backoff::{Backoff, Random, part_of};
+use crate::config::FromValue;
 
 /// Where SPIFFE says that workloads find the socket.
 pub const ENVIRONMENT: &str = "SPIFFE_ENDPOINT_SOCKET";
@@ -174,7 +173,7 @@ async fn ask(requests: SendRequest<Bytes>) -> Result<RecvStream, WorkloadApiErro
     let request = Request::post(format!("http://localhost{FETCH_X509_SVID}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
-        .header("user-agent", concat!("sidewarden-agent/", env!("CARGO_PKG_VERSION")))
+        .header("user-agent", concat!("sidewarden/", env!("CARGO_PKG_VERSION")))
         .header(SECURITY_HEADER.0, SECURITY_HEADER.1)
         .body(());
     // Of constants alone: it cannot fail, and if it did nobody would have answered.
@@ -233,4 +232,44 @@ fn status_of(headers: &HeaderMap) -> Option<WorkloadApiError> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn somebody_else_at_the_socket_gets_no_further_than_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let preface = b"\0\0\0\x04\0\0\0\0\0".to_vec();
+        let huge = [&preface[..], &[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]].concat();
+        let all = [b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), vec![], preface, huge];
+        for (i, said) in all.into_iter().enumerate() {
+            let socket = dir.path().join(format!("{i}.sock"));
+            let listener = UnixListener::bind(&socket).unwrap();
+            let serving = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.write_all(&said).await;
+            });
+            let endpoint: Endpoint = format!("unix:{}", socket.display()).parse().unwrap();
+            let (tell, mut told) = mpsc::channel(1);
+            let following = tokio::spawn(async move { follow(&endpoint, tell, |bytes| bytes.fill(0)).await });
+            let first = timeout(Duration::from_secs(60), told.recv()).await.unwrap().unwrap();
+            assert!(first.is_err(), "{i}: {first:?}");
+            following.abort();
+            serving.await.unwrap();
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_a_unix_socket() {
+        let path = |text: &str| text.parse::<Endpoint>().map(|endpoint| endpoint.path().display().to_string());
+        assert_eq!(path("unix:///run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
+        assert_eq!(path("unix:/run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
+        let long = format!("unix:///{}", "x".repeat(120));
+        for wrong in ["tcp://127.0.0.1:8000", "/run/agent.sock", "unix://agent.sock", "unix:///a?b", "", long.as_str()]
+        {
+            assert!(path(wrong).unwrap_err().contains("unix:///run/spire/agent.sock"), "{wrong}");
+        }
+    }
+}

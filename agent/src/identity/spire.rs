@@ -1,131 +1,28 @@
-//! Against a server that others have written: tonic and prost, over a Unix socket.
+//! The keeper with a Workload API, against a server that others have written.
 
-use std::collections::HashMap;
-use std::pin::Pin;
+#[path = "../../../tests/tests/world/spire.rs"]
+mod server;
+
+use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
+use std::time::Duration;
 
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::UnixListener;
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
-use tonic::codegen::tokio_stream::Stream;
-use tonic::server::{Grpc, ServerStreamingService};
-use tonic::{Request, Response, Status};
-
-use super::*;
-use crate::dial::Resolver;
-use crate::identity::foreign::ForeignFiles;
-use crate::identity::keeper::{Elsewhere, Keeper, Parts, Source};
-use crate::identity::made_up::{Ca, validity};
-use crate::identity::{Current, Identity, Issued, Store, Terms};
 use sidewarden_proto::directive::Deny;
 use sidewarden_proto::event::{Body, Event};
+use sidewarden_proto::given::Elsewhere;
 use sidewarden_proto::time::Timestamp;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct X509SvidRequest {}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct X509SvidResponse {
-    #[prost(message, repeated, tag = "1")]
-    svids: Vec<X509Svid>,
-    #[prost(bytes = "vec", repeated, tag = "2")]
-    crl: Vec<Vec<u8>>,
-    #[prost(map = "string, bytes", tag = "3")]
-    federated_bundles: HashMap<String, Vec<u8>>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct X509Svid {
-    #[prost(string, tag = "1")]
-    spiffe_id: String,
-    #[prost(bytes = "vec", tag = "2")]
-    x509_svid: Vec<u8>,
-    #[prost(bytes = "vec", tag = "3")]
-    x509_svid_key: Vec<u8>,
-    #[prost(bytes = "vec", tag = "4")]
-    bundle: Vec<u8>,
-    #[prost(string, tag = "5")]
-    hint: String,
-}
-
-type Answered = Result<X509SvidResponse, Status>;
-
-/// What the server says: the newest of it to whoever asks, and each change to whoever listens.
-#[derive(Clone)]
-struct Spire(Arc<Mutex<Said>>);
-
-/// The newest answer, who listens, and how often was asked.
-type Said = (Answered, Vec<mpsc::Sender<Answered>>, usize);
-
-struct Answers(mpsc::Receiver<Answered>);
-
-impl Stream for Answers {
-    type Item = Answered;
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Answered>> {
-        self.0.poll_recv(cx)
-    }
-}
-
-impl ServerStreamingService<X509SvidRequest> for Spire {
-    type Response = X509SvidResponse;
-    type ResponseStream = Answers;
-    type Future = std::future::Ready<Result<Response<Answers>, Status>>;
-
-    fn call(&mut self, request: Request<X509SvidRequest>) -> Self::Future {
-        let secured = request.metadata().get("workload.spiffe.io").is_some_and(|value| value == "true");
-        let mut spire = self.0.lock().unwrap();
-        spire.2 += 1;
-        let answer = if secured { spire.0.clone() } else { Err(Status::invalid_argument("security header missing")) };
-        std::future::ready(answer.map(|first| {
-            let (tell, told) = mpsc::channel(16);
-            tell.try_send(Ok(first)).unwrap();
-            spire.1.push(tell);
-            Response::new(Answers(told))
-        }))
-    }
-}
-
-impl Spire {
-    fn new(answer: Answered) -> Spire {
-        Spire(Arc::new(Mutex::new((answer, Vec::new(), 0))))
-    }
-
-    fn serve(&self, path: &Path) -> JoinHandle<()> {
-        let _ = std::fs::remove_file(path);
-        let (listener, spire) = (UnixListener::bind(path).unwrap(), self.clone());
-        tokio::spawn(async move {
-            let mut connections = tokio::task::JoinSet::new();
-            while let Ok((socket, _)) = listener.accept().await {
-                let spire = spire.clone();
-                let service = service_fn(move |request: http::Request<Incoming>| {
-                    let spire = spire.clone();
-                    async move {
-                        assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
-                        let mut grpc = Grpc::new(tonic_prost::ProstCodec::default());
-                        Ok::<_, std::convert::Infallible>(grpc.server_streaming(spire, request).await)
-                    }
-                });
-                let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                connections.spawn(async move { http.serve_connection(TokioIo::new(socket), service).await });
-            }
-        })
-    }
-
-    /// To whoever listens, and to whoever asks from now on.
-    fn say(&self, answer: Answered) {
-        let mut spire = self.0.lock().unwrap();
-        spire.1.retain(|listener| listener.try_send(answer.clone()).is_ok());
-        spire.0 = answer;
-    }
-
-    fn asked(&self) -> usize {
-        self.0.lock().unwrap().2
-    }
-}
+use self::server::{Spire, X509Svid, X509SvidResponse};
+use super::foreign::ForeignFiles;
+use super::keeper::{Keeper, Parts, Source};
+use super::made_up::{Ca, validity};
+use super::{Current, Identity, Issued, Store, Terms};
+use crate::dial::Resolver;
 
 fn svid(ca: &Ca, path: &str, issued: &Issued) -> X509Svid {
     let chain = issued.chain()[0].0.clone();
@@ -312,38 +209,4 @@ async fn the_directive_on_disk_is_in_force_with_the_first_identity() {
     assert_eq!(roots, std::slice::from_ref(&newer.root), "its roots are SPIRE's to say, not the directive's");
     world.stop().await;
     serving.abort();
-}
-
-#[tokio::test]
-async fn somebody_else_at_the_socket_gets_no_further_than_an_error() {
-    use tokio::io::AsyncWriteExt;
-    let dir = tempfile::tempdir().unwrap();
-    let preface = b"\0\0\0\x04\0\0\0\0\0".to_vec();
-    let huge = [&preface[..], &[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]].concat();
-    for (i, said) in [b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), vec![], preface, huge].into_iter().enumerate() {
-        let socket = dir.path().join(format!("{i}.sock"));
-        let listener = UnixListener::bind(&socket).unwrap();
-        let serving = tokio::spawn(async move {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let _ = stream.write_all(&said).await;
-        });
-        let endpoint: Endpoint = format!("unix:{}", socket.display()).parse().unwrap();
-        let (tell, mut told) = mpsc::channel(1);
-        let following = tokio::spawn(async move { follow(&endpoint, tell, |bytes| bytes.fill(0)).await });
-        let first = timeout(Duration::from_secs(60), told.recv()).await.unwrap().unwrap();
-        assert!(first.is_err(), "{i}: {first:?}");
-        following.abort();
-        serving.await.unwrap();
-    }
-}
-
-#[test]
-fn an_endpoint_is_a_unix_socket() {
-    let path = |text: &str| text.parse::<Endpoint>().map(|endpoint| endpoint.path().display().to_string());
-    assert_eq!(path("unix:///run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
-    assert_eq!(path("unix:/run/spire/agent.sock").as_deref(), Ok("/run/spire/agent.sock"));
-    let long = format!("unix:///{}", "x".repeat(120));
-    for wrong in ["tcp://127.0.0.1:8000", "/run/agent.sock", "unix://agent.sock", "unix:///a?b", "", long.as_str()] {
-        assert!(path(wrong).unwrap_err().contains("unix:///run/spire/agent.sock"), "{wrong}");
-    }
 }
