@@ -19,6 +19,8 @@ use crate::tls::{self, Credential, Trust};
 const CONTEXT: &[u8] = b"sidewarden directive 1\0";
 /// Most bytes of a document: it must fit a frame, in base64.
 const MAX_DOCUMENT: usize = 700 << 10;
+/// Most signatures after the first that are looked at.
+const MAX_FURTHER: usize = 3;
 /// What this version understands of a directive; agents tell it in their hello.
 ///
 /// 1: `deny`. 2: `revoked`, with serial numbers and issuing keys. 3: `quarantined`, `released` and `policy`, with gates. 4: who
@@ -107,7 +109,8 @@ pub struct Renew {
 /// The roots of those who are not of the trust domain.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForeignRoots {
-    /// Of other trust domains; each speaks for its own names alone.
+    /// Of other trust domains; each speaks for its own names alone. The directive's own domain may be among them: then these
+    /// are roots of it that are no collector's, which agents trust beside its `bundle`.
     #[serde(default)]
     pub domains: BTreeMap<TrustDomain, Vec<Der>>,
     /// Of peers that have DNS names.
@@ -397,10 +400,53 @@ impl Deny {
 pub struct Signed {
     /// The directive's JSON, exactly as it was signed.
     document: String,
+    /// The first signature.
+    #[serde(flatten)]
+    by: Signature,
+    /// By whom else: agents that do not trust the CA of the first signer may trust one of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    also_by: Vec<Signature>,
+}
+
+/// A signature under a directive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Signature {
     /// ECDSA P-256, SHA-256, DER.
     signature: Der,
     /// The signer's chain, leaf first.
     chain: Vec<Der>,
+}
+
+impl Signature {
+    fn of(document: &str, credential: &Credential) -> Result<Signature, DirectiveFault> {
+        let message = [CONTEXT, document.as_bytes()].concat();
+        let signature = credential.sign(&message).map_err(|e| DirectiveFault::Signing(e.to_string()))?;
+        let chain = credential.chain().iter().map(|cert| Der(cert.to_vec())).collect();
+        Ok(Signature { signature: Der(signature), chain })
+    }
+
+    fn chain(&self) -> Vec<CertificateDer<'_>> {
+        self.chain.iter().map(|der| der.0.as_slice().into()).collect()
+    }
+
+    /// Who has signed `document`, which must be a collector that makes directives.
+    fn prove(&self, document: &str, trust: &Trust, now: Timestamp) -> Result<Peer, DirectiveFault> {
+        let chain = self.chain();
+        let fault = |e: &dyn fmt::Display| DirectiveFault::Chain(e.to_string());
+        tls::verify_chain(&chain, trust, Usage::Server, now).map_err(|e| fault(&e))?;
+        let signer = tls::peer_with(&chain, trust, Usage::Server).map_err(|e| fault(&e))?;
+        let is_maker = matches!(&signer.name, PeerName::Spiffe(id) if *id == tls::collector_id(&id.trust_domain()));
+        if !is_maker {
+            return Err(DirectiveFault::WrongSigner(signer.name.to_string()));
+        }
+        // The verifier took a path through what was shown; a follower has no other to show than through its own CA.
+        if tls::is_of_member(&chain).map_err(|e| fault(&e))? {
+            return Err(DirectiveFault::Follower);
+        }
+        let message = [CONTEXT, document.as_bytes()].concat();
+        tls::verify_signature(&chain[0], &message, &self.signature.0).map_err(|_| DirectiveFault::Signature)?;
+        Ok(signer)
+    }
 }
 
 /// Why a directive does not count.
@@ -436,10 +482,14 @@ impl Signed {
                 document.len()
             )));
         }
-        let message = [CONTEXT, document.as_bytes()].concat();
-        let signature = credential.sign(&message).map_err(|e| DirectiveFault::Signing(e.to_string()))?;
-        let chain = credential.chain().iter().map(|cert| Der(cert.to_vec())).collect();
-        Ok(Signed { document, signature: Der(signature), chain })
+        let by = Signature::of(&document, credential)?;
+        Ok(Signed { document, by, also_by: Vec::new() })
+    }
+
+    /// The same, signed with another credential as well.
+    pub fn also_by(mut self, credential: &Credential) -> Result<Signed, DirectiveFault> {
+        self.also_by.push(Signature::of(&self.document, credential)?);
+        Ok(self)
     }
 
     /// The bytes of a frame or a file.
@@ -456,21 +506,23 @@ impl Signed {
     ///
     /// Whether its version is newer than the one at hand, and whether its signer was revoked, is the caller's question.
     pub fn open(&self, trust: &Trust, now: Timestamp) -> Result<Directive, DirectiveFault> {
-        let chain: Vec<_> = self.chain.iter().map(|der| der.0.clone().into()).collect();
-        let signer =
-            tls::verify_chain(&chain, trust, Usage::Server, now).map_err(|e| DirectiveFault::Chain(e.to_string()))?;
-        let directive: Directive =
-            serde_json::from_str(&self.document).map_err(|e| DirectiveFault::Unreadable(e.to_string()))?;
-        if signer.name != PeerName::Spiffe(tls::collector_id(&directive.trust_domain)) {
-            return Err(DirectiveFault::WrongSigner(signer.name.to_string()));
+        self.prove(trust, now).map(|(directive, _)| directive)
+    }
+
+    /// The same, and everybody who has provably signed it: one at least. Of several faults the first signature's is told.
+    pub fn prove(&self, trust: &Trust, now: Timestamp) -> Result<(Directive, Vec<Peer>), DirectiveFault> {
+        let all = [&self.by].into_iter().chain(self.also_by.iter().take(MAX_FURTHER));
+        let mut proofs: Vec<_> = all.map(|signature| signature.prove(&self.document, trust, now)).collect();
+        if proofs.iter().all(Result::is_err) {
+            return Err(proofs.swap_remove(0).expect_err("none of them holds"));
         }
-        // The verifier took a path through what was shown; a follower has no other to show than through its own CA.
-        if tls::is_of_member(&chain).map_err(|e| DirectiveFault::Chain(e.to_string()))? {
-            return Err(DirectiveFault::Follower);
+        let directive = self.as_kept()?;
+        let maker = PeerName::Spiffe(tls::collector_id(&directive.trust_domain));
+        let (makers, others): (Vec<Peer>, _) = proofs.into_iter().flatten().partition(|signer| signer.name == maker);
+        match others.first() {
+            Some(other) if makers.is_empty() => Err(DirectiveFault::WrongSigner(other.name.to_string())),
+            _ => Ok((directive, makers)),
         }
-        let message = [CONTEXT, self.document.as_bytes()].concat();
-        tls::verify_signature(&chain[0], &message, &self.signature.0).map_err(|_| DirectiveFault::Signature)?;
-        Ok(directive)
     }
 
     /// What it says, proven by nothing: for whoever has kept it since it was proven.
@@ -478,10 +530,9 @@ impl Signed {
         serde_json::from_str(&self.document).map_err(|e| DirectiveFault::Unreadable(e.to_string()))
     }
 
-    /// Who says to have signed it; proven by [`Signed::open`] alone.
+    /// Who says to have signed it first; proven by [`Signed::prove`] alone.
     pub fn signer(&self, trust: &Trust) -> Result<Peer, DirectiveFault> {
-        let chain: Vec<_> = self.chain.iter().map(|der| der.0.clone().into()).collect();
-        tls::peer_with(&chain, trust, Usage::Server).map_err(|e| DirectiveFault::Chain(e.to_string()))
+        tls::peer_with(&self.by.chain(), trust, Usage::Server).map_err(|e| DirectiveFault::Chain(e.to_string()))
     }
 }
 
@@ -537,6 +588,60 @@ mod tests {
         signed.document = signed.document.replace("\"version\":3", "\"version\":4");
         assert!(matches!(signed.open(&ca.trust(), Timestamp::now()), Err(DirectiveFault::Signature)));
         assert!(matches!(Signed::from_bytes(b"{"), Err(DirectiveFault::Unreadable(_))));
+    }
+
+    /// A collector with certificates of two CAs signs with both; agents trust one of them, or both.
+    #[test]
+    fn a_directive_that_two_have_signed_opens_for_whoever_trusts_one_of_them() {
+        const NAME: &str = "spiffe://td/sidewarden/collector";
+        let (ca, elsewhere, stranger, now) =
+            (Authority::new("td"), Authority::new("td"), Authority::new("td"), Timestamp::now());
+        let (own, other) = (ca.issue(NAME), elsewhere.issue(NAME));
+        let signed = Signed::sign(&directive("td"), &own).unwrap().also_by(&other).unwrap();
+        let signed = Signed::from_bytes(&signed.to_bytes()).unwrap();
+        let signers = |trust: &Trust| {
+            let proven = signed.prove(trust, now).map_err(|fault| fault.to_string())?;
+            assert_eq!(proven.0, directive("td"));
+            Ok::<_, String>(proven.1.into_iter().map(|peer| peer.spki).collect::<Vec<_>>())
+        };
+        assert_eq!(signers(&ca.trust()).unwrap(), [own.peer().spki]);
+        assert_eq!(signers(&elsewhere.trust()).unwrap(), [other.peer().spki]);
+        let mut both = ca.trust();
+        both.add(&elsewhere.trust().domains);
+        assert_eq!(signers(&both).unwrap(), [own.peer().spki, other.peer().spki]);
+        assert!(signers(&stranger.trust()).unwrap_err().contains("cannot be verified"));
+
+        // What is under another document, by no collector, or by one that only follows, proves nothing.
+        for (name, version) in [(NAME, 4), ("spiffe://td/shop/web", 3), ("spiffe://td/sidewarden/collector/second", 3)]
+        {
+            let another = Directive { version, ..directive("td") };
+            let another = Signed::sign(&another, &elsewhere.issue(name)).unwrap();
+            let forged =
+                Signed { also_by: vec![another.by], ..Signed::sign(&directive("td"), &stranger.issue(NAME)).unwrap() };
+            assert!(forged.open(&elsewhere.trust(), now).is_err(), "{name} {version}");
+        }
+        let many = vec![signed.also_by[0].clone(); 1000];
+        let last =
+            Signed { by: Signed::sign(&directive("td"), &stranger.issue(NAME)).unwrap().by, also_by: many, ..signed };
+        assert_eq!(last.prove(&elsewhere.trust(), now).unwrap().1.len(), MAX_FURTHER, "work has an end");
+    }
+
+    #[test]
+    fn an_agent_of_before_reads_the_first_signature_of_several_and_an_older_document_has_one() {
+        #[derive(Deserialize)]
+        struct Before {
+            document: String,
+            signature: Der,
+            chain: Vec<Der>,
+        }
+        let ca = Authority::new("td");
+        let own = ca.issue("spiffe://td/sidewarden/collector");
+        let signed = Signed::sign(&directive("td"), &own).unwrap();
+        let both = signed.clone().also_by(&own).unwrap();
+        let before: Before = serde_json::from_slice(&both.to_bytes()).unwrap();
+        let same = (&before.document, &before.signature, &before.chain);
+        assert_eq!(same, (&signed.document, &signed.by.signature, &signed.by.chain));
+        assert!(!String::from_utf8(signed.to_bytes()).unwrap().contains("also_by"));
     }
 
     fn peer(name: &str, spki: u8) -> Peer {

@@ -14,7 +14,9 @@ use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
+};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, ServerConfig,
@@ -30,6 +32,8 @@ use crate::traffic::ToWhoHears;
 
 /// Most certificates of a presented chain: building paths costs time, and an attacker chooses the chain.
 const MAX_CHAIN: usize = 6;
+/// Most roots that a client names: they must fit into the first packets of a handshake.
+const MAX_HINTS: usize = 16;
 
 /// The lowest version spoken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,6 +145,13 @@ pub fn provider_with(groups: &[Group]) -> Arc<CryptoProvider> {
 /// The name every collector of `domain` bears. Nothing under `sidewarden/` is given to agents.
 pub fn collector_id(domain: &TrustDomain) -> SpiffeId {
     domain.workload("sidewarden/collector").expect("the path is a constant that follows the rules")
+}
+
+/// Whether this is the name of a collector: the one that makes the directives, or one below it, whose word on directives counts
+/// for nothing.
+pub fn is_collector(id: &SpiffeId) -> bool {
+    let below = id.path().strip_prefix("sidewarden/collector");
+    below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// The common name of an issuing CA that was signed for a further collector: what bears it hands directives out, and makes none.
@@ -259,6 +270,8 @@ pub enum Expect {
     AnyOf(Vec<SpiffeId>),
     /// A foreign server by its DNS name.
     Dns(String),
+    /// Any collector of a trust domain.
+    Collector(TrustDomain),
 }
 
 impl Expect {
@@ -266,6 +279,7 @@ impl Expect {
         match (self, name) {
             (Expect::Workload(id), PeerName::Spiffe(name)) => id == name,
             (Expect::AnyOf(ids), PeerName::Spiffe(name)) => ids.contains(name),
+            (Expect::Collector(domain), PeerName::Spiffe(name)) => name.trust_domain() == *domain && is_collector(name),
             (Expect::Dns(host), PeerName::Dns(names)) => names.iter().any(|name| dns_matches(name, host)),
             _ => false,
         }
@@ -572,6 +586,46 @@ pub fn server_config_with(
     Ok(finish_server(config, alpn))
 }
 
+/// A server with two certificates, whose clients say which roots they go by (RFC 8446, 4.2.4): whoever names one of `roots`, and
+/// none of those of `credential`, is shown `other`.
+pub fn server_config_with_another(
+    credential: &Credential,
+    (other, roots): (&Credential, &[CertificateDer<'static>]),
+    trust: &Trust,
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let provider = provider();
+    let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider.clone() };
+    // The chain of our own goes up to its root.
+    let own_root = credential.chain().last().cloned().into_iter().collect::<Vec<_>>();
+    let keys = (credential.key.clone(), other.key.clone());
+    let resolver = ByRoots { keys, roots: (root_store(&own_root)?.subjects(), root_store(roots)?.subjects()) };
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(floor.versions())?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(resolver));
+    Ok(finish_server(config, alpn))
+}
+
+/// Chooses between two certificates by the roots that the client goes by.
+#[derive(Debug)]
+struct ByRoots {
+    keys: (Arc<CertifiedKey>, Arc<CertifiedKey>),
+    roots: (Vec<DistinguishedName>, Vec<DistinguishedName>),
+}
+
+impl ResolvesServerCert for ByRoots {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let named = hello.certificate_authorities().unwrap_or_default();
+        let is_of =
+            |name: &DistinguishedName, roots: &[DistinguishedName]| roots.iter().any(|r| r.as_ref() == name.as_ref());
+        let names_one_of = |roots: &[DistinguishedName]| named.iter().any(|name| is_of(name, roots));
+        let other = names_one_of(&self.roots.1) && !names_one_of(&self.roots.0);
+        Some(if other { self.keys.1.clone() } else { self.keys.0.clone() })
+    }
+}
+
 /// A server whose clients show no certificate: enrolment and the HTTPS API, which know their callers by a token.
 pub fn server_config_without_client(
     credential: &Credential,
@@ -617,13 +671,23 @@ pub fn client_config_with(
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = provider_with(groups);
-    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, provider: provider.clone() };
+    let hints = match &expect {
+        Expect::Collector(domain) => Some(hints(trust, domain)?),
+        _ => None,
+    };
+    let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, hints, provider: provider.clone() };
     let config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(floor.versions())?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(credential.resolver());
     Ok(finish_client(config, alpn))
+}
+
+/// The names of the roots of `domain`: a collector may have certificates of several CAs, and shows the one that is asked for.
+fn hints(trust: &Trust, domain: &TrustDomain) -> Result<Vec<DistinguishedName>, TlsError> {
+    let roots = trust.domains.get(domain).map_or(&[][..], Vec::as_slice);
+    Ok(root_store(roots)?.subjects().into_iter().take(MAX_HINTS).collect())
 }
 
 /// A client without a certificate that knows the collector by the hash of its root CA's public key.
@@ -690,6 +754,8 @@ struct StrictClients {
 struct StrictServer {
     anchors: Anchors,
     expect: Expect,
+    /// What the server is told of whose certificates we take.
+    hints: Option<Vec<DistinguishedName>>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -801,6 +867,10 @@ impl ServerCertVerifier for StrictServer {
         Err(PeerFault::WrongPeer { found: peer.name.to_string(), expected: format!("{:?}", self.expect) }.into())
     }
 
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        self.hints.as_deref()
+    }
+
     handshake_signatures!();
 }
 
@@ -851,7 +921,12 @@ pub(crate) mod tests {
 
     impl Authority {
         pub(crate) fn new(domain: &str) -> Authority {
+            Authority::called("rcgen self signed cert", domain)
+        }
+
+        pub(crate) fn called(name: &str, domain: &str) -> Authority {
             let mut params = CertificateParams::default();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
             let key = KeyPair::generate().unwrap();
@@ -1054,6 +1129,7 @@ pub(crate) mod tests {
             let verifier = StrictServer {
                 anchors: Anchors::new(&ca.trust()).unwrap(),
                 expect: expect(ORDERS),
+                hints: None,
                 provider: provider(),
             };
             let client = ClientConfig::builder_with_provider(provider())
@@ -1126,6 +1202,52 @@ pub(crate) mod tests {
             matches!(enrol(&ca, ca.issue(WEB)), Some(Some(PeerFault::WrongPeer { .. }))),
             "an agent is no collector"
         );
+    }
+
+    /// The one certificate that each can verify, whatever else the collector has.
+    #[test]
+    fn a_collector_with_two_certificates_shows_each_agent_the_one_of_its_own_roots() {
+        // Two CAs of one trust domain, told apart by their names.
+        let (ca, elsewhere, stranger) =
+            (Authority::called("ours", "td"), Authority::called("spire", "td"), Authority::called("x", "td"));
+        const NAME: &str = "spiffe://td/sidewarden/collector";
+        let (own, other) = (ca.issue(NAME), elsewhere.issue(NAME));
+        let both = Trust::single(ca.domain.clone(), vec![ca.root.clone(), elsewhere.root.clone()]);
+        let roots = std::slice::from_ref(&elsewhere.root);
+        let server = server_config_with_another(&own, (&other, roots), &both, Floor::Tls13, &[]).unwrap();
+        let shown = |agent: Credential, trust: &Trust, expect: Expect| {
+            let client = client_config(&agent, trust, expect, Floor::Tls13, &[]).unwrap();
+            let (client, _) = shake(client, server.clone()).map_err(|(_, error)| refusal_of(&error))?;
+            Ok(if client.peer_certificates().unwrap() == own.chain() { "own" } else { "other" })
+        };
+        let of_domain = || Expect::Collector("td".parse().unwrap());
+        assert_eq!(shown(ca.issue(WEB), &ca.trust(), of_domain()), Ok("own"));
+        assert_eq!(shown(elsewhere.issue(WEB), &elsewhere.trust(), of_domain()), Ok("other"));
+        assert_eq!(shown(elsewhere.issue(WEB), &both, of_domain()), Ok("own"), "who takes both");
+        assert_eq!(
+            shown(ca.issue(WEB), &ca.trust(), Expect::Workload(NAME.parse().unwrap())),
+            Ok("own"),
+            "an older agent"
+        );
+        assert_eq!(shown(ca.issue(WEB), &stranger.trust(), of_domain()), Err(RefusalReason::UnknownCa));
+    }
+
+    #[test]
+    fn a_collector_bears_the_one_name_or_one_below_it() {
+        let is_met = |name: &str| {
+            let name = PeerName::Spiffe(format!("spiffe://{name}").parse().unwrap());
+            Expect::Collector("td".parse().unwrap()).is_met_by(&name)
+        };
+        assert!(is_met("td/sidewarden/collector") && is_met("td/sidewarden/collector/second"));
+        for wrong in [
+            "td/sidewarden/collector2",
+            "td/sidewarden",
+            "td/shop/web",
+            "other/sidewarden/collector",
+            "td/x/sidewarden/collector",
+        ] {
+            assert!(!is_met(wrong), "{wrong}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use sidewarden_proto::given::answer::Answer as ApiAnswer;
 use sidewarden_proto::given::files::{Files, FilesError, Stamp};
 use sidewarden_proto::given::workload_api::{self, WorkloadApiError};
 use sidewarden_proto::given::{Elsewhere, Offered};
-use sidewarden_proto::identity::{InstanceId, Sha256, SpiffeId, TrustDomain, describe};
+use sidewarden_proto::identity::{InstanceId, Peer, Sha256, SpiffeId, TrustDomain, describe};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, TlsError, Trust};
@@ -733,11 +733,11 @@ impl Keeper {
     /// Takes a directive that is proven and newer than the one in force.
     async fn take_signed(&mut self, signed: Signed, trust: &tls::Trust) {
         let now = Timestamp::now();
-        let directive = match signed.open(trust, now) {
-            Ok(directive) => directive,
+        let (directive, signers) = match signed.prove(trust, now) {
+            Ok(proven) => proven,
             Err(error) => return tracing::warn!(%error, "a directive was not taken"),
         };
-        if let Some(why) = self.denied_signer(&signed, trust) {
+        if let Some(why) = self.all_denied(&signers) {
             return tracing::warn!(why, "a directive of a collector that was revoked was not taken");
         }
         let have = self.directive.as_ref().map_or(0, |directive| directive.version);
@@ -775,10 +775,11 @@ impl Keeper {
         }
     }
 
-    /// Why the signer's word does not count any more, by the directive in force: a collector's key may have been stolen.
-    fn denied_signer(&self, signed: &Signed, trust: &tls::Trust) -> Option<String> {
-        let (in_force, signer) = (self.directive.as_ref()?, signed.signer(trust).ok()?);
-        in_force.denies(&signer).map(|denied| denied.to_string())
+    /// Why the word of none of the signers counts any more, by the directive in force: a collector's key may have been stolen.
+    fn all_denied(&self, signers: &[Peer]) -> Option<String> {
+        let in_force = self.directive.as_ref()?;
+        let denied: Option<Vec<_>> = signers.iter().map(|signer| in_force.denies(signer)).collect();
+        denied?.first().map(|denied| denied.to_string())
     }
 
     fn tell_failure(&mut self, error: &KeeperError, pause: Duration) {

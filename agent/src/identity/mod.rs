@@ -97,9 +97,9 @@ pub enum Unusable {
     },
 }
 
-/// Adds the roots that somebody has imported into the collector. For the domains of `ours` it has other words.
-fn add_imported(trust: &mut Trust, imported: &ForeignRoots, ours: &[&TrustDomain]) {
-    let foreign = imported.domains.iter().filter(|(domain, _)| !ours.contains(domain));
+/// Adds the roots that the collector tells of beside its own bundle, but for domains whose roots are `settled`.
+fn add_imported(trust: &mut Trust, imported: &ForeignRoots, settled: &[&TrustDomain]) {
+    let foreign = imported.domains.iter().filter(|(domain, _)| !settled.contains(domain));
     trust.add(&foreign.map(|(domain, roots)| (domain.clone(), certificates(roots))).collect());
     let new: Vec<_> = certificates(&imported.dns).into_iter().filter(|root| !trust.dns_roots.contains(root)).collect();
     trust.dns_roots.extend(new);
@@ -123,15 +123,19 @@ impl Identity {
     pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
         let Checked { credential, workload, mut trust, rooted_elsewhere } = checked;
         let home = terms.home_of(&workload);
+        // Whoever gave us roots of the collector's domain has the say there; of our own domain the collector never has it.
+        let home_is_settled = rooted_elsewhere && trust.domains.contains_key(&home);
         if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty())
-            && !(rooted_elsewhere && trust.domains.contains_key(&home))
+            && !home_is_settled
         {
             trust.domains.insert(home.clone(), certificates(&directive.bundle));
         }
         trust.add(&terms.foreign.domains);
         trust.dns_roots.clone_from(&terms.foreign.dns_roots);
         if let Some(directive) = &directive {
-            add_imported(&mut trust, &directive.foreign, &[&workload.trust_domain(), &home]);
+            let own = workload.trust_domain();
+            let settled = [Some(&own).filter(|own| **own != home), Some(&home).filter(|_| home_is_settled)];
+            add_imported(&mut trust, &directive.foreign, &settled.into_iter().flatten().collect::<Vec<_>>());
         }
         trust.revocation = terms.foreign.crls.as_ref().map(|crls| Revocation {
             lists: crls.lists.clone(),
@@ -377,6 +381,28 @@ mod tests {
         assert!(early.to_string().starts_with("clock: "), "{early}");
     }
 
+    /// A collector whose domain has another CA besides its own tells of that CA's roots; who has them from elsewhere needs none.
+    #[test]
+    fn further_roots_of_the_collectors_domain_are_trusted_beside_its_bundle() {
+        let (ca, elsewhere, partner) = (Ca::new("td"), Ca::new("td"), Ca::new("partner"));
+        let domain = |name: &str| name.parse::<TrustDomain>().unwrap();
+        let now = Timestamp::now();
+        let foreign =
+            ForeignRoots { domains: [(domain("td"), vec![Der(elsewhere.root.to_vec())])].into(), dns: vec![] };
+        let directive = Directive { foreign, ..ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap() };
+        let roots = |checked: Checked, terms: &Terms| {
+            let identity = Identity::build(checked, Some(Arc::new(directive.clone())), terms).unwrap();
+            identity.trust.domains[&domain("td")].clone()
+        };
+        let of = |ca: &Ca| ca.issue("shop/web").check().unwrap();
+        assert_eq!(roots(of(&ca), &Terms::default()), [ca.root.clone(), elsewhere.root.clone()]);
+        assert_eq!(roots(of(&elsewhere), &Terms::default()), [ca.root.clone(), elsewhere.root.clone()], "from files");
+        let by_api = Checked { rooted_elsewhere: true, ..of(&elsewhere) };
+        assert_eq!(roots(by_api, &Terms::default()), std::slice::from_ref(&elsewhere.root));
+        let abroad = Terms { home: Some(domain("td")), ..Terms::default() };
+        assert_eq!(roots(of(&partner), &abroad), [ca.root.clone(), elsewhere.root.clone()]);
+    }
+
     #[test]
     fn imported_roots_are_for_others_than_our_own_domain() {
         let (ca, partner, host) = (Ca::new("td"), Ca::new("partner.example"), Ca::new("host"));
@@ -390,7 +416,8 @@ mod tests {
         let now = Timestamp::now();
         let signed = ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap();
         let directive = Some(Arc::new(Directive { foreign, ..signed }));
-        let identity = Identity::build(ca.issue("shop/web").check().unwrap(), directive, &Terms::default()).unwrap();
+        let terms = Terms { home: Some(domain("ops")), ..Terms::default() };
+        let identity = Identity::build(ca.issue("shop/web").check().unwrap(), directive, &terms).unwrap();
         assert_eq!(identity.trust.domains[&domain("td")], std::slice::from_ref(&ca.root));
         assert_eq!(identity.trust.domains[&domain("partner.example")].len(), 2);
         assert_eq!(identity.trust.dns_roots, std::slice::from_ref(&host.root));

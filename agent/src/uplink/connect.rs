@@ -11,7 +11,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint, IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::ServerName;
 use sidewarden_proto::config::HostPort;
-use sidewarden_proto::tls::{Expect, Floor, TlsError, collector_id};
+use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use sidewarden_proto::wire::ALPN;
 use tokio::io::{AsyncRead, AsyncWrite, Join, join};
 use tokio::time::timeout;
@@ -131,7 +131,7 @@ fn any_for(address: SocketAddr) -> SocketAddr {
 }
 
 fn tls_config(identity: &Identity) -> Result<Arc<rustls::ClientConfig>, TlsError> {
-    let expect = Expect::Workload(collector_id(&identity.home));
+    let expect = Expect::Collector(identity.home.clone());
     identity.client(expect, Floor::Tls13, &[ALPN])
 }
 
