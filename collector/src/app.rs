@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use sidewarden_proto::batch::Epoch;
+use sidewarden_proto::enrol::Der;
 use sidewarden_proto::event::{Body, CollectorStarted, Event, Severity};
 use sidewarden_proto::identity::{AgentId, InstanceId};
 use sidewarden_proto::time::Timestamp;
@@ -24,6 +25,7 @@ use crate::commit::{self, Committer, Parts};
 use crate::config::Config;
 use crate::evidence;
 use crate::fleet::{self, Directives, Fleet};
+use crate::identity::{self, Identities};
 use crate::index::{Index, Writer};
 use crate::ingest::{self, Refusals, Shared};
 use crate::log::{Log, SqliteLog};
@@ -52,6 +54,8 @@ pub struct Core {
     pub directives: Arc<Directives>,
     /// Certificates and tokens.
     pub issuer: Arc<Issuer>,
+    /// Who this collector is to others.
+    pub identities: Arc<Identities>,
     /// Ends everything.
     pub shutdown: CancellationToken,
     /// Every task of the program; a stop waits for them.
@@ -93,11 +97,18 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let open = if authority.is_member() { Directives::open_following } else { Directives::open };
     let directives = Arc::new(open(&path, &config.trust_domain, roots, &own, now)?);
     judge_leader(&config, &authority, &directives)?;
+    let admitted = config.agents.trust_domains.clone();
+    let identities = Arc::new(Identities::new(authority, directives.clone(), admitted)?);
     let (commits, index, committing) = open_store(&config)?;
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
     let fleet = Arc::new(Fleet::default());
-    let core = Core { config, commits, index, fleet, directives, issuer, shutdown, tasks, clock };
+    let core = Core { config, commits, index, fleet, directives, issuer, identities, shutdown, tasks, clock };
     tell_start(&core, first).await?;
+    core.tasks.spawn(identity::page::start(&core).await);
+    if let Some(keeping) = identity::given::start(&core).await {
+        core.tasks.spawn(keeping);
+    }
+    core.tasks.spawn(identity::keep(core.clone()));
     let (api, metrics) = open_face(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
@@ -246,6 +257,7 @@ async fn open_ingest(core: &Core) -> anyhow::Result<SocketAddr> {
         fleet: core.fleet.clone(),
         directives: core.directives.clone(),
         issuer: core.issuer.clone(),
+        identities: core.identities.clone(),
         refusals,
         connections: Arc::new(Semaphore::new(agents.max_connections)),
         handshakes: Arc::new(Semaphore::new(agents.max_handshakes)),
@@ -303,7 +315,7 @@ async fn keep_house(core: Core) {
         }
         let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
         let confirmed = newly(&mut noted, core.fleet.confirmed());
-        let trust = trust.clone();
+        let (trust, further) = (trust.clone(), further_roots(&core));
         let done = tokio::task::spawn_blocking(move || {
             issuer.register().confirm(&confirmed)?;
             let mut events = renew_and_collect(&issuer, &directives, now)?;
@@ -312,7 +324,7 @@ async fn keep_house(core: Core) {
                 return Ok(events);
             }
             let mut trust = trust.lock().unwrap_or_else(PoisonError::into_inner);
-            match trust.look(&directives, &own, now) {
+            match trust.look(&directives, &further, &own, now) {
                 Ok(event) => events.extend(event),
                 Err(error) => tracing::error!(%error, "the imported roots stay as they were"),
             }
@@ -331,6 +343,15 @@ async fn keep_house(core: Core) {
             Err(error) => tracing::error!(%error, "housekeeping failed; it is tried again"),
         }
     }
+}
+
+/// Roots of our own trust domain that are somebody else's. While nobody can say what they are, those that were told stay.
+fn further_roots(core: &Core) -> Vec<Der> {
+    if core.config.identity.is_none() || core.identities.given().is_some() {
+        return core.identities.further_roots();
+    }
+    let in_force = core.directives.now();
+    in_force.directive.foreign.domains.get(&core.config.trust_domain).cloned().unwrap_or_default()
 }
 
 /// What differs from what was noted before; agents that have left are forgotten here, not in the register.

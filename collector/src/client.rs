@@ -4,10 +4,14 @@
 //! every user of the machine could read it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustls::RootCertStore;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
 use serde_json::Value;
 use sidewarden_proto::event::Severity;
 use sidewarden_proto::identity::{SpiffeId, TrustDomain};
@@ -216,8 +220,57 @@ fn tls_config(pem: &[u8]) -> anyhow::Result<rustls::ClientConfig> {
     for cert in tls::certificates(pem)? {
         roots.add(cert).context("the CA cannot be used")?;
     }
+    let names = roots.subjects();
+    let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), tls::provider()).build()?;
     let config = rustls::ClientConfig::builder_with_provider(tls::provider()).with_safe_default_protocol_versions()?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+    let config = config.dangerous().with_custom_certificate_verifier(Arc::new(Naming { inner, names }));
+    Ok(config.with_no_client_auth())
+}
+
+/// rustls' own verifier; the collector is told whose certificates it takes, because the page may have one of another CA.
+#[derive(Debug)]
+struct Naming {
+    inner: Arc<WebPkiServerVerifier>,
+    names: Vec<DistinguishedName>,
+}
+
+impl ServerCertVerifier for Naming {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.inner.verify_server_cert(leaf, rest, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        Some(&self.names)
+    }
 }
 
 fn url_with(url: &str, query: &[(&'static str, String)]) -> anyhow::Result<reqwest::Url> {

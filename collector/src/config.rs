@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sidewarden_proto::config::{Bytes, Env, Faults, HostPort, Reader, load};
+use sidewarden_proto::given::Elsewhere;
+use sidewarden_proto::given::files::Pair;
 use sidewarden_proto::identity::TrustDomain;
 use sidewarden_proto::secret::Secret;
 
@@ -32,6 +34,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// The CA's keys.
     pub ca: Ca,
+    /// Where somebody else keeps a further identity of this collector, for agents that do not trust its CA.
+    pub identity: Option<Elsewhere>,
     /// Where agents come in.
     pub agents: Agents,
     /// The HTTPS API and the page.
@@ -69,6 +73,8 @@ pub struct Agents {
     pub max_connections: usize,
     /// Most links (batches) a second of one agent; it is slowed down to this, nothing is lost.
     pub max_links_per_second: u32,
+    /// Other trust domains whose agents may come in.
+    pub trust_domains: Vec<TrustDomain>,
 }
 
 /// The HTTPS API and the page.
@@ -78,6 +84,8 @@ pub struct Api {
     pub listen: SocketAddr,
     /// DNS names and addresses in its certificate.
     pub names: Vec<String>,
+    /// A certificate of somebody else's CA to show instead of our own.
+    pub certificate: Option<Pair>,
 }
 
 /// `/metrics`.
@@ -143,6 +151,7 @@ fn config(reader: &mut Reader<'_>) -> Config {
         grace: reader.value("grace", 7 * DAY),
         drain_timeout: reader.value("drain_timeout", Duration::from_secs(10)),
         ca: reader.section("ca", ca),
+        identity: reader.section("identity", Elsewhere::read),
         agents: reader.section("agents", agents),
         api: reader.section("api", api),
         metrics: reader.section("metrics", metrics),
@@ -165,12 +174,22 @@ fn agents(reader: &mut Reader<'_>) -> Agents {
         max_handshakes: reader.value("max_handshakes", 256),
         max_connections: reader.value("max_connections", 12_000),
         max_links_per_second: reader.value("max_links_per_second", 200),
+        trust_domains: reader.value("trust_domains", Vec::new()),
     }
 }
 
 fn api(reader: &mut Reader<'_>) -> Api {
     let names = ["localhost", "127.0.0.1", "collector"].map(str::to_owned).to_vec();
-    Api { listen: reader.value("listen", address("0.0.0.0:7444")), names: reader.value("names", names) }
+    let (listen, names) = (reader.value("listen", address("0.0.0.0:7444")), reader.value("names", names));
+    let certificate = match (reader.optional("cert"), reader.optional("key")) {
+        (Some(cert), Some(key)) => Some(Pair { cert, key }),
+        (None, None) => None,
+        _ => {
+            reader.fault("cert", "goes with `key`: a certificate needs both");
+            None
+        }
+    };
+    Api { listen, names, certificate }
 }
 
 fn metrics(reader: &mut Reader<'_>) -> Metrics {
@@ -223,6 +242,9 @@ fn contradictions(reader: &mut Reader<'_>, config: &Config) {
             reader.fault(key, "must be at least 1");
         }
     }
+    if config.agents.trust_domains.contains(&config.trust_domain) {
+        reader.fault("agents.trust_domains", "names others than `trust_domain`, whose agents may come in anyway");
+    }
     if config.metrics.token.is_some() && !config.metrics.tls && !config.metrics.listen.ip().is_loopback() {
         reader.fault("metrics.token", "would cross the network in plain text: set metrics.tls = true");
     }
@@ -256,8 +278,11 @@ mod tests {
         let keys = ["data_dir", "trust_domain", "instance", "certificate_life", "grace", "drain_timeout", "listen"];
         let more = ["handshake_timeout", "max_handshakes", "max_connections", "max_links_per_second", "names", "tls"];
         let last = ["token", "alertmanagers", "webhooks", "url", "ca_file", "log", "hold", "resend", "days", "bytes"];
+        let further = ["workload_api", "cert", "key", "roots", "trust_domains"];
         let evidence = ["fail_on", "with_fix_only", "max_age", "folder", "attestor", "name", "key_file"];
-        for key in keys.iter().chain(&more).chain(&last).chain(&evidence).chain(&["passphrase_file", "leader"]) {
+        for key in
+            keys.iter().chain(&more).chain(&last).chain(&evidence).chain(&["passphrase_file", "leader"]).chain(&further)
+        {
             let shown = EXAMPLE.contains(&format!("{key} = ")) || EXAMPLE.contains(&format!("{key}]]"));
             assert!(shown, "{key} is not in deploy/collector.toml");
         }
@@ -269,6 +294,23 @@ mod tests {
         let faults = faults(text).join("\n");
         let wanted = ["trust_domain", "`grace`", "api.listen", "retention.bytes", "retention.days", "http://"];
         wanted.iter().for_each(|word| assert!(faults.contains(word), "{word} is missing in:\n{faults}"));
+    }
+
+    #[test]
+    fn an_identity_comes_whole_and_from_one_place() {
+        for (text, wanted) in [
+            ("[identity]\ncert = '/c'\nkey = '/k'\n", "needs all three"),
+            ("[identity]\ncert = '/c'\nkey = '/k'\nroots = '/r'\nworkload_api = 'unix:///s'\n", "exclude each other"),
+            ("[identity]\nworkload_api = 'tcp://h:1'\n", "must be unix://"),
+            ("[api]\nkey = '/k'\n", "a certificate needs both"),
+            ("trust_domain = 'x'\n[agents]\ntrust_domains = ['y', 'x']\n", "others than `trust_domain`"),
+        ] {
+            let found = faults(text);
+            assert!(matches!(&found[..], [one] if one.contains(wanted)), "{found:?}");
+        }
+        let whole = "[identity]\ncert = '/c'\nkey = '/k'\nroots = '/r'\n[api]\ncert = '/c'\nkey = '/k'\n";
+        let config = read(whole, &|_| None).unwrap();
+        assert!(matches!(config.identity, Some(Elsewhere::Files(_))) && config.api.certificate.is_some());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The collector: takes the events of all agents in, keeps them, and knows what is true now.
 //!
 //! Read in this order: how it is put together (`app`, `config`), what is true (`state`), how an event gets to disk
-//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `ingest`), what is told to people
+//! (`log`, `commit`) and is found again (`index`), who may come in (`ca`, `fleet`, `identity`, `ingest`), what is told to people
 //! (`alert`, `api`, `page`) and to Prometheus (`metrics`), and the commands that ask a running collector (`client`,
 //! `table`).
 
@@ -18,6 +18,7 @@ pub mod state;
 
 pub mod ca;
 pub mod fleet;
+pub mod identity;
 pub mod ingest;
 pub mod trust;
 

@@ -51,8 +51,8 @@ pub async fn start(core: &Core, alerts: Alerts) -> anyhow::Result<SocketAddr> {
     let scrape = Scrape { core: core.clone(), alerts, token: settings.token.clone(), registry };
     let router =
         Router::new().route("/metrics", get(metrics)).route("/healthz", get(health)).with_state(Arc::new(scrape));
-    let credential = settings.tls.then(|| core.issuer.authority().own());
-    core.tasks.spawn(serve::serve(Door { listener, credential, router, shutdown: core.shutdown.clone() }));
+    let shown = settings.tls.then(|| core.identities.page());
+    core.tasks.spawn(serve::serve(Door { listener, shown, router, shutdown: core.shutdown.clone() }));
     Ok(address)
 }
 
@@ -247,6 +247,7 @@ fn of_parts(core: &Core) -> prometheus::Result<Vec<MetricFamily>> {
     let help = "When the collector's own certificate ends, in seconds since 1970.";
     page.seconds("certificate_end_timestamp_seconds", help, Some(own))?;
     ca_ends(&page, core)?;
+    given_ends(&page, core)?;
     if let Some(reached) = core.directives.is_reached() {
         let help = "1 while the collector whose directives are followed is within reach.";
         page.gauge("leader_connected", help, &[])?.with_label_values::<&str>(&[]).set(i64::from(reached));
@@ -263,6 +264,20 @@ fn ca_ends(page: &Page, core: &Core) -> prometheus::Result<()> {
         let generation = dates.number.to_string();
         gauge.with_label_values(&[dates.what, &generation]).set(dates.not_after.0 as f64 / 1e6);
     }
+    page.0.register(Box::new(gauge))
+}
+
+/// What others keep for the collector: of each kind the one that ends first.
+fn given_ends(page: &Page, core: &Core) -> prometheus::Result<()> {
+    let help = "When the first certificate of a kind ends that others keep for the collector, in seconds since 1970.";
+    let opts = Opts::new("sidewarden_collector_given_end_timestamp_seconds", help);
+    let gauge = GaugeVec::new(opts, &["what"])?;
+    let mut soonest: BTreeMap<String, Timestamp> = BTreeMap::new();
+    for date in core.identities.dates() {
+        let end = soonest.entry(date.what).or_insert(date.not_after_us);
+        *end = date.not_after_us.min(*end);
+    }
+    soonest.iter().for_each(|(what, end)| gauge.with_label_values(&[what]).set(end.0 as f64 / 1e6));
     page.0.register(Box::new(gauge))
 }
 

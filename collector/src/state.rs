@@ -10,8 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::batch::{Epoch, LossReason, Tombstone};
 use sidewarden_proto::event::{
-    Body, ContainerRef, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, TrustChanged,
-    TrustedRoot,
+    Body, ContainerRef, Direction, Event, EventRef, GateStatus, Mode, RefusalReason, Severity, ShownCertificate,
+    TrustChanged, TrustedRoot,
 };
 use sidewarden_proto::evidence::{Pledge, Scan};
 use sidewarden_proto::finding::{Finding, Vantage};
@@ -287,15 +287,28 @@ pub struct Counted {
     pub last: Timestamp,
 }
 
-/// An agent's certificate, as issued.
+/// An agent's certificate, as it was issued here or as it was shown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
     /// Serial number, in hex.
     pub serial: String,
     /// SHA-256 of the public key (SPKI), in hex.
     pub spki: String,
+    /// Its begin; 0 until it was shown.
+    #[serde(default)]
+    pub not_before: Timestamp,
     /// Its end.
     pub not_after: Timestamp,
+    /// Whether somebody else's CA has issued it.
+    #[serde(default)]
+    pub elsewhere: bool,
+}
+
+impl From<ShownCertificate> for Certificate {
+    fn from(shown: ShownCertificate) -> Certificate {
+        let ShownCertificate { serial, spki, not_before_us, not_after_us, elsewhere } = shown;
+        Certificate { serial, spki, not_before: not_before_us, not_after: not_after_us, elsewhere }
+    }
 }
 
 impl Agent {
@@ -330,7 +343,8 @@ impl Agent {
     }
 
     fn certified(&mut self, serial: String, spki: String, not_after: Timestamp) {
-        self.certificate = Some(Certificate { serial, spki, not_after });
+        let (not_before, elsewhere) = (Timestamp(0), false);
+        self.certificate = Some(Certificate { serial, spki, not_before, not_after, elsewhere });
         self.renewal_failed = None;
     }
 
@@ -388,7 +402,7 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
 
 /// Kinds that change more than counters, and who may say them.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 26] = [
+    const KINDS: [&str; 28] = [
         "attestation.set",
         "attestation.removed",
         "scan.added",
@@ -412,6 +426,8 @@ pub(crate) fn is_of_the_collector(kind: &str) -> bool {
         "ca.issued",
         "ca.certificates",
         "leader.changed",
+        "collector.identity_taken",
+        "collector.identity_refused",
         "alert.firing",
         "alert.resolved",
         "collector.stopping",
@@ -609,6 +625,8 @@ impl State {
                 let agent = self.agent(&AgentId { workload: b.workload, instance });
                 (agent.version, agent.mode) = (b.version, Mode::of_word(&b.mode).or(agent.mode));
                 agent.session = Session::Live { since: stamp.received, source: b.source, transport: b.transport };
+                // A collector of before does not say what was shown.
+                agent.certificate = b.certificate.map(Certificate::from).or(agent.certificate.take());
             }
             Body::QuarantineChanged(b) => {
                 let Ok(instance) = b.instance.parse() else { return };
@@ -804,6 +822,7 @@ mod tests {
             version: "0.1.0".into(),
             clock_ahead_us: 0,
             mode: String::new(),
+            certificate: None,
         }
     }
 

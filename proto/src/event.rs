@@ -298,6 +298,10 @@ kinds! {
     CaIssued = "ca.issued",
     /// Every certificate that the collector answers for: after a start, and after a change of one.
     CaCertificates = "ca.certificates",
+    /// An identity, or a certificate of its page, that somebody else keeps for the collector was taken.
+    CollectorIdentityTaken = "collector.identity_taken",
+    /// What is there cannot be used; the last good one is still in use.
+    CollectorIdentityRefused = "collector.identity_refused",
     /// The collector whose directives this one hands out was reached, or lost.
     LeaderChanged = "leader.changed",
     /// An alert began to fire.
@@ -1093,6 +1097,25 @@ pub struct AgentConnected {
     /// middle of its life learns it from this.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub mode: String,
+    /// What it has shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<ShownCertificate>,
+}
+
+/// A certificate that an agent has shown to the collector.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShownCertificate {
+    /// Its serial number, in hex.
+    pub serial: String,
+    /// SHA-256 of the public key (SPKI), in hex.
+    pub spki: String,
+    /// When it begins.
+    pub not_before_us: Timestamp,
+    /// When it ends.
+    pub not_after_us: Timestamp,
+    /// Whether somebody else's CA has issued it, whose it is to renew.
+    #[serde(default)]
+    pub elsewhere: bool,
 }
 
 /// Body of `agent.disconnected`.
@@ -1139,6 +1162,34 @@ pub struct CaRotated {
     pub named: Vec<String>,
 }
 
+/// Body of `collector.identity_taken`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CollectorIdentityTaken {
+    /// `identity` or `page`.
+    pub what: String,
+    /// Whom it names.
+    #[serde(default)]
+    pub name: String,
+    /// Its serial number, in hex.
+    #[serde(default)]
+    pub serial: String,
+    /// When it ends.
+    pub not_after_us: Timestamp,
+}
+
+/// Body of `collector.identity_refused`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CollectorIdentityRefused {
+    /// `identity` or `page`.
+    pub what: String,
+    /// What is wrong.
+    #[serde(default)]
+    pub error: String,
+    /// When the one that is used instead ends; `None`: there is none, and for the page one of the collector's own CA is shown.
+    #[serde(default)]
+    pub in_use_until_us: Option<Timestamp>,
+}
+
 /// Body of `leader.changed`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LeaderChanged {
@@ -1173,7 +1224,7 @@ pub struct CaIssued {
 /// Body of `ca.certificates`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CaCertificates {
-    /// The root, the issuing CA and the collector's own.
+    /// The root, the issuing CA, the collector's own, and those that others keep for it.
     #[serde(default)]
     pub certificates: Vec<CaCertificate>,
 }
@@ -1181,7 +1232,7 @@ pub struct CaCertificates {
 /// One of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaCertificate {
-    /// `root`, `issuing` or `collector`.
+    /// `root`, `issuing` or `collector`; and of those that others renew `identity`, `identity_root` or `page`.
     pub what: String,
     /// Which one, where there are several.
     #[serde(default)]

@@ -370,6 +370,45 @@ pub fn judge_leaf(der: &[u8], usage: Usage) -> Result<Peer, LeafFault> {
     })
 }
 
+/// Reads the certificate of a server for people's browsers: its names are what it says, host names, addresses or, without any,
+/// its subject. Only one that is for something else than servers is refused.
+pub fn read_server(der: &[u8]) -> Result<Peer, LeafFault> {
+    let unreadable = |e: String| LeafFault::Unreadable(e);
+    let (rest, cert) = X509Certificate::from_der(der).map_err(|e| unreadable(e.to_string()))?;
+    if !rest.is_empty() {
+        return Err(unreadable(format!("{} bytes follow it", rest.len())));
+    }
+    let extended = cert.extended_key_usage().map_err(|e| unreadable(e.to_string()))?.map(|e| e.value);
+    if extended.is_some_and(|e| !e.server_auth && !e.any) {
+        return Err(LeafFault::WrongUsage("server authentication"));
+    }
+    let alternatives = cert.subject_alternative_name().map_err(|e| unreadable(e.to_string()))?;
+    let names = alternatives.iter().flat_map(|names| &names.value.general_names).take(MAX_SERVER_NAMES);
+    let mut names: Vec<String> = names.filter_map(server_name).collect();
+    if names.is_empty() {
+        names.push(describe(der)?.subject);
+    }
+    Ok(Peer {
+        name: PeerName::Dns(names),
+        spki: Sha256::of(&[cert.public_key().raw]),
+        serial: cert.serial.to_str_radix(16),
+        issuers: Arc::default(),
+        not_before: Timestamp::from_secs(cert.validity().not_before.timestamp()),
+        not_after: Timestamp::from_secs(cert.validity().not_after.timestamp()),
+    })
+}
+
+fn server_name(name: &GeneralName<'_>) -> Option<String> {
+    match name {
+        GeneralName::DNSName(name) => Some(name.chars().filter(|c| !c.is_control()).take(MAX_SUBJECT).collect()),
+        GeneralName::IPAddress(bytes) => {
+            let v4 = <[u8; 4]>::try_from(*bytes).map(std::net::IpAddr::from);
+            v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(std::net::IpAddr::from)).ok().map(|ip| ip.to_string())
+        }
+        _ => None,
+    }
+}
+
 fn judge_usage(cert: &X509Certificate<'_>, usage: Usage) -> Result<(), LeafFault> {
     let unreadable = |e: x509_parser::error::X509Error| LeafFault::Unreadable(e.to_string());
     if cert.basic_constraints().map_err(unreadable)?.is_some_and(|c| c.value.ca) {
@@ -421,6 +460,8 @@ pub struct Described {
 
 /// Most characters of a subject that are shown.
 const MAX_SUBJECT: usize = 120;
+/// Most names of a server's certificate that are shown.
+const MAX_SERVER_NAMES: usize = 20;
 
 /// Reads what a person wants to know; nothing is judged.
 pub fn describe(der: &[u8]) -> Result<Described, LeafFault> {

@@ -26,7 +26,9 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::crl::Revocation;
 use crate::event::RefusalReason;
-use crate::identity::{LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_issuer, judge_leaf};
+use crate::identity::{
+    LeafFault, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, judge_issuer, judge_leaf, read_server,
+};
 use crate::time::Timestamp;
 use crate::traffic::ToWhoHears;
 
@@ -194,6 +196,18 @@ impl Credential {
         let peer = Arc::new(judge_leaf(leaf, Usage::Client).or_else(|_| judge_leaf(leaf, Usage::Server))?);
         let key = provider().key_provider.load_private_key(key)?;
         let key = CertifiedKey::new(chain, key);
+        key.keys_match().map_err(|_| TlsError::KeyMismatch)?;
+        Ok(Credential { key: Arc::new(key), peer })
+    }
+
+    /// The same for a server whose clients are people with their browsers: whatever those take is good, a self-signed one too.
+    pub fn for_people(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Credential, TlsError> {
+        let Some(leaf) = chain.first() else { return Err(TlsError::Pem("there is no certificate in it".into())) };
+        let peer = Arc::new(read_server(leaf)?);
+        let key = CertifiedKey::new(chain, provider().key_provider.load_private_key(key)?);
         key.keys_match().map_err(|_| TlsError::KeyMismatch)?;
         Ok(Credential { key: Arc::new(key), peer })
     }
@@ -597,14 +611,24 @@ pub fn server_config_with_another(
 ) -> Result<Arc<ServerConfig>, TlsError> {
     let provider = provider();
     let verifier = StrictClients { anchors: Anchors::new(trust)?, provider: provider.clone() };
-    // The chain of our own goes up to its root.
-    let own_root = credential.chain().last().cloned().into_iter().collect::<Vec<_>>();
-    let keys = (credential.key.clone(), other.key.clone());
-    let resolver = ByRoots { keys, roots: (root_store(&own_root)?.subjects(), root_store(roots)?.subjects()) };
     let config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(floor.versions())?
         .with_client_cert_verifier(Arc::new(verifier))
-        .with_cert_resolver(Arc::new(resolver));
+        .with_cert_resolver(Arc::new(ByRoots::new(credential, other, roots)?));
+    Ok(finish_server(config, alpn))
+}
+
+/// The same for clients that show no certificate.
+pub fn server_config_without_client_with_another(
+    credential: &Credential,
+    (other, roots): (&Credential, &[CertificateDer<'static>]),
+    floor: Floor,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(floor.versions())?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(ByRoots::new(credential, other, roots)?));
     Ok(finish_server(config, alpn))
 }
 
@@ -613,6 +637,24 @@ pub fn server_config_with_another(
 struct ByRoots {
     keys: (Arc<CertifiedKey>, Arc<CertifiedKey>),
     roots: (Vec<DistinguishedName>, Vec<DistinguishedName>),
+}
+
+impl ByRoots {
+    fn new(
+        credential: &Credential,
+        other: &Credential,
+        roots: &[CertificateDer<'static>],
+    ) -> Result<ByRoots, TlsError> {
+        let keys = (credential.key.clone(), other.key.clone());
+        // The last one of a chain may be its root, or is of a CA below it.
+        let top = credential.chain().last().cloned().into_iter().collect::<Vec<_>>();
+        Ok(ByRoots { keys, roots: (subjects(&top), root_store(roots)?.subjects()) })
+    }
+}
+
+/// The names of `roots`, as far as they can be read: a name that is missing is only not chosen by.
+fn subjects(roots: &[CertificateDer<'static>]) -> Vec<DistinguishedName> {
+    root_store(roots).map(|store| store.subjects()).unwrap_or_default()
 }
 
 impl ResolvesServerCert for ByRoots {

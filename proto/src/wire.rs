@@ -75,6 +75,24 @@ pub struct Report {
     /// The directives that its agents run.
     #[serde(default)]
     pub confirmed: Vec<(AgentId, u64)>,
+    /// Keys of agents that have their certificates from somebody else's CA.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guests: Vec<Guest>,
+}
+
+/// A certificate that an agent has from somebody else's CA, as a collector has seen it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    /// Whose; the instance is its own word.
+    pub agent: AgentId,
+    /// Its serial number, in hex.
+    pub serial: String,
+    /// Its public key (SHA-256 of the SPKI).
+    pub spki: Sha256,
+    /// When it begins.
+    pub not_before_us: Timestamp,
+    /// When it ends.
+    pub not_after_us: Timestamp,
 }
 
 /// A certificate of an agent, as a collector's register has it.
@@ -333,7 +351,8 @@ mod tests {
             seen: true,
             superseded: false,
         };
-        Report { issued: vec![issued], confirmed: vec![(agent, 7)] }
+        let guest = Guest { agent: agent.clone(), serial: "b2".into(), spki, not_before_us, not_after_us };
+        Report { issued: vec![issued], confirmed: vec![(agent, 7)], guests: vec![guest] }
     }
 
     #[test]

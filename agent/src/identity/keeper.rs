@@ -19,7 +19,7 @@ use sidewarden_proto::event::{
     Event, IdentityRenewalFailed, IdentityRenewed, Severity, TrustChanged, TrustCrls, TrustFilesRefused, TrustedRoot,
 };
 use sidewarden_proto::given::answer::Answer as ApiAnswer;
-use sidewarden_proto::given::files::{Files, FilesError, Stamp};
+use sidewarden_proto::given::files::{Files, FilesError, Look, Steady};
 use sidewarden_proto::given::workload_api::{self, WorkloadApiError};
 use sidewarden_proto::given::{Elsewhere, Offered};
 use sidewarden_proto::identity::{InstanceId, Peer, Sha256, SpiffeId, TrustDomain, describe};
@@ -186,10 +186,10 @@ pub struct Keeper {
     issued: Option<Issued>,
     /// The same, or what the files held, looked through.
     held: Option<Checked>,
-    /// The files that `held` came from, and those of the last look.
-    stamps: (Stamp, Stamp),
-    /// The same of the foreign roots, and why they were not taken.
-    foreign: (foreign::Stamp, foreign::Stamp),
+    /// The files that `held` came from.
+    files: Steady,
+    /// The files of foreign roots, and why they were not taken.
+    foreign: Steady<foreign::Stamp>,
     foreign_fault: Option<String>,
     /// Why the Workload API gives nothing, since its last answer.
     api_fault: Option<String>,
@@ -285,7 +285,7 @@ impl Keeper {
             trouble: watch::Sender::default(),
             issued,
             held,
-            stamps: Default::default(),
+            files: Default::default(),
             foreign: Default::default(),
             foreign_fault: None,
             api_fault: None,
@@ -301,8 +301,7 @@ impl Keeper {
             failing: false,
         };
         keeper.parts.terms.foreign = keeper.parts.source.foreign.read()?;
-        let stamp = keeper.parts.source.foreign.stamp();
-        keeper.foreign = (stamp.clone(), stamp);
+        keeper.foreign = Steady::taken(keeper.parts.source.foreign.stamp());
         keeper.first_look()?;
         keeper.load_directive()?;
         keeper.publish_current()?;
@@ -467,28 +466,22 @@ impl Keeper {
                 return Ok(());
             }
         }
-        self.stamps = (stamp.clone(), stamp);
+        self.files = Steady::taken(stamp);
         Ok(())
     }
 
     /// Takes what is in the files, when they have changed and have stood still since the last look.
     fn look_at_files(&mut self) -> Result<(), KeeperError> {
         let Some(files) = self.parts.source.files().cloned() else { return Ok(()) };
-        let stamp = files.stamp();
-        let moves = std::mem::replace(&mut self.stamps.1, stamp.clone()) != stamp;
-        if moves {
-            return Ok(());
+        match self.files.look(files.stamp()) {
+            Look::Moves => Ok(()),
+            Look::Same => self.look_at_dates(),
+            Look::New => {
+                self.take_checked(Checked::from_files(files.read()?))?;
+                self.files.take();
+                Ok(())
+            }
         }
-        if stamp == self.stamps.0 {
-            return self.look_at_dates();
-        }
-        self.take_files(&files)?;
-        self.stamps.0 = stamp;
-        Ok(())
-    }
-
-    fn take_files(&mut self, files: &Files) -> Result<(), KeeperError> {
-        self.take_checked(Checked::from_files(files.read()?))
     }
 
     /// What the Workload API says, or why it says nothing.
@@ -523,14 +516,12 @@ impl Keeper {
 
     /// Takes the foreign roots, when their files have changed and have stood still since the last look.
     fn look_at_foreign(&mut self) {
-        let stamp = self.parts.source.foreign.stamp();
-        let moves = std::mem::replace(&mut self.foreign.1, stamp.clone()) != stamp;
-        if moves || stamp == self.foreign.0 {
+        if self.foreign.look(self.parts.source.foreign.stamp()) != Look::New {
             return;
         }
         match self.take_foreign() {
             Ok(()) => {
-                self.foreign.0 = stamp;
+                self.foreign.take();
                 if self.foreign_fault.take().is_some() {
                     self.told_trust = None;
                 }

@@ -535,6 +535,7 @@ mod tests {
             version: "0.1.0".into(),
             clock_ahead_us: 0,
             mode: String::new(),
+            certificate: None,
         })
     }
 

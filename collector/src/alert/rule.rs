@@ -24,7 +24,7 @@ mod traffic;
 
 pub use agents::not_back;
 use agents::{agent_clock, damaged, killed, lost, silence, unknown};
-use collector::{collector_clock, forged, ingest, leader};
+use collector::{collector_clock, forged, given_identity, ingest, leader};
 use identities::{
     ca_dates, enrolment, issued, policy_changed, quarantined, renewal, revocation_lists, revoked, rotated, trust_files,
 };
@@ -525,6 +525,8 @@ pub const RULES: &[Rule] = &[
             "ca.issued",
             "ca.certificates",
             "leader.changed",
+            "collector.identity_taken",
+            "collector.identity_refused",
             "alert.firing",
             "alert.resolved",
         ],
@@ -537,9 +539,9 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Warning,
         lasts: Lasts::UntilCleared,
         wait: NO_WAIT,
-        kinds: &["certificate.issued"],
+        kinds: &["certificate.issued", "agent.connected"],
         meaning: "less than a third of a certificate's life is left and it was not renewed",
-        what_to_do: "read why renewing fails in the agent's log; restarting it never makes a valid certificate worse",
+        what_to_do: "read why renewing fails in the agent's log, or ask whoever issues it, if that is somebody else's CA; restarting the agent never makes a valid certificate worse",
         read: issued,
     },
     Rule {
@@ -547,7 +549,7 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Critical,
         lasts: Lasts::UntilCleared,
         wait: NO_WAIT,
-        kinds: &["certificate.issued"],
+        kinds: &["certificate.issued", "agent.connected"],
         meaning: "less than a tenth of a certificate's life is left and it was not renewed: the workload is about to fall silent",
         what_to_do: "read why renewing fails in the agent's log; a certificate that has ended can be renewed within the grace",
         read: issued,
@@ -641,6 +643,16 @@ pub const RULES: &[Rule] = &[
         meaning: "a step was taken by which one root of the trust domain takes over from another",
         what_to_do: "if nobody of you did this, somebody has the collector; `ca status` says what is next, and whom it waits for",
         read: rotated,
+    },
+    Rule {
+        name: "CollectorIdentityRefused",
+        severity: Severity::Warning,
+        lasts: Lasts::UntilCleared,
+        wait: Duration::from_secs(30),
+        kinds: &["collector.identity_taken", "collector.identity_refused"],
+        meaning: "the collector cannot use the identity, or the page's certificate, that somebody else keeps for it; the last good one stays in use until it ends",
+        what_to_do: "the error names the file or what the Workload API said: mend that; it is looked at again every second, and nothing has to be restarted",
+        read: given_identity,
     },
     Rule {
         name: "LeaderLost",

@@ -500,6 +500,11 @@ fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &A
     if let Some(certificate) = &agent.certificate {
         for (name, severity) in [("CertificateExpiring", Severity::Warning), ("CertificateEnding", Severity::Critical)]
         {
+            let life = if certificate.not_before == Timestamp(0) {
+                life
+            } else {
+                certificate.not_after.since(certificate.not_before)
+            };
             let due = certificate.not_after.minus(life / rule::share(severity));
             raise(engine, name, rule::expiring(id, certificate.not_after, due), started);
         }

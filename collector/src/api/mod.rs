@@ -80,7 +80,7 @@ pub async fn start(core: &Core, alerts: Alerts) -> anyhow::Result<SocketAddr> {
     let address = listener.local_addr()?;
     let door = Door {
         listener,
-        credential: Some(core.issuer.authority().own()),
+        shown: Some(core.identities.page()),
         router: router(core.clone(), alerts, token),
         shutdown: core.shutdown.clone(),
     };

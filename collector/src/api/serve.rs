@@ -11,8 +11,6 @@ use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use rustls::ServerConfig;
-use sidewarden_proto::tls::{self, Credential, Floor, TlsError};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -20,6 +18,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
+
+use crate::identity::page::Shown;
 
 /// Connections at a time; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 512;
@@ -45,7 +45,7 @@ pub struct Door {
     /// Where connections come in.
     pub listener: TcpListener,
     /// The certificate, always the newest; plain HTTP when there is none.
-    pub credential: Option<watch::Receiver<Credential>>,
+    pub shown: Option<watch::Receiver<Shown>>,
     /// What answers.
     pub router: Router,
     /// Ends it.
@@ -54,7 +54,7 @@ pub struct Door {
 
 /// Serves until the shutdown, then lets open requests end.
 pub async fn serve(door: Door) {
-    let Door { listener, credential, router, shutdown } = door;
+    let Door { listener, shown, router, shutdown } = door;
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let sources = Sources::default();
     let connections = TaskTracker::new();
@@ -67,8 +67,8 @@ pub async fn serve(door: Door) {
         match accepted {
             (Ok(permit), Ok((stream, source))) => {
                 let Some(place) = sources.enter(source.ip(), permit) else { continue };
-                let (credential, router) = (credential.clone(), router.clone());
-                connections.spawn(connection(stream, source, credential, router, shutdown.clone(), place));
+                let (shown, router) = (shown.clone(), router.clone());
+                connections.spawn(connection(stream, source, shown, router, shutdown.clone(), place));
             }
             (_, Err(error)) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -84,16 +84,16 @@ pub async fn serve(door: Door) {
 async fn connection(
     stream: TcpStream,
     source: SocketAddr,
-    credential: Option<watch::Receiver<Credential>>,
+    shown: Option<watch::Receiver<Shown>>,
     router: Router,
     shutdown: CancellationToken,
     _place: Place,
 ) {
     // Answers are small: waiting for more to send only makes them late.
     let _ = stream.set_nodelay(true);
-    let Some(credential) = credential else { return speak(stream, source, router, shutdown).await };
+    let Some(shown) = shown else { return speak(stream, source, router, shutdown).await };
     let secured = tokio::select! {
-        secured = tokio::time::timeout(HANDSHAKE, secure(stream, &credential)) => secured,
+        secured = tokio::time::timeout(HANDSHAKE, secure(stream, &shown)) => secured,
         () = shutdown.cancelled() => return,
     };
     match secured {
@@ -107,7 +107,7 @@ async fn connection(
 /// Does the handshake, or tells a client of plain HTTP where to go.
 async fn secure(
     mut stream: TcpStream,
-    credential: &watch::Receiver<Credential>,
+    shown: &watch::Receiver<Shown>,
 ) -> io::Result<Option<tokio_rustls::server::TlsStream<TcpStream>>> {
     let mut first = [0];
     if stream.peek(&mut first).await? == 0 {
@@ -117,12 +117,8 @@ async fn secure(
         redirect(&mut stream).await?;
         return Ok(None);
     }
-    let config = config(&credential.borrow().clone()).map_err(io::Error::other)?;
+    let config = shown.borrow().config().map_err(io::Error::other)?;
     TlsAcceptor::from(config).accept(stream).await.map(Some)
-}
-
-fn config(credential: &Credential) -> Result<Arc<ServerConfig>, TlsError> {
-    tls::server_config_without_client(credential, Floor::Tls12, &[b"h2", b"http/1.1"])
 }
 
 async fn redirect(stream: &mut TcpStream) -> io::Result<()> {

@@ -1,4 +1,5 @@
-//! When the certificates end that the collector answers for: told after a start, and whenever one of them is another.
+//! When the certificates end that the collector answers for, those that others keep for it included: told after a start, and
+//! whenever one of them is another.
 
 use sidewarden_proto::event::{Body, CaCertificate, CaCertificates, Event, Severity};
 
@@ -22,9 +23,12 @@ pub fn dates_of(authority: &Authority) -> Vec<CaCertificate> {
 /// Tells of them until the shutdown.
 pub async fn tell(core: Core) {
     let mut own = core.issuer.authority().own();
+    let (mut front, mut page) = (core.identities.front(), core.identities.page());
     loop {
         own.mark_unchanged();
-        let certificates = dates_of(core.issuer.authority());
+        front.mark_unchanged();
+        page.mark_unchanged();
+        let certificates = [dates_of(core.issuer.authority()), core.identities.dates()].concat();
         let summary = format!("{} certificates of the CA and the collector", certificates.len());
         let body = Body::from(CaCertificates { certificates });
         if core.commits.own(Event::new((core.clock)(), Severity::Info, summary, &body)).await.is_err() {
@@ -33,6 +37,8 @@ pub async fn tell(core: Core) {
         tokio::select! {
             () = core.shutdown.cancelled() => return,
             changed = own.changed() => if changed.is_err() { return },
+            changed = front.changed() => if changed.is_err() { return },
+            changed = page.changed() => if changed.is_err() { return },
         }
     }
 }

@@ -24,7 +24,10 @@ pub struct Holder {
     pub serial: String,
 }
 
-const COLUMNS: &str = "SELECT workload, instance, spki, serial FROM issued";
+/// What was issued before what was only seen, the newest first.
+const EVERYBODY: &str = "SELECT workload, instance, spki, serial FROM (
+    SELECT 1 AS ours, id AS age, workload, instance, spki, serial, not_after FROM issued
+    UNION ALL SELECT 0, not_before, workload, instance, spki, serial, not_after FROM guests)";
 
 fn holder(row: &Row<'_>) -> rusqlite::Result<Option<Holder>> {
     let (workload, instance): (String, String) = (row.get(0)?, row.get(1)?);
@@ -36,17 +39,17 @@ fn holder(row: &Row<'_>) -> rusqlite::Result<Option<Holder>> {
 impl Issuer {
     fn holder_where(&self, condition: &str, values: impl rusqlite::Params) -> Result<Option<Holder>, CaError> {
         let register = self.register();
-        let sql = format!("{COLUMNS} WHERE {condition} ORDER BY id DESC LIMIT 1");
+        let sql = format!("{EVERYBODY} WHERE {condition} ORDER BY ours DESC, age DESC LIMIT 1");
         let row = register.db.query_row(&sql, values, holder).optional();
         Ok(row.map_err(|e| register.fault(e))?.flatten())
     }
 
-    /// Who was given the certificate with this serial number.
+    /// Who has the certificate with this serial number.
     pub fn holder_of_serial(&self, serial: &str) -> Result<Option<Holder>, CaError> {
         self.holder_where("serial = ?1", [serial])
     }
 
-    /// Who was given a certificate for this key, the last one if there are several.
+    /// Who has a certificate for this key, the last one if there are several.
     pub fn holder_of_key(&self, spki: Sha256) -> Result<Option<Holder>, CaError> {
         self.holder_where("spki = ?1", params![spki.0])
     }
@@ -59,8 +62,12 @@ impl Issuer {
     /// The keys of an instance's certificates that still hold, the newest first; at most [`MAX_KEYS`].
     pub fn keys_of(&self, agent: &AgentId, now: Timestamp) -> Result<Vec<Sha256>, CaError> {
         let register = self.register();
-        let sql = "SELECT spki FROM issued WHERE workload = ?1 AND instance = ?2 AND not_after > ?3
-                   GROUP BY spki ORDER BY max(id) DESC LIMIT ?4";
+        let sql = "SELECT spki FROM (
+                       SELECT spki, 1 AS ours, max(id) AS age FROM issued
+                       WHERE workload = ?1 AND instance = ?2 AND not_after > ?3 GROUP BY spki
+                       UNION ALL SELECT spki, 0, not_before FROM guests
+                       WHERE workload = ?1 AND instance = ?2 AND not_after > ?3)
+                   GROUP BY spki ORDER BY max(ours) DESC, max(age) DESC LIMIT ?4";
         let values = params![agent.workload.as_str(), agent.instance.as_str(), now.minus(LEEWAY).0, MAX_KEYS as i64];
         let mut rows = register.db.prepare_cached(sql).map_err(|e| register.fault(e))?;
         let keys = rows.query_map(values, |row| Ok(Sha256(row.get(0)?))).map_err(|e| register.fault(e))?;

@@ -16,7 +16,7 @@ use sidewarden_proto::directive::Directive;
 use sidewarden_proto::identity::{AgentId, InstanceId, Peer, PeerName, Sha256, SpiffeId, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
-use sidewarden_proto::wire::{Issued, Report};
+use sidewarden_proto::wire::{Guest, Issued, Report};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::issue::SUPERSEDED;
@@ -280,18 +280,24 @@ impl Register {
             Ok(name.parse().ok().map(|agent| (agent, u64::try_from(directive).unwrap_or(0))))
         });
         let confirmed: Result<Vec<Option<_>>, _> = confirmed.map_err(|e| self.fault(e))?.collect();
-        Ok(Report { issued, confirmed: confirmed.map_err(|e| self.fault(e))?.into_iter().flatten().collect() })
+        let confirmed = confirmed.map_err(|e| self.fault(e))?.into_iter().flatten().collect();
+        Ok(Report { issued, confirmed, guests: self.guests(now)? })
     }
 
-    /// Takes in what another collector tells of its agents. Only what is of `domain` counts. An agent that has moved on to
+    /// Takes in what another collector tells of its agents. Of what was issued only what is of `domain` counts. An agent that has moved on to
     /// us may be told of late: what it confirmed here is not taken back.
     pub fn take_report(&self, report: &Report, domain: &TrustDomain, now: Timestamp) -> Result<(), CaError> {
-        if report.issued.len() > MOST_ISSUED || report.confirmed.len() > MOST_ISSUED {
+        if report.issued.len().max(report.confirmed.len()).max(report.guests.len()) > MOST_ISSUED {
             return Err(CaError::Request(format!("a report of more than {MOST_ISSUED} certificates")));
         }
         let is_agents = |workload: &SpiffeId| workload.trust_domain() == *domain && !is_reserved(workload.path());
         let is_serial = |serial: &str| serial.len() <= MAX_SERIAL && serial.bytes().all(|b| b.is_ascii_hexdigit());
         let ends = now.plus(LONGEST_LIFE);
+        let is_guest = |one: &&Guest| {
+            !is_reserved(one.agent.workload.path()) && is_serial(&one.serial) && (now..ends).contains(&one.not_after_us)
+        };
+        let guests: Vec<Guest> = report.guests.iter().filter(is_guest).cloned().collect();
+        self.take_guests(&guests, now)?;
         let counts = |one: &&Issued| {
             is_agents(&one.agent.workload) && is_serial(&one.serial) && (now..ends).contains(&one.not_after_us)
         };
@@ -328,9 +334,10 @@ impl Register {
                     ],
                 )?;
             }
-            for (agent, directive) in report.confirmed.iter().filter(|(agent, _)| is_agents(&agent.workload)) {
+            for (agent, directive) in report.confirmed.iter().filter(|(agent, _)| !is_reserved(agent.workload.path())) {
                 let sql = "INSERT INTO confirmed (workload, instance, directive) SELECT ?1, ?2, ?3
                            WHERE EXISTS (SELECT 1 FROM issued WHERE workload = ?1 AND instance = ?2)
+                           OR EXISTS (SELECT 1 FROM guests WHERE workload = ?1 AND instance = ?2)
                            ON CONFLICT DO UPDATE SET directive = max(directive, excluded.directive)";
                 let directive = i64::try_from(*directive).unwrap_or(i64::MAX);
                 tx.execute(sql, params![agent.workload.as_str(), agent.instance.as_str(), directive])?;
@@ -346,6 +353,7 @@ impl Register {
 pub struct Told {
     issued: HashMap<String, (bool, bool)>,
     confirmed: HashMap<AgentId, u64>,
+    guests: HashMap<(AgentId, Sha256), Timestamp>,
 }
 
 impl Told {
@@ -355,13 +363,17 @@ impl Told {
         let issued: Vec<Issued> = issued.take(MOST_ISSUED).cloned().collect();
         let confirmed = all.confirmed.iter().filter(|(agent, version)| self.confirmed.get(agent) != Some(version));
         let confirmed: Vec<_> = confirmed.take(MOST_ISSUED).cloned().collect();
-        if issued.is_empty() && confirmed.is_empty() {
+        let key = |guest: &Guest| (guest.agent.clone(), guest.spki);
+        let guests = all.guests.iter().filter(|guest| self.guests.get(&key(guest)) != Some(&guest.not_after_us));
+        let guests: Vec<Guest> = guests.take(MOST_ISSUED).cloned().collect();
+        if issued.is_empty() && confirmed.is_empty() && guests.is_empty() {
             self.forget_ended(all);
             return None;
         }
+        self.guests.extend(guests.iter().map(|guest| (key(guest), guest.not_after_us)));
         self.issued.extend(issued.iter().map(|one| (one.serial.clone(), (one.seen, one.superseded))));
         self.confirmed.extend(confirmed.iter().cloned());
-        Some(Report { issued, confirmed })
+        Some(Report { issued, confirmed, guests })
     }
 
     /// What has ended is in no report any more.
@@ -373,6 +385,10 @@ impl Told {
         if self.confirmed.len() > all.confirmed.len() {
             let held: HashSet<&AgentId> = all.confirmed.iter().map(|(agent, _)| agent).collect();
             self.confirmed.retain(|agent, _| held.contains(agent));
+        }
+        if self.guests.len() > all.guests.len() {
+            let held: HashSet<(&AgentId, Sha256)> = all.guests.iter().map(|guest| (&guest.agent, guest.spki)).collect();
+            self.guests.retain(|(agent, spki), _| held.contains(&(agent, *spki)));
         }
     }
 }
@@ -468,7 +484,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let issuer = issuer(dir.path());
             for (number, begins, superseded) in &reported {
-                let report = Report { issued: vec![cert(*number, *begins, *superseded)], confirmed: vec![] };
+                let report = Report { issued: vec![cert(*number, *begins, *superseded)], ..Report::default() };
                 issuer.register().take_report(&report, &terms().domain, Timestamp::now()).unwrap();
             }
             for (number, state) in expected {
@@ -498,23 +514,39 @@ mod tests {
         ];
         let nobody =
             vec![confirmed("spiffe://x.example/shop/nobody#1"), confirmed("spiffe://other.example/shop/web#1")];
-        take(&Report { issued, confirmed: nobody }).unwrap();
+        let guest = |name: &str| Guest {
+            agent: name.parse().unwrap(),
+            serial: "1".into(),
+            spki: Sha256([3; 32]),
+            not_before_us: now.minus(DAY),
+            not_after_us: now.plus(DAY),
+        };
+        let guests = vec![
+            guest("spiffe://other.example/sidewarden/collector#1"),
+            Guest { serial: "zz".into(), ..guest("spiffe://other.example/shop/web#1") },
+            Guest { not_after_us: now.minus(DAY), ..guest("spiffe://other.example/shop/web#1") },
+        ];
+        take(&Report { issued, confirmed: nobody, guests }).unwrap();
         assert_eq!(issuer.register().report(now).unwrap(), Report::default());
         let many = vec![cert(1, 0, false); MOST_ISSUED + 1];
-        assert!(take(&Report { issued: many, confirmed: vec![] }).is_err());
+        assert!(take(&Report { issued: many, ..Report::default() }).is_err());
         take(&Report {
             issued: vec![cert(1, 0, false)],
-            confirmed: vec![confirmed("spiffe://x.example/shop/web#web-1")],
+            confirmed: vec![
+                confirmed("spiffe://x.example/shop/web#web-1"),
+                confirmed("spiffe://other.example/shop/web#1"),
+            ],
+            guests: vec![guest("spiffe://other.example/shop/web#1")],
         })
         .unwrap();
         let report = issuer.register().report(now).unwrap();
-        assert_eq!((report.issued.len(), report.confirmed.len()), (1, 1));
+        assert_eq!((report.issued.len(), report.confirmed.len(), report.guests.len()), (1, 2, 1));
     }
 
     #[test]
     fn everything_is_told_once_in_parts_and_again_when_it_changes() {
         let one = |number: usize| Issued { serial: format!("{number:x}"), ..cert(1, 0, false) };
-        let mut all = Report { issued: (0..MOST_ISSUED * 2 + 5).map(one).collect(), confirmed: vec![] };
+        let mut all = Report { issued: (0..MOST_ISSUED * 2 + 5).map(one).collect(), ..Report::default() };
         let mut told = Told::default();
         let parts: Vec<usize> = std::iter::from_fn(|| told.next(&all)).map(|part| part.issued.len()).collect();
         assert_eq!(parts, [MOST_ISSUED, MOST_ISSUED, 5]);
@@ -522,6 +554,20 @@ mod tests {
         assert_eq!(told.next(&all).unwrap().issued, [all.issued[7].clone()]);
         all.issued.truncate(3);
         assert_eq!((told.next(&all), told.issued.len()), (None, 3), "what has ended is forgotten");
+        let guest = |until| Guest {
+            agent: "spiffe://x/shop/web#1".parse().unwrap(),
+            serial: "1".into(),
+            spki: Sha256([3; 32]),
+            not_before_us: Timestamp(1),
+            not_after_us: Timestamp(until),
+        };
+        for until in [5, 9] {
+            all.guests = vec![guest(until)];
+            assert_eq!(told.next(&all).unwrap().guests, [guest(until)], "the same key with a newer certificate");
+            assert_eq!(told.next(&all), None);
+        }
+        all.guests.clear();
+        assert_eq!((told.next(&all), told.guests.len()), (None, 0));
     }
 
     #[test]

@@ -33,6 +33,11 @@ const SCHEMA: &str = "
         not_after INTEGER NOT NULL, issued INTEGER NOT NULL, root BLOB NOT NULL);
     CREATE TABLE IF NOT EXISTS members (serial TEXT PRIMARY KEY, spki BLOB NOT NULL, root BLOB NOT NULL,
         not_after INTEGER NOT NULL, issued INTEGER NOT NULL, confirmed INTEGER NOT NULL DEFAULT 0, replaced_by BLOB);
+    CREATE TABLE IF NOT EXISTS guests (workload TEXT NOT NULL, instance TEXT NOT NULL, spki BLOB NOT NULL,
+        serial TEXT NOT NULL, not_before INTEGER NOT NULL, not_after INTEGER NOT NULL,
+        PRIMARY KEY (workload, instance, spki)) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS guests_spki ON guests (spki);
+    CREATE INDEX IF NOT EXISTS guests_ends ON guests (not_after);
     CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, text TEXT NOT NULL, reply TEXT);
 ";
 
@@ -87,7 +92,7 @@ impl fmt::Display for Pattern {
 }
 
 /// Whether a path belongs to collectors.
-pub(super) fn is_reserved(path: &str) -> bool {
+pub fn is_reserved(path: &str) -> bool {
     path == "sidewarden" || path.starts_with("sidewarden/")
 }
 

@@ -68,6 +68,8 @@ pub struct Directives {
     follows: bool,
     /// Whether that one is within reach; not known at first.
     reached: Mutex<Option<bool>>,
+    /// Signs as well, for agents that do not go by our own CA.
+    also: Mutex<Option<Credential>>,
 }
 
 impl Directives {
@@ -112,8 +114,8 @@ impl Directives {
 
     fn with(path: &Path, in_force: InForce, follows: bool) -> Directives {
         let in_force = watch::Sender::new(Arc::new(in_force));
-        let (path, change, reached) = (path.to_owned(), Mutex::default(), Mutex::default());
-        Directives { path, change, in_force, follows, reached }
+        let (path, change, reached, also) = (path.to_owned(), Mutex::default(), Mutex::default(), Mutex::default());
+        Directives { path, change, in_force, follows, reached, also }
     }
 
     /// Takes a directive of the collector that we follow, if it is newer; whether it was.
@@ -228,11 +230,34 @@ impl Directives {
         self.put(self.now().directive.clone(), own)
     }
 
+    /// Signs it with `credential` as well from now on, a certificate that somebody else's CA has issued for us. A collector
+    /// that follows another hands out what that one has signed.
+    pub fn sign_also(&self, credential: Credential, own: &Credential) -> Result<(), DirectivesError> {
+        if self.follows {
+            return Ok(());
+        }
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.also().replace(credential);
+        self.put(self.now().directive.clone(), own).inspect_err(|_| *self.also() = before)
+    }
+
+    /// What signs besides our own certificate.
+    pub fn also_signs(&self) -> Option<Credential> {
+        self.also().clone()
+    }
+
+    fn also(&self) -> std::sync::MutexGuard<'_, Option<Credential>> {
+        self.also.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn put(&self, directive: Directive, own: &Credential) -> Result<(), DirectivesError> {
         if self.follows {
             return Err(DirectivesError::Follows);
         }
-        let signed = Signed::sign(&directive, own)?;
+        let mut signed = Signed::sign(&directive, own)?;
+        if let Some(also) = &*self.also() {
+            signed = signed.also_by(also)?;
+        }
         write(&self.path, &directive)?;
         self.in_force.send_replace(Arc::new(InForce { directive, signed }));
         Ok(())

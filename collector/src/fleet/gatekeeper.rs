@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use sidewarden_proto::directive::Directive;
 use sidewarden_proto::event::{Body, Event, GateStatus, QuarantineChanged, Severity};
 use sidewarden_proto::policy::{Applied, Policy};
 use sidewarden_proto::time::Timestamp;
@@ -11,7 +12,7 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::MissedTickBehavior;
 
-use super::quarantine::{Decided, decide, enforce};
+use super::quarantine::{Decided, Sharers, agent_of, decide, enforce};
 use crate::app::Core;
 use crate::commit::{Closed, Committed};
 
@@ -78,7 +79,7 @@ async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     let (in_force, now) = (core.directives.now(), (core.clock)());
     // Of gates that nobody can read, nobody can say who passes them: whoever is quarantined stays so.
     let Some(policy) = reading.of(in_force.directive.policy.as_ref()) else { return Ok(()) };
-    let decided = decide(&policy, &in_force.directive, &core.commits.state(), now);
+    let Some(decided) = decided(core, &policy, &in_force.directive, now).await else { return Ok(()) };
     let is_over = in_force.directive.released.iter().any(|release| release.until_us <= now);
     if (decided.quarantined != in_force.directive.quarantined || is_over) && !put_in_force(core, &decided, now).await {
         return Ok(());
@@ -89,6 +90,31 @@ async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     }
     // What was told must be in the state before the next look, or it would be told twice.
     if is_any { core.commits.flush().await } else { Ok(()) }
+}
+
+/// The decision. Only when somebody is quarantined is asked who has a key in common with whom. `None`: that could not be told,
+/// and is asked again.
+async fn decided(core: &Core, policy: &Policy, directive: &Directive, now: Timestamp) -> Option<Decided> {
+    let first = decide(policy, directive, &core.commits.state(), &Sharers::new(), now);
+    if first.quarantined.is_empty() {
+        return Some(first);
+    }
+    let (issuer, held) = (core.issuer.clone(), first.quarantined.iter().map(agent_of).collect::<Vec<_>>());
+    let sharers = move || {
+        let register = issuer.register();
+        held.into_iter().map(|agent| register.sharers(&agent, now).map(|others| (agent, others))).collect()
+    };
+    match tokio::task::spawn_blocking(sharers).await {
+        Ok(Ok(sharers)) => Some(decide(policy, directive, &core.commits.state(), &sharers, now)),
+        Ok(Err(error)) => {
+            tracing::error!(%error, "nobody can be quarantined before it is known who has a key in common; it is tried again");
+            None
+        }
+        Err(error) => {
+            tracing::error!(%error, "asking who has a key in common ended by a panic");
+            None
+        }
+    }
 }
 
 async fn put_in_force(core: &Core, decided: &Decided, now: Timestamp) -> bool {

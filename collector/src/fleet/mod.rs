@@ -43,6 +43,8 @@ pub struct Live {
     pub directive: Arc<AtomicU64>,
     /// What it understands of directives; 0 for an agent that does not say.
     pub understands: Arc<AtomicU32>,
+    /// See [`Coming::begins`].
+    begins: Option<Timestamp>,
     /// Ends it in favour of another.
     replaced: CancellationToken,
     number: u64,
@@ -59,6 +61,8 @@ pub struct Coming {
     pub directive: u64,
     /// See [`Live::understands`].
     pub understands: u32,
+    /// When its certificate begins, if somebody else's CA has issued it.
+    pub begins: Option<Timestamp>,
 }
 
 /// Another key of the same instance is connected.
@@ -106,7 +110,7 @@ impl Fleet {
     }
 
     /// Lets a session in: whoever looks at it afterwards sees what it has said. One that came back with the same key, or with
-    /// the key that follows it, takes over.
+    /// the key that follows it, takes over. Where keys are somebody else's to issue, the one with the newer certificate follows.
     pub fn enter(
         self: &Arc<Fleet>,
         agent: &Arc<AgentId>,
@@ -117,13 +121,14 @@ impl Fleet {
     ) -> Result<Place, SecondKey> {
         let mut live = self.lock();
         if let Some(other) = live.get(&**agent) {
-            if other.spki != spki && !follows {
+            let is_newer = matches!((other.begins, coming.begins), (Some(was), Some(is)) if is > was);
+            if other.spki != spki && !follows && !is_newer {
                 return Err(SecondKey { agent: (**agent).clone(), source_address: other.source.clone() });
             }
             other.replaced.cancel();
         }
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let Coming { source, transport, directive, understands } = coming;
+        let Coming { source, transport, directive, understands, begins } = coming;
         let (directive, understands) = (Arc::new(AtomicU64::new(directive)), Arc::new(AtomicU32::new(understands)));
         let replaced = CancellationToken::new();
         let place = Place {
@@ -134,7 +139,7 @@ impl Fleet {
             directive: directive.clone(),
             understands: understands.clone(),
         };
-        let entry = Live { spki, since: now, source, transport, directive, understands, replaced, number };
+        let entry = Live { spki, since: now, source, transport, directive, understands, begins, replaced, number };
         live.insert((**agent).clone(), entry);
         Ok(place)
     }
@@ -185,6 +190,26 @@ mod tests {
             let first = enter(&fleet, K1, false).unwrap();
             let second = enter(&fleet, key, follows);
             assert_eq!((second.is_ok(), first.replaced.is_cancelled()), (allowed, allowed), "{key:?} {follows}");
+        }
+    }
+
+    /// An agent whose certificate is rotated by somebody else comes with a newer one; a copy of it comes back with the older.
+    #[test]
+    fn of_keys_that_others_issue_the_newer_takes_over_and_never_from_one_that_was_issued_here() {
+        let at = |secs| Some(Timestamp::from_secs(secs));
+        for (first, second, allowed) in [
+            (at(10), at(20), true),
+            (at(20), at(10), false),
+            (at(10), at(10), false),
+            (None, at(20), false),
+            (at(10), None, false),
+        ] {
+            let fleet = Arc::new(Fleet::default());
+            let agent = Arc::new("spiffe://x/shop/web#c1".parse::<AgentId>().unwrap());
+            let come =
+                |key, begins| fleet.enter(&agent, key, false, Coming { begins, ..Coming::default() }, Timestamp(1));
+            let _live = come(K1, first).unwrap();
+            assert_eq!(come(K2, second).is_ok(), allowed, "{first:?} {second:?}");
         }
     }
 

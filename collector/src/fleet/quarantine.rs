@@ -41,14 +41,17 @@ struct Room {
     running: usize,
 }
 
+/// Who has a key in common with an instance: what peers refuse by that key is all of them.
+pub type Sharers = BTreeMap<AgentId, Vec<AgentId>>;
+
 /// Decides over every instance.
-pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timestamp) -> Decided {
+pub fn decide(policy: &Policy, directive: &Directive, state: &State, sharers: &Sharers, now: Timestamp) -> Decided {
     let mut decided = Decided::default();
     let is_told = || state.agents.values().any(|agent| !agent.gates.is_empty());
     if policy.gates.is_empty() && directive.quarantined.is_empty() && !is_told() {
         return decided;
     }
-    let mut rooms = rooms(directive, state, now);
+    let mut rooms = rooms(directive, state, sharers, now);
     let mut free = MAX_QUARANTINED.saturating_sub(directive.quarantined.len());
     for (id, agent) in state.agents.iter().filter(|(id, _)| !is_collector_path(id)) {
         let gates: Vec<&Gate> = policy.gates_of(&id.workload).collect();
@@ -58,7 +61,8 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, now: Timest
         let (known, mut left) = (known(agent, &gates), agent.gates.clone());
         for gate in gates {
             let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-            let stands = stand(gate, id, agent, &known, directive, room, now);
+            let others = others_hit(id, directive, sharers);
+            let stands = stand(gate, id, agent, &known, directive, (room, &others), now);
             let (status, why) = within(&mut free, stands, directive, gate, id);
             left.remove(&gate.name);
             if status == GateStatus::Quarantined {
@@ -114,17 +118,34 @@ fn unseen<'a>(
     directive.quarantined.iter().filter(stays).cloned()
 }
 
-fn rooms<'a>(directive: &Directive, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
+fn rooms<'a>(
+    directive: &Directive,
+    state: &'a State,
+    sharers: &Sharers,
+    now: Timestamp,
+) -> BTreeMap<&'a SpiffeId, Room> {
     let mut rooms = BTreeMap::new();
     for (id, agent) in &state.agents {
         let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-        if directive.quarantined.iter().any(|quarantine| quarantine.is_of(id)) {
+        if is_held(id, directive, sharers) {
             room.held += 1;
         } else if state.status(agent, now) == Status::Live {
             room.running += 1;
         }
     }
     rooms
+}
+
+/// Whether it is quarantined, or has a key in common with one that is.
+fn is_held(id: &AgentId, directive: &Directive, sharers: &Sharers) -> bool {
+    let mut held = directive.quarantined.iter();
+    held.any(|q| q.is_of(id) || sharers.get(&agent_of(q)).is_some_and(|others| others.contains(id)))
+}
+
+/// Who else would be refused with `id`, and is not yet.
+fn others_hit<'a>(id: &AgentId, directive: &Directive, sharers: &'a Sharers) -> Vec<&'a AgentId> {
+    let others = sharers.get(id).into_iter().flatten();
+    others.filter(|other| !is_held(other, directive, sharers)).collect()
 }
 
 /// What these gates ask of the state.
@@ -144,7 +165,7 @@ fn stand(
     agent: &Agent,
     known: &Known,
     directive: &Directive,
-    room: &mut Room,
+    (room, others): (&mut Room, &[&AgentId]),
     now: Timestamp,
 ) -> (GateStatus, String) {
     let before = directive.quarantined.iter().find(|q| q.is_of(id) && q.gate == gate.name);
@@ -164,7 +185,7 @@ fn stand(
         (_, Some(_)) if !gate.enforce => (GateStatus::Clear, "the gate only tells now".into()),
         (Stand::Broken { why }, Some(_)) => (GateStatus::Quarantined, why),
         (stand, Some(before)) if !gate.opens(&stand, now) => (GateStatus::Quarantined, before.why.clone()),
-        (Stand::Broken { why }, None) => (enter(gate, id, directive, room), why),
+        (Stand::Broken { why }, None) => (enter(gate, id, directive, room, others.len()), with_others(why, others)),
         // What cannot be told changes nothing.
         (Stand::Unclear, None) => told.map_or((GateStatus::Clear, String::new()), |told| match told.status {
             GateStatus::Quarantined => (GateStatus::Clear, "it is quarantined no longer".into()),
@@ -174,17 +195,26 @@ fn stand(
     }
 }
 
-/// Takes the room for one more, if there is some.
-fn enter(gate: &Gate, id: &AgentId, directive: &Directive, room: &mut Room) -> GateStatus {
+/// Takes the room for one more and the `others` that are refused with it, if there is enough.
+fn enter(gate: &Gate, id: &AgentId, directive: &Directive, room: &mut Room, others: usize) -> GateStatus {
     // Held by another gate already: it takes no more room.
     if directive.quarantined.iter().any(|quarantine| quarantine.is_of(id)) {
         return GateStatus::Quarantined;
     }
-    if room.held >= gate.max_per_workload || room.running <= gate.leave {
+    let hit = 1 + others;
+    if room.held + hit > gate.max_per_workload || room.running < gate.leave + hit {
         return GateStatus::Capped;
     }
-    (room.held, room.running) = (room.held + 1, room.running - 1);
+    (room.held, room.running) = (room.held + hit, room.running - hit);
     GateStatus::Quarantined
+}
+
+fn with_others(why: String, others: &[&AgentId]) -> String {
+    match others {
+        [] => why,
+        [one] => format!("{why} (its key is also that of {})", one.instance),
+        [one, rest @ ..] => format!("{why} (its key is also that of {} and {} more)", one.instance, rest.len()),
+    }
 }
 
 fn entry(directive: &Directive, id: &AgentId, gate: &Gate, why: &str, now: Timestamp) -> Quarantine {
@@ -319,11 +349,43 @@ mod tests {
         directive.with_quarantined(decided.quarantined.clone())
     }
 
+    /// SPIRE gives all instances that one host runs of a workload the same key: whoever is refused by it, all are.
+    #[test]
+    fn those_who_have_a_key_in_common_count_against_the_limits_together() {
+        let all =
+            [("shop/web#1", Verdict::Fail, 1), ("shop/web#2", Verdict::Pass, 1), ("shop/web#3", Verdict::Pass, 1)];
+        let (one, two) = (id("shop/web#1"), id("shop/web#2"));
+        let sharers = Sharers::from([(one.clone(), vec![two.clone()]), (two, vec![one])]);
+        for (limits, shared, expected) in [
+            ("enforce = true\n", false, GateStatus::Quarantined),
+            ("enforce = true\n", true, GateStatus::Capped),
+            ("enforce = true\nmax_per_workload = 2\n", true, GateStatus::Quarantined),
+            ("enforce = true\nmax_per_workload = 2\nleave = 2\n", true, GateStatus::Capped),
+            ("enforce = true\nmax_per_workload = 2\nleave = 2\n", false, GateStatus::Quarantined),
+        ] {
+            let none = Sharers::new();
+            let decided =
+                decide(&policy(limits), &directive(), &state(&all), if shared { &sharers } else { &none }, NOW);
+            assert_eq!(told(&decided), [("1", expected)], "{limits}, shared: {shared}");
+            assert_eq!(decided.changes[0].why.contains("its key is also that of 2"), shared, "{:?}", decided.changes);
+        }
+        // Who is held by somebody else's quarantine takes room, too.
+        let mut broken = state(&[
+            ("shop/web#1", Verdict::Fail, 1),
+            ("shop/web#2", Verdict::Pass, 1),
+            ("shop/web#3", Verdict::Fail, 1),
+        ]);
+        let policy = policy("enforce = true\nmax_per_workload = 2\nleave = 0\n");
+        let first = decide(&policy, &directive(), &state(&all), &sharers, NOW);
+        let held = carried_out(&mut broken, directive(), &first);
+        assert_eq!(told(&decide(&policy, &held, &broken, &sharers, NOW)), [("3", GateStatus::Capped)]);
+    }
+
     #[test]
     fn a_dry_run_tells_and_does_nothing() {
         let state =
             state(&[("shop/web#1", Verdict::Fail, 1), ("shop/web#2", Verdict::Pass, 1), ("shop/db#1", unknown(), 1)]);
-        let decided = decide(&policy(""), &directive(), &state, NOW);
+        let decided = decide(&policy(""), &directive(), &state, &Sharers::new(), NOW);
         assert_eq!((told(&decided), decided.quarantined.len()), (vec![("1", GateStatus::DryRun)], 0));
     }
 
@@ -342,12 +404,12 @@ mod tests {
         for (more, count, expected) in rows {
             let mut state = state(&three[..count]);
             let policy = policy(&format!("enforce = true\n{more}"));
-            let decided = decide(&policy, &directive(), &state, NOW);
+            let decided = decide(&policy, &directive(), &state, &Sharers::new(), NOW);
             let got: Vec<GateStatus> = decided.changes.iter().map(|change| change.status).collect();
             assert_eq!(got, expected, "{more}");
             // And nothing more at the next look.
             let directive = carried_out(&mut state, directive(), &decided);
-            let again = decide(&policy, &directive, &state, NOW);
+            let again = decide(&policy, &directive, &state, &Sharers::new(), NOW);
             assert_eq!((again.changes, again.quarantined), (vec![], decided.quarantined), "{more}");
         }
     }
@@ -358,23 +420,23 @@ mod tests {
         let names: Vec<String> = (0..MAX_QUARANTINED + 2).map(|n| format!("shop/web#{n:04}")).collect();
         let rows: Vec<_> = names.iter().map(|name| (name.as_str(), Verdict::Fail, 1)).collect();
         let mut state = state(&rows[1..]);
-        let decided = decide(&all, &directive(), &state, NOW);
+        let decided = decide(&all, &directive(), &state, &Sharers::new(), NOW);
         let of = |decided: &Decided, status| decided.changes.iter().filter(|change| change.status == status).count();
         let counts = (of(&decided, GateStatus::Quarantined), of(&decided, GateStatus::Capped));
         assert_eq!((decided.quarantined.len(), counts), (MAX_QUARANTINED, (MAX_QUARANTINED, 1)));
         let held = carried_out(&mut state, directive(), &decided);
         // One more, before all others by its name.
         state.agents.insert(id(&names[0]), agent(Verdict::Fail, 1));
-        let again = decide(&all, &held, &state, NOW);
+        let again = decide(&all, &held, &state, &Sharers::new(), NOW);
         assert_eq!(again.quarantined, held.quarantined);
         assert_eq!(told(&again), [("0000", GateStatus::Capped)]);
         let held = carried_out(&mut state, held, &again);
         // A place that comes free is taken by the next look.
         state.agents.remove(&id(&names[1]));
-        let freed = decide(&all, &held, &state, NOW);
+        let freed = decide(&all, &held, &state, &Sharers::new(), NOW);
         assert_eq!(freed.quarantined.len(), MAX_QUARANTINED - 1);
         let held = held.with_quarantined(freed.quarantined);
-        assert_eq!(told(&decide(&all, &held, &state, NOW)), [("0000", GateStatus::Quarantined)]);
+        assert_eq!(told(&decide(&all, &held, &state, &Sharers::new(), NOW)), [("0000", GateStatus::Quarantined)]);
     }
 
     #[test]
@@ -399,7 +461,7 @@ mod tests {
     fn who_was_quarantined_comes_back_when_it_has_passed_for_the_hold_and_unknown_is_no_pass() {
         let policy = policy("enforce = true\nleave = 0");
         let mut state = state(&[("shop/web#1", Verdict::Fail, 1)]);
-        let decided = decide(&policy, &directive(), &state, NOW);
+        let decided = decide(&policy, &directive(), &state, &Sharers::new(), NOW);
         let held = carried_out(&mut state, directive(), &decided);
         let secs = NOW.as_secs();
         for (verdict, since, stays) in [
@@ -410,7 +472,7 @@ mod tests {
         ] {
             let gates = state.agents[&id("shop/web#1")].gates.clone();
             state.agents.insert(id("shop/web#1"), Agent { gates, ..agent(verdict.clone(), since) });
-            let decided = decide(&policy, &held, &state, NOW);
+            let decided = decide(&policy, &held, &state, &Sharers::new(), NOW);
             assert_eq!(
                 (decided.quarantined.len(), decided.changes.len()),
                 (usize::from(stays), usize::from(!stays)),
@@ -423,7 +485,7 @@ mod tests {
     fn an_operators_release_a_dry_run_and_a_gate_that_is_gone_end_a_quarantine() {
         let enforced = policy("enforce = true\nleave = 0");
         let mut state = state(&[("shop/web#1", Verdict::Fail, 1)]);
-        let decided = decide(&enforced, &directive(), &state, NOW);
+        let decided = decide(&enforced, &directive(), &state, &Sharers::new(), NOW);
         let held = carried_out(&mut state, directive(), &decided);
         assert_eq!(held.quarantined.len(), 1);
         let agent = id("shop/web#1");
@@ -436,7 +498,7 @@ mod tests {
             (&policy(""), &held, NOW, Some(GateStatus::DryRun)),
             (&Policy::default(), &held, NOW, Some(GateStatus::Clear)),
         ] {
-            let decided = decide(policy, directive, &state, now);
+            let decided = decide(policy, directive, &state, &Sharers::new(), now);
             assert_eq!(decided.changes.first().map(|change| change.status), status);
             assert_eq!(decided.quarantined.is_empty(), status.is_some());
         }
@@ -445,7 +507,8 @@ mod tests {
     #[test]
     fn who_is_quarantined_and_not_in_the_state_stays_so_until_its_certificates_end_or_somebody_says_otherwise() {
         let enforced = policy("enforce = true\nleave = 0");
-        let decided = decide(&enforced, &directive(), &state(&[("shop/web#1", Verdict::Fail, 1)]), NOW);
+        let decided =
+            decide(&enforced, &directive(), &state(&[("shop/web#1", Verdict::Fail, 1)]), &Sharers::new(), NOW);
         let mut written = directive().with_quarantined(decided.quarantined);
         written.quarantined[0].keys = vec![Sha256([1; 32])];
         let ended = Quarantine { keys: Vec::new(), ..written.quarantined[0].clone() };
@@ -458,13 +521,18 @@ mod tests {
             (&policy(""), written.clone(), false),
             (&Policy::default(), written.clone(), false),
         ] {
-            let decided = decide(policy, &directive, &State::default(), NOW);
+            let decided = decide(policy, &directive, &State::default(), &Sharers::new(), NOW);
             assert_eq!((decided.quarantined == directive.quarantined, decided.changes.len()), (stays, 0));
         }
         // It comes back, and what is known of it counts again.
         let passes = state(&[("shop/web#1", Verdict::Pass, NOW.as_secs() - 60)]);
-        assert!(decide(&enforced, &written, &passes, NOW).quarantined.is_empty());
-        assert_eq!(decide(&enforced, &written, &state(&[("shop/web#1", unknown(), 1)]), NOW).quarantined.len(), 1);
+        assert!(decide(&enforced, &written, &passes, &Sharers::new(), NOW).quarantined.is_empty());
+        assert_eq!(
+            decide(&enforced, &written, &state(&[("shop/web#1", unknown(), 1)]), &Sharers::new(), NOW)
+                .quarantined
+                .len(),
+            1
+        );
     }
 
     #[test]
@@ -475,7 +543,9 @@ mod tests {
         let (gate, why, keys) = ("g".to_owned(), "exec".to_owned(), vec![Sha256([1; 32])]);
         let held = directive().with_quarantined(vec![Quarantine { workload, instance, gate, why, at_us: NOW, keys }]);
         let back = state(&[("shop/web#1", Verdict::Pass, 1)]);
-        let left_at = |secs| decide(&policy, &held, &back, NOW.plus(Duration::from_secs(secs))).quarantined.len();
+        let left_at = |secs| {
+            decide(&policy, &held, &back, &Sharers::new(), NOW.plus(Duration::from_secs(secs))).quarantined.len()
+        };
         assert_eq!((left_at(59), left_at(60)), (1, 0));
     }
 
@@ -483,10 +553,10 @@ mod tests {
     fn a_crash_between_the_directive_and_the_event_is_made_good() {
         let policy = policy("enforce = true\nleave = 0");
         let state = state(&[("shop/web#1", Verdict::Fail, 1)]);
-        let decided = decide(&policy, &directive(), &state, NOW);
+        let decided = decide(&policy, &directive(), &state, &Sharers::new(), NOW);
         let mut written = directive().with_quarantined(decided.quarantined.clone());
         written.quarantined[0].keys = vec![Sha256([1; 32])];
-        let again = decide(&policy, &written, &state, NOW);
+        let again = decide(&policy, &written, &state, &Sharers::new(), NOW);
         assert_eq!(told(&again), [("1", GateStatus::Quarantined)]);
         assert_eq!(again.quarantined, written.quarantined);
     }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Refused;
-use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256};
+use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256, Usage};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::Credential;
+use sidewarden_proto::tls::{self, Credential};
 
 use super::quarantine::agent_of;
 use super::{Directives, DirectivesError, Fleet};
@@ -88,9 +88,9 @@ pub fn revoke(
     if directives.is_following() {
         return Err(DirectivesError::Follows.into());
     }
-    let what = normal(asked.what, issuer)?;
+    let what = normal(asked.what, issuer, now)?;
     let why = reason(&asked.why)?;
-    let known = Known::look_up(issuer, fleet, &what, now)?;
+    let known = Known::look_up(issuer, directives, fleet, &what, now)?;
     let told = consequences(&what, &known);
     if !told.confirm.is_empty() && !asked.confirmed {
         return Err(RevokeError::Unconfirmed(told.confirm));
@@ -239,17 +239,23 @@ pub fn reason(why: &str) -> Result<String, RevokeError> {
 }
 
 /// The one way of writing it: people copy serial numbers with colons and in capitals.
-fn normal(what: Target, issuer: &Issuer) -> Result<Target, RevokeError> {
-    let ours = |workload: &sidewarden_proto::identity::SpiffeId| {
-        let domain = issuer.authority().domain();
-        if workload.trust_domain() == *domain {
+fn normal(what: Target, issuer: &Issuer, now: Timestamp) -> Result<Target, RevokeError> {
+    let known = |agent: &AgentId| {
+        let (workload, domain) = (&agent.workload, issuer.authority().domain());
+        if workload.trust_domain() == *domain || !issuer.keys_of(agent, now)?.is_empty() {
             return Ok(());
         }
-        Err(RevokeError::Wrong(format!("{workload} is not of trust domain {domain}: its instances are unknown here")))
+        Err(RevokeError::Wrong(format!(
+            "{workload} is not of trust domain {domain}, and this instance was not seen here"
+        )))
     };
     match what {
         Target::Serial { serial } => Ok(Target::Serial { serial: normal_serial(&serial)? }),
-        Target::Instance { workload, instance } => ours(&workload).map(|()| Target::Instance { workload, instance }),
+        Target::Instance { workload, instance } => {
+            let agent = AgentId { workload, instance };
+            known(&agent)?;
+            Ok(Target::Instance { workload: agent.workload, instance: agent.instance })
+        }
         Target::Unknown => Err(RevokeError::Wrong("this kind of target is unknown to this collector".into())),
         other => Ok(other),
     }
@@ -268,8 +274,8 @@ fn normal_serial(serial: &str) -> Result<String, RevokeError> {
 /// What is known of a target when it is asked for.
 #[derive(Debug)]
 struct Known {
-    /// The collector's own certificate.
-    own: Peer,
+    /// The collector's own certificate, and one that it was given by somebody else.
+    own: Vec<Peer>,
     /// Whom its certificate or key was issued to, if it was here.
     holder: Option<Holder>,
     /// The newest certificate of that instance.
@@ -278,10 +284,18 @@ struct Known {
     keys: Vec<Sha256>,
     /// Instances that are connected now and would be hit.
     connected: usize,
+    /// Other instances that have a key of it.
+    sharers: Vec<AgentId>,
 }
 
 impl Known {
-    fn look_up(issuer: &Issuer, fleet: &Fleet, what: &Target, now: Timestamp) -> Result<Known, RevokeError> {
+    fn look_up(
+        issuer: &Issuer,
+        directives: &Directives,
+        fleet: &Fleet,
+        what: &Target,
+        now: Timestamp,
+    ) -> Result<Known, RevokeError> {
         let holder = match what {
             Target::Serial { serial } => issuer.holder_of_serial(serial)?,
             Target::Key { spki } => issuer.holder_of_key(*spki)?,
@@ -299,11 +313,19 @@ impl Known {
             _ => false,
         };
         let connected = fleet.all().iter().filter(|(agent, _)| is_hit(agent)).count();
-        let own = issuer.authority().own().borrow().peer().clone();
-        let chain: Vec<_> = issuer.authority().own().borrow().chain().to_vec();
-        let shown = sidewarden_proto::tls::peer_of(&chain, sidewarden_proto::identity::Usage::Server);
-        Ok(Known { own: shown.unwrap_or(own), holder, newest, keys, connected })
+        let own = [Some(issuer.authority().own().borrow().clone()), directives.also_signs()];
+        let own = own.into_iter().flatten().map(|credential| shown_by(&credential)).collect();
+        let sharers = match instance_of(what) {
+            Some(agent) => issuer.register().sharers(&agent, now)?,
+            None => Vec::new(),
+        };
+        Ok(Known { own, holder, newest, keys, connected, sharers })
     }
+}
+
+/// As agents see it.
+fn shown_by(credential: &Credential) -> Peer {
+    tls::peer_of(credential.chain(), Usage::Server).unwrap_or_else(|_| credential.peer().clone())
 }
 
 /// What has to be confirmed, and what is good to know.
@@ -315,8 +337,10 @@ struct Told {
 
 fn consequences(what: &Target, known: &Known) -> Told {
     let mut told = Told::default();
-    if let Some(line) = hits_ourselves(what, &known.own) {
-        told.confirm.push(line);
+    told.confirm.extend(known.own.iter().find_map(|own| hits_ourselves(what, own)));
+    if let [one, rest @ ..] = &known.sharers[..] {
+        let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        told.confirm.push(format!("its key is also that of {}{more}, which is cut off with it", one.instance));
     }
     match what {
         Target::Workload { id } => {
@@ -412,7 +436,14 @@ mod tests {
             (Target::Instance { workload: agent.workload, instance: agent.instance }, 0),
         ];
         for (what, confirm) in rows {
-            let known = Known { own: own(), holder: None, newest: None, keys: Vec::new(), connected: 3 };
+            let known = Known {
+                own: vec![own()],
+                holder: None,
+                newest: None,
+                keys: Vec::new(),
+                connected: 3,
+                sharers: Vec::new(),
+            };
             let told = consequences(&what, &known);
             assert_eq!(told.confirm.len(), confirm, "{what}: {told:?}");
         }
@@ -426,7 +457,7 @@ mod tests {
             (Some(holder(5)), Some(holder(6)), "revoke the instance"),
         ];
         for (holder, newest, wanted) in rows {
-            let known = Known { own: own(), holder, newest, keys: Vec::new(), connected: 0 };
+            let known = Known { own: vec![own()], holder, newest, keys: Vec::new(), connected: 0, sharers: Vec::new() };
             let told = consequences(&Target::Serial { serial: "5".into() }, &known);
             assert!(told.notes[0].contains(wanted), "{told:?}");
         }

@@ -85,6 +85,10 @@ impl<'a> Follower<'a> {
             Ok(peer) => peer,
             Err(error) => return refused(error.to_string()),
         };
+        // Somebody else's CA may vouch for agents, and for no collector that signs certificates here.
+        if !shared.identities.front().borrow().is_ours(chain, (shared.clock)()) {
+            return refused("a certificate that no collector of this trust domain has issued".into());
+        }
         if peer.name != PeerName::Spiffe(tls::collector_id(shared.issuer.authority().domain())) {
             return refused(format!("{} is no collector", peer.name));
         }

@@ -26,6 +26,7 @@ pub use refusals::{Refusals, Stage};
 use crate::ca::Issuer;
 use crate::commit::Committer;
 use crate::fleet::{Directives, Fleet};
+use crate::identity::Identities;
 
 /// Why a collector that follows another lets nobody in.
 const NO_DIRECTIVE: &str =
@@ -42,6 +43,8 @@ pub struct Shared {
     pub directives: Arc<Directives>,
     /// Certificates.
     pub issuer: Arc<Issuer>,
+    /// Who we are, and whose word counts for others.
+    pub identities: Arc<Identities>,
     /// What was refused.
     pub refusals: Refusals,
     /// Most connections at a time.
@@ -100,7 +103,7 @@ pub async fn start(listen: SocketAddr, shared: Arc<Shared>) -> Result<SocketAddr
     let (listener, socket) = bind(listen).await?;
     let address = listener.local_addr().map_err(|e| bind_error(listen, "tcp", e))?;
     let endpoint = quic::endpoint(socket, &shared)?;
-    let configs = tcp::Configs::new(&shared)?;
+    let configs = tcp::Configs::new(&shared.identities.front().borrow())?;
     shared.tasks.spawn(quic::serve(endpoint, shared.clone()));
     shared.tasks.spawn(tcp::serve(listener, configs, shared.clone()));
     Ok(address)

@@ -9,12 +9,12 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming, ServerConfig, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::RefusalReason;
-use sidewarden_proto::tls::{self, Credential, Floor};
 use sidewarden_proto::wire::ALPN;
 use tokio::time::timeout;
 
 use super::session::{self, Come};
 use super::{IngestError, Shared};
+use crate::identity::Front;
 
 /// The kernel's default of 208 KiB overflows when a fleet reconnects at once, and each lost flight costs a second.
 const SOCKET_BUFFER: usize = 8 << 20;
@@ -37,14 +37,13 @@ pub fn endpoint(socket: UdpSocket, shared: &Shared) -> Result<Endpoint, IngestEr
         }
     }
     socket.set_nonblocking(true).map_err(|e| fault(&e))?;
-    let config = server_config(&shared.issuer.authority().own().borrow(), shared)?;
+    let config = server_config(&shared.identities.front().borrow())?;
     let runtime = Arc::new(quinn::TokioRuntime);
     Endpoint::new(EndpointConfig::default(), Some(config), socket, runtime).map_err(|e| fault(&e))
 }
 
-fn server_config(own: &Credential, shared: &Shared) -> Result<ServerConfig, IngestError> {
-    let config = tls::server_config(own, &shared.issuer.authority().trust(), Floor::Tls13, &[ALPN])?;
-    let crypto = QuicServerConfig::try_from(config).map_err(|e| IngestError::Quic(e.to_string()))?;
+fn server_config(front: &Front) -> Result<ServerConfig, IngestError> {
+    let crypto = QuicServerConfig::try_from(front.config(&[ALPN])?).map_err(|e| IngestError::Quic(e.to_string()))?;
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
@@ -61,14 +60,14 @@ fn server_config(own: &Credential, shared: &Shared) -> Result<ServerConfig, Inge
 
 /// Takes connections until the shutdown; a renewed certificate of ours serves from the next handshake on.
 pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>) {
-    let mut own = shared.issuer.authority().own();
+    let mut front = shared.identities.front();
     loop {
         tokio::select! {
             incoming = endpoint.accept() => match incoming {
                 Some(incoming) => take(incoming, &shared),
                 None => break,
             },
-            Ok(()) = own.changed() => match server_config(&own.borrow_and_update(), &shared) {
+            Ok(()) = front.changed() => match server_config(&front.borrow_and_update()) {
                 Ok(config) => endpoint.set_server_config(Some(config)),
                 Err(error) => tracing::error!(%error, "QUIC keeps the certificate it has"),
             },

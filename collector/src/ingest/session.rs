@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::batch::{Cursor, Epoch};
 use sidewarden_proto::enrol::{Answer, Refused};
-use sidewarden_proto::event::{AgentConnected, AgentDisconnected, Body, Event, Severity};
+use sidewarden_proto::event::{AgentConnected, AgentDisconnected, Body, Event, Severity, ShownCertificate};
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Usage};
 use sidewarden_proto::session::{FromAgent, Receiver, SessionError};
 use sidewarden_proto::time::Timestamp;
@@ -21,10 +21,10 @@ use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::Shared;
-use crate::ca::KeyState;
+use crate::ca::{KeyState, is_reserved};
 use crate::commit::{Fault, Progress};
 use crate::fleet::{self, Coming, InForce, Place};
-use crate::state::is_collector_path;
+use crate::identity::Front;
 
 /// Read at once; small, because ten thousand sessions each hold one.
 const READ: usize = 8 << 10;
@@ -61,6 +61,8 @@ enum End {
     Expired,
     #[error("{0}")]
     Denied(String),
+    #[error("nobody vouches for its certificate any more: {0}")]
+    Unvouched(String),
     #[error(transparent)]
     NotTaken(#[from] Fault),
     #[error(transparent)]
@@ -79,6 +81,8 @@ impl End {
             End::Replaced => ("second_instance", true),
             End::Expired => ("expired", true),
             End::Denied(_) => ("revoked", false),
+            // It may have another certificate by now.
+            End::Unvouched(_) => ("unknown_ca", true),
             End::NotTaken(Fault::Store(_) | Fault::Gap { .. }) => ("overloaded", true),
             End::NotTaken(Fault::Malformed(_)) | End::Frame(_) | End::Session(SessionError::Unexpected(_)) => {
                 ("malformed", true)
@@ -215,6 +219,8 @@ struct Admitted {
     peer: Peer,
     place: Place,
     cursor: Cursor,
+    /// The chain it has shown, if somebody else's CA has issued it.
+    guest: Option<Vec<CertificateDer<'static>>>,
 }
 
 async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admitted, NotAdmitted> {
@@ -224,7 +230,7 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
         return Err(not_admitted("bad_certificate", "the certificate names no workload", false));
     };
     let agent = Arc::new(AgentId { workload, instance: hello.instance.clone() });
-    if is_collector_path(&agent) {
+    if is_reserved(agent.workload.path()) {
         return Err(not_admitted("not_allowed", "a collector's certificate is not an agent's", false));
     }
     if !shared.directives.is_there() {
@@ -234,17 +240,47 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
     if let Some(denied) = in_force.directive.revokes(&peer).or_else(|| in_force.directive.revokes_agent(&agent)) {
         return Err(not_admitted("revoked", format!("{agent}: {denied}"), false));
     }
-    let follows = check_key(shared, &agent, &peer, &come.chain).await?;
     let now = (shared.clock)();
+    let is_guest = !shared.identities.front().borrow().is_ours(&come.chain, now);
+    let follows = match is_guest {
+        false => check_key(shared, &agent, &peer, &come.chain).await?,
+        true => check_guest(shared, &agent, &peer, hello).await.map(|()| false)?,
+    };
     let (source, transport) = (come.source.to_string(), come.transport);
-    let coming = Coming { source, transport, directive: hello.directive, understands: hello.understands };
+    let begins = is_guest.then_some(peer.not_before);
+    let coming = Coming { source, transport, directive: hello.directive, understands: hello.understands, begins };
     let place = shared.fleet.enter(&agent, peer.spki, follows, coming, now);
     let place = place.map_err(|second| NotAdmitted {
         critical: true,
         ..not_admitted("second_instance", second.to_string(), true)
     })?;
     let cursor = cursor(shared, &agent, hello.epoch).await?;
-    Ok(Admitted { agent, peer, place, cursor })
+    let guest = is_guest.then(|| come.chain.clone());
+    Ok(Admitted { agent, peer, place, cursor, guest })
+}
+
+/// Notes the key of somebody whose certificate was issued elsewhere. One without a directive must be able to take ours at once:
+/// without any it would know of no revocation.
+async fn check_guest(
+    shared: &Arc<Shared>,
+    agent: &Arc<AgentId>,
+    peer: &Peer,
+    hello: &Hello,
+) -> Result<(), NotAdmitted> {
+    let (issuer, guest, shown, now) = (shared.issuer.clone(), agent.clone(), peer.clone(), (shared.clock)());
+    let trust = shared.identities.front().borrow().trust().clone();
+    if hello.directive == 0 && !shared.directives.is_fresh(&trust, now) {
+        return Err(not_admitted("not_ready", super::NO_DIRECTIVE, true));
+    }
+    let noted = tokio::task::spawn_blocking(move || issuer.register().guest_seen(&guest, &shown, now)).await;
+    match noted {
+        Ok(Ok(Ok(()))) => Ok(()),
+        Ok(Ok(Err(full))) => {
+            Err(NotAdmitted { critical: true, ..not_admitted("limit_reached", format!("{agent}: {full}"), true) })
+        }
+        Ok(Err(error)) => Err(internal(&error.to_string())),
+        Err(error) => Err(internal(&error.to_string())),
+    }
 }
 
 /// Whether the key is this instance's, and follows an earlier one of it.
@@ -308,6 +344,7 @@ where
         version: hello.version.chars().take(64).collect(),
         clock_ahead_us: clock_ahead(hello.at_us, (shared.clock)()),
         mode: hello.mode.chars().take(16).collect(),
+        certificate: Some(shown(&admitted)),
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
@@ -322,6 +359,17 @@ where
         tell_disconnected(shared, &agent, &end).await;
     }
     wire.close(end.refuse()).await;
+}
+
+fn shown(admitted: &Admitted) -> ShownCertificate {
+    let Peer { spki, serial, not_before, not_after, .. } = &admitted.peer;
+    ShownCertificate {
+        serial: serial.clone(),
+        spki: spki.to_string(),
+        not_before_us: *not_before,
+        not_after_us: *not_after,
+        elsewhere: admitted.guest.is_some(),
+    }
 }
 
 /// How far the agent's clock is ahead, microseconds; the way here took less than the time limit of a handshake.
@@ -358,6 +406,8 @@ struct Session<'a> {
     welcome: Option<Frame>,
     progress: (watch::Sender<Progress>, watch::Receiver<Progress>),
     directive: watch::Receiver<Arc<InForce>>,
+    /// Whose word counts for it, and what it has shown: of one whose certificate was issued elsewhere.
+    guest: Option<(watch::Receiver<Arc<Front>>, Vec<CertificateDer<'static>>)>,
     expires: tokio::time::Instant,
     pace: Pace,
     renewed: Option<Instant>,
@@ -371,7 +421,8 @@ fn now() -> Instant {
 
 impl<'a> Session<'a> {
     fn new(shared: &'a Arc<Shared>, source: SocketAddr, hello: &Hello, admitted: Admitted) -> Session<'a> {
-        let Admitted { agent, peer, place, cursor } = admitted;
+        let Admitted { agent, peer, place, cursor, guest } = admitted;
+        let guest = guest.map(|chain| (shared.identities.front(), chain));
         let (receiver, mut welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
         if let Frame::Welcome(welcome) = &mut welcome {
             welcome.keeps_gates = !shared.directives.is_following();
@@ -387,6 +438,7 @@ impl<'a> Session<'a> {
             welcome: Some(welcome),
             progress: watch::channel(Progress::Committed(cursor)),
             directive: shared.directives.subscribe(),
+            guest,
             expires: tokio::time::Instant::now() + life,
             pace: Pace::new(shared.links_per_second, now()),
             renewed: None,
@@ -426,6 +478,7 @@ impl<'a> Session<'a> {
                     Ok(()) => self.send_directive(wire).await?,
                     Err(_) => return Err(End::Shutdown),
                 },
+                () = front_changed(&mut self.guest) => self.judge_again()?,
                 () = sleep_until(silent_at) => return Err(End::Silent(silent_at.duration_since(self.heard))),
                 () = sleep_until(self.expires) => return Err(End::Expired),
                 () = self.place.replaced.cancelled() => return Err(End::Replaced),
@@ -495,10 +548,21 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Ends the session of one whom nobody vouches for any more.
+    fn judge_again(&self) -> Result<(), End> {
+        let Some((front, chain)) = &self.guest else { return Ok(()) };
+        let judged = front.borrow().judge_again(chain, (self.shared.clock)());
+        judged.map_err(|error| End::Unvouched(error.to_string()))
+    }
+
     async fn renew(&mut self, csr: Vec<u8>) -> Answer {
         let refused = |reason: &str, detail: &str| {
             Answer::Refused(Refused { reason: reason.into(), detail: detail.into(), retry: true })
         };
+        if self.guest.is_some() {
+            let detail = "whoever has issued its certificate renews it: this collector issues none for it".to_owned();
+            return Answer::Refused(Refused { reason: "bad_request".into(), detail, retry: false });
+        }
         let too_soon = self.renewed.is_some_and(|last| now().duration_since(last) < RENEW_EVERY);
         if too_soon {
             return refused("bad_request", "one certificate request every 5 s");
@@ -523,6 +587,17 @@ impl<'a> Session<'a> {
             }
             Err(_) => refused("internal", "the collector failed: see its log"),
         }
+    }
+}
+
+/// Waits until whose word counts for a guest has changed; for all others, and once that cannot change any more, for ever.
+async fn front_changed(guest: &mut Option<(watch::Receiver<Arc<Front>>, Vec<CertificateDer<'static>>)>) {
+    let changed = match guest {
+        Some((front, _)) => front.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending().await
     }
 }
 

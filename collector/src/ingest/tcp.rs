@@ -20,8 +20,9 @@ use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::session::{self, Come};
 use super::{IngestError, Shared, collectors, enrol, handshake_refusal};
+use crate::identity::Front;
 
-/// Both configurations, made anew whenever our certificate is.
+/// Both configurations, made anew whenever a certificate of ours is, or whom we trust.
 #[derive(Clone, Debug)]
 pub struct Configs {
     session: Arc<ServerConfig>,
@@ -29,13 +30,11 @@ pub struct Configs {
 }
 
 impl Configs {
-    /// With our present certificate.
-    pub fn new(shared: &Shared) -> Result<Configs, IngestError> {
-        let authority = shared.issuer.authority();
-        let own = authority.own().borrow().clone();
+    /// With our present certificates.
+    pub fn new(front: &Front) -> Result<Configs, IngestError> {
         Ok(Configs {
-            session: tls::server_config(&own, &authority.trust(), Floor::Tls13, &[ALPN, ALPN_COLLECTOR])?,
-            enrol: tls::server_config_without_client(&own, Floor::Tls13, &[ALPN_ENROL])?,
+            session: front.config(&[ALPN, ALPN_COLLECTOR])?,
+            enrol: tls::server_config_without_client(front.own(), Floor::Tls13, &[ALPN_ENROL])?,
         })
     }
 
@@ -47,7 +46,7 @@ impl Configs {
 
 /// Takes connections until the shutdown.
 pub async fn serve(listener: TcpListener, configs: Configs, shared: Arc<Shared>) {
-    let mut own = shared.issuer.authority().own();
+    let mut front = shared.identities.front();
     let configs = watch::Sender::new(configs);
     loop {
         tokio::select! {
@@ -59,7 +58,7 @@ pub async fn serve(listener: TcpListener, configs: Configs, shared: Arc<Shared>)
                     sleep(Duration::from_millis(200)).await;
                 }
             },
-            Ok(()) = own.changed() => match Configs::new(&shared) {
+            Ok(()) = front.changed() => match Configs::new(&front.borrow_and_update()) {
                 Ok(new) => drop(configs.send_replace(new)),
                 Err(error) => tracing::error!(%error, "TCP keeps the certificate it has"),
             },

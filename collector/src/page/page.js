@@ -274,7 +274,7 @@ function instanceBlock(instance, agent, guards) {
   const facts = agent && el("div", { class: "facts" },
     fact("Agent", `${agent.version || "?"}, ${agent.mode || "mode not known"}, sees: ${VANTAGES[agent.vantage] || "not known"}`),
     fact("Session", session(agent)),
-    agent.certificate && el("span", {}, el("b", {}, "Certificate ends "), when(agent.certificate.not_after)),
+    agent.certificate && el("span", {}, el("b", {}, "Certificate ends "), when(agent.certificate.not_after), agent.certificate.elsewhere ? ", issued by a CA that is not this collector's" : ""),
     agent.renewal_failed && fact("Renewal fails", agent.renewal_failed),
     some("Talks to", agent.peers.filter((peer) => peer.direction !== "egress")),
     some("Goes to", agent.peers.filter((peer) => peer.direction === "egress")),

@@ -198,15 +198,17 @@ impl Applied {
         Applied { store: Store::new(dir), fault: None }
     }
 
-    /// Puts into the directive what is in the store; the event, if that was a change. A store that cannot be read leaves
-    /// everything as it is, and is told once.
+    /// Puts into the directive what is in the store, and the `further` roots of its own domain; the event, if that was a change.
+    /// A store that cannot be read leaves everything as it is, and is told once.
     pub fn look(
         &mut self,
         directives: &Directives,
+        further: &[Der],
         own: &Credential,
         now: Timestamp,
     ) -> Result<Option<Event>, StoreError> {
-        let foreign = match self.store.roots() {
+        let before = directives.now().directive.clone();
+        let mut foreign = match self.store.roots() {
             Ok(roots) => as_foreign(&roots),
             Err(error) => {
                 let text = error.to_string();
@@ -216,7 +218,12 @@ impl Applied {
             }
         };
         self.fault = None;
-        let before = directives.now().directive.foreign.clone();
+        // What people import of our own domain counts for nothing: it has its own CA, and who else may vouch is in the settings.
+        foreign.domains.remove(&before.trust_domain);
+        if !further.is_empty() {
+            foreign.domains.insert(before.trust_domain, further.to_vec());
+        }
+        let before = before.foreign;
         if before == foreign {
             return Ok(None);
         }
@@ -296,23 +303,23 @@ mod tests {
         let roots = Roots { bundle: authority.bundle(), ..Roots::default() };
         let directives = Directives::open(&path, &domain, roots, &own, now).unwrap();
         let (store, mut applied) = (Store::new(dir.path()), Applied::new(dir.path()));
-        assert!(applied.look(&directives, &own, now).unwrap().is_none());
+        assert!(applied.look(&directives, &[], &own, now).unwrap().is_none());
         store.add(vec![imported(partner(), "one")]).unwrap();
-        let event = applied.look(&directives, &own, now).unwrap().unwrap();
+        let event = applied.look(&directives, &[], &own, now).unwrap().unwrap();
         assert!(event.summary.contains("1 added"), "{}", event.summary);
         let told = directives.now();
         assert_eq!((told.directive.version, told.directive.foreign.domains.len()), (2, 1));
         told.signed.open(&authority.trust(), now).unwrap();
-        assert!(applied.look(&directives, &own, now).unwrap().is_none());
+        assert!(applied.look(&directives, &[], &own, now).unwrap().is_none());
 
         std::fs::write(dir.path().join(FILE), "{").unwrap();
-        assert!(applied.look(&directives, &own, now).is_err());
-        assert!(applied.look(&directives, &own, now).unwrap().is_none(), "told once");
+        assert!(applied.look(&directives, &[], &own, now).is_err());
+        assert!(applied.look(&directives, &[], &own, now).unwrap().is_none(), "told once");
         assert_eq!(directives.now().directive.version, 2);
         assert!(store.add(vec![]).is_err(), "and nothing overwrites it");
 
         std::fs::remove_file(dir.path().join(FILE)).unwrap();
-        let event = applied.look(&directives, &own, now).unwrap().unwrap();
+        let event = applied.look(&directives, &[], &own, now).unwrap().unwrap();
         assert!(event.summary.contains("1 removed"), "{}", event.summary);
     }
 }

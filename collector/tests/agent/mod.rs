@@ -148,7 +148,7 @@ impl Agent {
     }
 
     pub fn client_config(&self) -> Arc<rustls::ClientConfig> {
-        let expect = Expect::Workload(tls::collector_id(&domain()));
+        let expect = Expect::Collector(domain());
         tls::client_config(&self.credential, &self.trust, expect, Floor::Tls13, &[ALPN]).unwrap()
     }
 
@@ -208,20 +208,37 @@ impl Connection {
 
     /// The next frame but directives; `None` at the end.
     pub async fn next(&mut self) -> Option<Frame> {
+        loop {
+            match self.any().await {
+                Some(Frame::Directive(_)) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// The next directive.
+    pub async fn directive(&mut self) -> Vec<u8> {
+        loop {
+            match self.any().await {
+                Some(Frame::Directive(bytes)) => return bytes,
+                Some(_) => {}
+                None => panic!("no directive"),
+            }
+        }
+    }
+
+    async fn any(&mut self) -> Option<Frame> {
         let next = async {
             loop {
-                match self.decoder.next_frame().unwrap() {
-                    Some(Frame::Directive(_)) => {}
-                    Some(frame) => return Some(frame),
-                    None => {
-                        let mut buffer = vec![0; 64 << 10];
-                        let read = self.reader.read(&mut buffer).await.unwrap_or(0);
-                        if read == 0 {
-                            return None;
-                        }
-                        self.decoder.push(&buffer[..read]);
-                    }
+                if let Some(frame) = self.decoder.next_frame().unwrap() {
+                    return Some(frame);
                 }
+                let mut buffer = vec![0; 64 << 10];
+                let read = self.reader.read(&mut buffer).await.unwrap_or(0);
+                if read == 0 {
+                    return None;
+                }
+                self.decoder.push(&buffer[..read]);
             }
         };
         tokio::time::timeout(LIMIT, next).await.expect("the collector says nothing")

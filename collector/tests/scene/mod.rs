@@ -92,6 +92,7 @@ impl Agent {
             version: "0.1.0".into(),
             clock_ahead_us: 0,
             mode: String::new(),
+            certificate: None,
         };
         own(app, Severity::Info, "agent connected", connected).await;
         let started = AgentStarted { version: "0.1.0".into(), mode, vantage, clean: true, heartbeat_secs: 5 };

@@ -9,8 +9,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::Offered;
 use crate::crl::CrlFault;
@@ -63,6 +63,15 @@ pub struct Files {
     pub roots: PathBuf,
 }
 
+/// A certificate and its key, for a server whose clients show none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// PEM, the leaf first.
+    pub cert: PathBuf,
+    /// PEM.
+    pub key: PathBuf,
+}
+
 /// Which files these were: another stamp means that one was changed or replaced.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stamp([Option<Seen>; 3]);
@@ -76,6 +85,74 @@ pub fn seen(path: &Path) -> Option<Seen> {
     Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
 }
 
+/// What is done about files at a look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// They are those that were taken.
+    Same,
+    /// They have changed since the last look: whoever writes them may not be done.
+    Moves,
+    /// They are others, and stand still.
+    New,
+}
+
+/// Takes files once they have stood still for one look.
+#[derive(Clone, Debug, Default)]
+pub struct Steady<S = Stamp> {
+    taken: S,
+    last: S,
+}
+
+impl<S: Clone + PartialEq> Steady<S> {
+    /// Those that were read before the first look.
+    pub fn taken(stamp: S) -> Steady<S> {
+        Steady { taken: stamp.clone(), last: stamp }
+    }
+
+    /// What to do now.
+    pub fn look(&mut self, stamp: S) -> Look {
+        if std::mem::replace(&mut self.last, stamp.clone()) != stamp {
+            return Look::Moves;
+        }
+        if stamp == self.taken { Look::Same } else { Look::New }
+    }
+
+    /// Those of the last look were read, and could be used.
+    pub fn take(&mut self) {
+        self.taken = self.last.clone();
+    }
+}
+
+impl Pair {
+    /// Which files are there now.
+    pub fn stamp(&self) -> Stamp {
+        Stamp([seen(&self.cert), seen(&self.key), None])
+    }
+
+    /// Reads them; the key fits the leaf.
+    pub fn read(&self) -> Result<Credential, FilesError> {
+        let (chain, key) = self.parts()?;
+        at(&self.cert, Credential::for_people(chain, key))
+    }
+
+    fn parts(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), FilesError> {
+        let chain = at(&self.cert, tls::certificates(&read(&self.cert)?))?;
+        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?);
+        // What the parser says of a key may quote it.
+        let none = |_| TlsError::Pem("it holds no private key (one that is encrypted must be decrypted first)".into());
+        Ok((chain, at(&self.key, key.map_err(none))?))
+    }
+
+    /// Whether others than we may read the key.
+    pub fn key_is_open(&self) -> bool {
+        is_open(&self.key)
+    }
+}
+
+fn is_open(key: &Path) -> bool {
+    fs::metadata(key).is_ok_and(|meta| meta.mode() & 0o077 != 0)
+}
+
 impl Files {
     /// Which files are there now.
     pub fn stamp(&self) -> Stamp {
@@ -84,10 +161,7 @@ impl Files {
 
     /// Reads them and looks them through: the key fits the leaf, and the leaf names a workload.
     pub fn read(&self) -> Result<Offered, FilesError> {
-        let chain = at(&self.cert, tls::certificates(&read(&self.cert)?))?;
-        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?);
-        // What the parser says of a key may quote it.
-        let key = at(&self.key, key.map_err(|_| TlsError::Pem("it holds no private key".into())))?;
+        let (chain, key) = Pair { cert: self.cert.clone(), key: self.key.clone() }.parts()?;
         let credential = at(&self.cert, Credential::from_der(chain, key))?;
         let roots = at(&self.roots, tls::certificates(&read(&self.roots)?))?;
         let PeerName::Spiffe(workload) = credential.peer().name.clone() else {
@@ -99,7 +173,7 @@ impl Files {
 
     /// Whether others than we may read the key.
     pub fn key_is_open(&self) -> bool {
-        fs::metadata(&self.key).is_ok_and(|meta| meta.mode() & 0o077 != 0)
+        is_open(&self.key)
     }
 }
 
@@ -181,6 +255,22 @@ mod tests {
         assert!(error(&files).contains("over 1 MiB"));
         fs::remove_file(&files.cert).unwrap();
         assert!(error(&files).starts_with(&format!("reading {}", files.cert.display())));
+    }
+
+    #[test]
+    fn files_are_taken_once_they_have_stood_still_for_one_look() {
+        let mut steady = Steady::taken(1);
+        let looks = [1, 2, 3, 3, 3, 1, 1].map(|stamp| steady.look(stamp));
+        use Look::{Moves, New, Same};
+        assert_eq!(
+            looks,
+            [Same, Moves, Moves, New, New, Moves, Same],
+            "what cannot be used is looked at again and again"
+        );
+        steady.look(4);
+        steady.take();
+        assert_eq!(steady.look(4), Same);
+        assert_eq!(Steady::default().look(0), Same, "nothing was there, and nothing is");
     }
 
     #[test]

@@ -37,6 +37,26 @@ pub(super) fn leader(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
+pub(super) fn given_identity(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let what = |what: &str| known(what, &["identity", "page"]);
+    match seen.body {
+        Some(Body::CollectorIdentityTaken(body)) => {
+            vec![Signal::Clear(Some(seen.agent.into()), Some(what(&body.what)))]
+        }
+        Some(Body::CollectorIdentityRefused(body)) => {
+            let mut case = case(seen, rule, short(&format!("{}: {}", body.what, body.error), 300));
+            case.apart = Some(("reason", what(&body.what)));
+            case.evidence = lines([("error", &body.error)]);
+            case.evidence.push(match body.in_use_until_us {
+                Some(until) => format!("the last good one is in use, until {until}"),
+                None => "there is no other one".to_owned(),
+            });
+            vec![Signal::Raise(case)]
+        }
+        _ => Vec::new(),
+    }
+}
+
 pub(super) fn forged(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let mut case = case(seen, rule, format!("it sent a {} event, which only the collector may tell", word(seen.kind)));
     case.evidence = vec![short(seen.summary, 200)];

@@ -7,12 +7,21 @@ pub fn share(severity: Severity) -> u32 {
     if severity == Severity::Critical { 10 } else { 3 }
 }
 
+/// As it was issued here, or as an agent has shown it.
 pub(super) fn issued(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
-    let Some(Body::CertificateIssued(body)) = seen.body else { return Vec::new() };
-    let life = body.not_after_us.since(seen.at);
-    let mut case = expiring(seen.agent, body.not_after_us, body.not_after_us.minus(life / share(rule.severity)));
-    case.subject = Some(subject(&body.workload, &body.instance));
-    case.evidence = lines([("serial", &body.serial), ("issued by", &body.by)]);
+    let (whose, begins, ends, serial, by) = match seen.body {
+        Some(Body::CertificateIssued(body)) => {
+            (subject(&body.workload, &body.instance), seen.at, body.not_after_us, &body.serial, body.by.as_str())
+        }
+        Some(Body::AgentConnected(AgentConnected { workload, instance, certificate: Some(shown), .. })) => {
+            let by = if shown.elsewhere { "somebody else's CA" } else { "a collector" };
+            (subject(workload, instance), shown.not_before_us, shown.not_after_us, &shown.serial, by)
+        }
+        _ => return Vec::new(),
+    };
+    let mut case = expiring(seen.agent, ends, ends.minus(ends.since(begins) / share(rule.severity)));
+    case.subject = Some(whose);
+    case.evidence = lines([("serial", serial), ("issued by", &by.to_owned())]);
     vec![Signal::Raise(case)]
 }
 
@@ -77,7 +86,7 @@ pub(super) fn rotated(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 /// All of them at once: what is no longer listed has been replaced.
 pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::CaCertificates(body)) = seen.body else { return Vec::new() };
-    let whats = ["root", "issuing", "collector"];
+    let whats = ["root", "issuing", "collector", "identity", "identity_root", "page"];
     // One alert for each kind, about the one that ends first.
     let soonest = |what: &&str| {
         let of_kind = body.certificates.iter().filter(|one| one.what == **what);

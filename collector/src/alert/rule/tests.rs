@@ -164,6 +164,19 @@ fn events_raise_the_alert_that_names_them() {
         (insecure(false, "db:5432").into(), &[]),
         (LeaderChanged { leader: "a:7443".into(), reached: false, why: "timed out".into() }.into(), &["LeaderLost"]),
         (LeaderChanged { leader: "a:7443".into(), reached: true, why: String::new() }.into(), &[]),
+        (given_refused("identity").into(), &["CollectorIdentityRefused[identity]"]),
+        (given_refused("page").into(), &["CollectorIdentityRefused[page]"]),
+        (given_refused("<b>").into(), &["CollectorIdentityRefused[other]"]),
+        (
+            CollectorIdentityTaken {
+                what: "page".into(),
+                name: "x".into(),
+                serial: "1".into(),
+                not_after_us: Timestamp(9),
+            }
+            .into(),
+            &[],
+        ),
         (TrustFilesRefused { error: "x.pem: it is empty".into() }.into(), &["TrustFilesRefused"]),
         (TrustChanged { domains: Default::default(), dns_roots: vec![] }.into(), &[]),
         (
@@ -324,6 +337,57 @@ fn an_expiring_certificate_is_due_at_the_last_third_and_tenth() {
     assert_eq!(dues(&read(100, 100, None, &body.into())), [("CertificateExpiring", 300), ("CertificateEnding", 370)]);
 }
 
+#[test]
+fn a_certificate_that_an_agent_shows_is_due_by_its_own_life_whoever_issued_it() {
+    let certificate = ShownCertificate {
+        serial: "01".into(),
+        spki: String::new(),
+        not_before_us: Timestamp::from_secs(100),
+        not_after_us: Timestamp::from_secs(400),
+        elsewhere: true,
+    };
+    let body = AgentConnected {
+        workload: agent().workload,
+        instance: "orders-1".into(),
+        source: String::new(),
+        transport: "quic".into(),
+        version: String::new(),
+        clock_ahead_us: 0,
+        mode: String::new(),
+        certificate: Some(certificate),
+    };
+    let signals = read(250, 250, None, &body.into());
+    assert_eq!(
+        dues(&signals),
+        [("CertificateExpiring", 300), ("CertificateEnding", 370)],
+        "it came in the middle of it"
+    );
+    let Some((_, Signal::Raise(case))) = signals.iter().find(|(name, _)| *name == "CertificateEnding") else {
+        panic!()
+    };
+    assert!(case.evidence.iter().any(|line| line.contains("somebody else's CA")), "{case:?}");
+}
+
+#[test]
+fn what_is_taken_ends_the_alert_of_its_own_kind() {
+    let body = CollectorIdentityTaken {
+        what: "page".into(),
+        name: "x".into(),
+        serial: "1".into(),
+        not_after_us: Timestamp(9),
+    };
+    let signals = read(1, 1, None, &body.into());
+    let cleared = signals.iter().filter_map(|(name, signal)| match signal {
+        Signal::Clear(_, apart) => Some((*name, apart.clone())),
+        _ => None,
+    });
+    assert_eq!(cleared.collect::<Vec<_>>(), [("CollectorIdentityRefused", Some("page".to_owned()))]);
+}
+
+fn given_refused(what: &str) -> CollectorIdentityRefused {
+    CollectorIdentityRefused { what: what.into(), error: "tls.crt: none".into(), in_use_until_us: None }
+}
+
 fn dues(signals: &[(&'static str, Signal)]) -> Vec<(&'static str, i64)> {
     let due = |(name, signal): &(&'static str, Signal)| match signal {
         Signal::Raise(Case { due: Some(due), .. }) => Some((*name, due.as_secs())),
@@ -362,6 +426,7 @@ fn a_clock_that_is_off_at_the_handshake_is_told_either_way() {
             version: String::new(),
             clock_ahead_us: ahead_secs * 1_000_000,
             mode: String::new(),
+            certificate: None,
         };
         let signals = read(100, 100, None, &body.into());
         let what = signals.iter().find_map(|(name, signal)| match signal {
