@@ -178,6 +178,23 @@ impl Client {
         Ok(())
     }
 
+    /// Every certificate in use, the first to end first.
+    pub async fn certificates(&self, json: bool) -> anyhow::Result<()> {
+        let answer = self.ask("/api/v1/certificates", &[]).await?;
+        if json {
+            return print_json(&answer);
+        }
+        let rows = list(&answer, "certificates").iter().map(certificate_row);
+        print!("{}", table(&["CERTIFICATE", "OF", "ENDS", "LEFT", "RENEWED BY"], rows));
+        let page = &answer["page"];
+        let from = match page["file"].as_str() {
+            Some(file) => format!("of {} from {file}", text(&page["names"])),
+            None => "of the collector's own CA".to_owned(),
+        };
+        println!("{}", clean(&format!("The page shows a certificate {from}, until {}.", time(&page["not_after_us"]))));
+        Ok(())
+    }
+
     /// Events, newest last; then what comes, if that is wanted.
     pub async fn events(&self, query: EventsQuery, json: bool) -> anyhow::Result<()> {
         let answer = self.ask("/api/v1/events", &query.pairs()).await?;
@@ -303,6 +320,20 @@ pub fn text(value: &Value) -> String {
 
 fn first_text(value: &Value, pointers: &[&str]) -> String {
     pointers.iter().find_map(|p| value.pointer(p)).map(text).unwrap_or_default()
+}
+
+fn time(micros: &Value) -> String {
+    Timestamp(micros.as_i64().unwrap_or(0)).to_string()
+}
+
+fn certificate_row(one: &Value) -> Vec<String> {
+    let (begins, ends) = (one["not_before_us"].as_i64().unwrap_or(0), one["not_after_us"].as_i64().unwrap_or(0));
+    let left = match begins {
+        0 => "not known".to_owned(),
+        _ => format!("{} %", (100 * (ends - Timestamp::now().0)).checked_div(ends - begins).unwrap_or(0).clamp(0, 100)),
+    };
+    let by = if one["elsewhere"] == true { "somebody else" } else { "Sidewarden" };
+    vec![text(&one["what"]).replace('_', " "), text(&one["name"]), time(&one["not_after_us"]), left, by.to_owned()]
 }
 
 fn agent_row(agent: &Value) -> Vec<String> {

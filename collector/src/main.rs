@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use sidewarden_collector::ca::{Authority, CaError, Pattern, Register, TokenInfo};
 use sidewarden_collector::client::{self, Client, EventsQuery};
 use sidewarden_collector::config::{self, Config};
+use sidewarden_collector::identity;
 use sidewarden_collector::trust::{self, command::TrustCommand};
 use sidewarden_collector::{app, table};
 use sidewarden_proto::config::FromValue;
@@ -98,6 +99,11 @@ enum Command {
     /// The CA: what stands, rotation, certificates for clients without an agent, sealing, backup
     #[command(subcommand)]
     Ca(commands::ca::CaCommand),
+    /// Every certificate in use, the first to end first: the CA's, the collector's, its agents'; and which one the page shows
+    Certificates {
+        #[command(flatten)]
+        at: At,
+    },
     /// Who is there: agents with status, posture and certificate
     Agents {
         #[command(flatten)]
@@ -122,7 +128,7 @@ enum Command {
         #[command(flatten)]
         at: At,
     },
-    /// Read the settings and report every fault
+    /// Read the settings, and the certificates that they name, and report every fault
     CheckConfig,
 }
 
@@ -263,6 +269,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             runtime(false)?.block_on(commands::waiver::run(&client, command, &config.trust_domain))
         }
         Command::Ca(command) => commands::ca::run(&config, command),
+        Command::Certificates { at } => runtime(false)?.block_on(client(&config, &at)?.certificates(at.json)),
         Command::Agents { at } => runtime(false)?.block_on(client(&config, &at)?.agents(at.json)),
         Command::Events { at, query } => {
             let query = events_query(&config, query)?;
@@ -274,6 +281,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Health { at } => runtime(false)?.block_on(client(&config, &at)?.health(at.json)),
         Command::CheckConfig => {
+            identity::check(&config, Timestamp::now())?;
             println!("The configuration has no faults.");
             Ok(())
         }

@@ -9,10 +9,14 @@ use std::process::{Command, Stdio};
 
 use scene::{program, shop, start, token, until};
 use sidewarden_collector::app::App;
+use sidewarden_collector::fleet::Coming;
+use sidewarden_proto::directive::UNDERSTANDS;
 use sidewarden_proto::event::{
     Body, ConnectionRefused, Direction, Mode, PeerFirstSeen, PostureBaseline, RefusalReason, Severity,
 };
 use sidewarden_proto::finding::{Vantage, Verdict};
+use sidewarden_proto::identity::Sha256;
+use sidewarden_proto::time::Timestamp;
 
 struct Browser(PathBuf);
 
@@ -170,6 +174,36 @@ async fn an_auditor_sees_the_table_of_the_fleet_of_a_service_and_of_one_instance
 
     let page = browser.look(&scene.app, "report-wrong", &at("?of=shop%2F%2F")).await;
     assert_shows(&page, &["role=\"alert\"", "write shop/orders, shop/*, or a SPIFFE ID", ">Show<"]);
+    scene.app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_sees_when_each_certificate_ends_and_who_has_not_confirmed_the_newest_directive() {
+    let Some(browser) = browser() else { return };
+    let scene = start("").await;
+    shop(&scene.app).await;
+    let key = token(&scene.app);
+    let page = browser.look(&scene.app, "certificates", &format!("#token={key}&/certificates")).await;
+    assert_shows(&page, &["This page shows a certificate of the collector's own CA", "<code>api.cert</code>"]);
+    assert_shows(&page, &["Root CA", "Issuing CA", "Collector, by its own CA", "shop/orders#orders-1", ">Sidewarden<"]);
+    assert_shows(
+        &page,
+        &["tag pass\">96 %<", "tag warning\">25 %<", ">somebody else<", "aria-current=\"page\">Certificates<"],
+    );
+
+    // One agent runs the directive in force, another one an older one.
+    let (core, version) = (&scene.app.core, scene.app.core.directives.now().directive.version);
+    let mut places = Vec::new();
+    for (name, directive) in [("shop/web#web-1", version), ("shop/orders#orders-1", version - 1)] {
+        let id = std::sync::Arc::new(format!("spiffe://sidewarden.internal/{name}").parse().unwrap());
+        let coming = Coming { directive, understands: UNDERSTANDS, ..Coming::default() };
+        places.push(core.fleet.enter(&id, Sha256::of(&[name.as_bytes()]), false, coming, Timestamp::now()).unwrap());
+    }
+    let page = browser.look(&scene.app, "overview-lags", &format!("#token={key}&/")).await;
+    assert_shows(
+        &page,
+        &[&format!("directive {version}: run by 1 of 2 connected agents"), ">lags<", "shop/orders#orders-1"],
+    );
     scene.app.stop().await;
 }
 

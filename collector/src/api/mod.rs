@@ -6,6 +6,7 @@
 
 pub mod answers;
 pub mod auth;
+mod certificates;
 mod error;
 pub mod events;
 mod evidence;
@@ -118,6 +119,7 @@ fn handler(operation: Operation) -> MethodRouter<Arc<Api>> {
         Operation::Stream => get(stream),
         Operation::Alerts => get(alerts),
         Operation::Rules => get(rules),
+        Operation::Certificates => get(certificates::list),
         Operation::Revocations => get(revocations::list),
         Operation::Revoke => post(revocations::revoke),
         Operation::Unrevoke => post(revocations::undo),

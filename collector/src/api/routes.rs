@@ -23,6 +23,8 @@ pub enum Operation {
     Alerts,
     /// What alerts mean.
     Rules,
+    /// When certificates end.
+    Certificates,
     /// What is revoked.
     Revocations,
     /// Revokes.
@@ -181,6 +183,14 @@ pub const ROUTES: &[Route] = &[
         operation: Operation::Rules,
         path: "/api/v1/rules",
         summary: "Every alert rule: what it means and what to do.",
+        access: Access::Token,
+        parameters: &[],
+        takes: None,
+    },
+    Route {
+        operation: Operation::Certificates,
+        path: "/api/v1/certificates",
+        summary: "Every certificate in use and when it ends, the first one first; and which one the page shows.",
         access: Access::Token,
         parameters: &[],
         takes: None,

@@ -14,7 +14,7 @@ use rustls::pki_types::CertificateDer;
 use sidewarden_proto::directive::Directive;
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::event::CaCertificate;
-use sidewarden_proto::given::Offered;
+use sidewarden_proto::given::{Elsewhere, Offered};
 use sidewarden_proto::identity::{PeerName, TrustDomain, Usage, describe};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Floor, TlsError, Trust, Verifier};
@@ -22,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::app::Core;
 use crate::ca::Authority;
+use crate::config::Config;
 use crate::fleet::Directives;
 
 /// What sessions begin with. Made anew as a whole when a part of it changes.
@@ -163,7 +164,7 @@ impl Identities {
         }
         let page = self.page.borrow();
         if page.from().is_some() {
-            dates.push(date("page", page.credential().peer().name.to_string(), &page.credential().chain()[0]));
+            dates.push(date("page", page.names(), &page.credential().chain()[0]));
         }
         dates
     }
@@ -217,6 +218,23 @@ fn build(authority: &Authority, own: Credential, given: Option<Arc<Offered>>, tr
     // What makes no configuration must not be taken.
     front.config(&[])?;
     Ok(front)
+}
+
+/// Whether the certificates that the settings name can be used now; every fault at once. What a Workload API would say is not
+/// asked for.
+pub fn check(config: &Config, now: Timestamp) -> anyhow::Result<()> {
+    let mut faults = Vec::new();
+    if let Some(Elsewhere::Files(files)) = &config.identity {
+        let follows = config.ca.leader.is_some();
+        let judged = files.read().map_err(|fault| fault.to_string());
+        let judged = judged.and_then(|offered| judge(&offered, &config.trust_domain, follows, now));
+        faults.extend(judged.err().map(|fault| format!("identity: {fault}")));
+    }
+    if let Some(pair) = &config.api.certificate {
+        faults.extend(page::read(pair, now).err().map(|fault| format!("api.cert: {fault}")));
+    }
+    anyhow::ensure!(faults.is_empty(), faults.join("\n"));
+    Ok(())
 }
 
 /// Whether `offered` may be this collector's: its name is one of ours, and it can do what a collector must.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use rustls::ServerConfig;
 use sidewarden_proto::event::{CollectorIdentityTaken, Severity};
 use sidewarden_proto::given::files::{Look, Pair, Steady};
+use sidewarden_proto::identity::PeerName;
+use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Floor, TlsError};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
@@ -35,6 +37,14 @@ impl Shown {
     /// What people see.
     pub fn credential(&self) -> &Credential {
         self.given.as_ref().map_or(&self.own, |(credential, _)| credential)
+    }
+
+    /// Whom it names, in words.
+    pub fn names(&self) -> String {
+        match &self.credential().peer().name {
+            PeerName::Dns(names) => names.join(", "),
+            PeerName::Spiffe(id) => id.to_string(),
+        }
     }
 
     /// The file that it came from; `None`: it is of our own CA.
@@ -92,6 +102,17 @@ impl Identities {
     }
 }
 
+/// What is in the files, if it holds at `now`.
+pub(super) fn read(pair: &Pair, now: Timestamp) -> Result<Credential, String> {
+    let credential = pair.read().map_err(|fault| fault.to_string())?;
+    let (from, until) = (credential.peer().not_before, credential.peer().not_after);
+    if now < from || now >= until {
+        let cert = pair.cert.display();
+        return Err(format!("{cert}: it holds from {from} to {until}, and this machine's clock says {now}"));
+    }
+    Ok(credential)
+}
+
 struct Keeper {
     core: Core,
     pair: Pair,
@@ -133,25 +154,15 @@ impl Keeper {
         }
     }
 
-    fn read(&self) -> Result<Credential, String> {
-        let credential = self.pair.read().map_err(|fault| fault.to_string())?;
-        let (from, until, now) = (credential.peer().not_before, credential.peer().not_after, (self.core.clock)());
-        if now < from || now >= until {
-            let cert = self.pair.cert.display();
-            return Err(format!("{cert}: it holds from {from} to {until}, and this machine's clock says {now}"));
-        }
-        Ok(credential)
-    }
-
     /// Takes what is in the files, or tells why not; whether it was taken.
     async fn take(&mut self) -> bool {
-        match self.read() {
+        match read(&self.pair, (self.core.clock)()) {
             Ok(credential) => {
-                let peer = credential.peer();
-                let (name, serial, not_after_us) = (peer.name.to_string(), peer.serial.clone(), peer.not_after);
+                let (serial, not_after_us) = (credential.peer().serial.clone(), credential.peer().not_after);
+                self.core.identities.show_given(credential, self.pair.cert.clone());
+                let name = self.core.identities.page().borrow().names();
                 let summary = format!("the page shows a certificate of {name} from files, until {not_after_us}");
                 tracing::info!("{summary}");
-                self.core.identities.show_given(credential, self.pair.cert.clone());
                 self.told = None;
                 let body = CollectorIdentityTaken { what: PAGE.into(), name, serial, not_after_us };
                 tell(&self.core, Severity::Info, summary, body).await;

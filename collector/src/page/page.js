@@ -363,6 +363,31 @@ function alertItem(alert, open = false) {
       el("ul", { class: "evidence" }, alert.evidence.map((line) => el("li", {}, line))), remedy ? el("pre", { class: "body" }, alert.what_to_do) : "") : "");
 }
 
+const CERTIFICATES = { root: "Root CA", issuing: "Issuing CA", collector: "Collector, by its own CA", identity: "Collector, by another CA", identity_root: "Root of another CA", page: "This page", agent: "Agent" };
+
+async function certificatesView(signal) {
+  const [state, told] = await Promise.all([json("/api/v1/status", signal), json("/api/v1/certificates", signal)]);
+  frame(state);
+  const page = told.page;
+  const which = page.file
+    ? ["This page shows a certificate of ", el("b", {}, page.names), " from ", el("code", {}, page.file), ", which somebody else renews. It ends ", when(page.not_after_us), "."]
+    : ["This page shows a certificate of the collector's own CA, until ", when(page.not_after_us), ". ", el("code", {}, "api.cert"), " and ", el("code", {}, "api.key"), " put one of your CA in its place."];
+  show(el("div", { class: "head" }, el("h1", {}, "Certificates"), el("p", { class: "soft" }, ...which)),
+    table(["Certificate", "Of", "Ends", "Left of its life", "Renewed by"], told.certificates.map(certificateRow)));
+}
+
+/** Alerts come at a third and at a tenth of the life. */
+function certificateRow(one) {
+  const life = one.not_before_us ? one.not_after_us - one.not_before_us : 0;
+  const left = life ? Math.max(0, Math.min(1, (one.not_after_us - Date.now() * 1000) / life)) : null;
+  const word = left === null ? "info" : left < 0.1 ? "critical" : left < 1 / 3 ? "warning" : "pass";
+  const who = one.what === "agent" ? el("a", { href: link(one.name.split("#")[0]) }, short(one.name)) : one.name;
+  return el("tr", { class: "row" },
+    el("td", { class: "nowrap" }, CERTIFICATES[one.what] || one.what), el("td", {}, who), el("td", {}, when(one.not_after_us)),
+    el("td", {}, left === null ? el("span", { class: "soft" }, "not known") : tag(word, `${Math.round(left * 100)} %`)),
+    el("td", {}, one.elsewhere ? "somebody else" : "Sidewarden"));
+}
+
 async function rulesView(name, signal) {
   const [state, told] = await Promise.all([json("/api/v1/status", signal), json("/api/v1/rules", signal)]);
   frame(state);
@@ -593,7 +618,7 @@ function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const [view = "", ...rest] = path.split("/");
   const name = rest.map(decodeURIComponent).join("/");
-  const views = { "": "overview", workload: "overview", alerts: "alerts", events: "events", report: "report", rules: "rules" };
+  const views = { "": "overview", workload: "overview", alerts: "alerts", events: "events", report: "report", certificates: "certificates", rules: "rules" };
   for (const node of document.querySelectorAll("nav a")) {
     node.dataset.view === views[view] ? node.setAttribute("aria-current", "page") : node.removeAttribute("aria-current");
   }
@@ -601,6 +626,7 @@ function route() {
   if (view === "alerts") return repeat((signal) => alertsView(name, signal));
   if (view === "events") return eventsView(new URLSearchParams(query || ""));
   if (view === "report") return once((signal) => reportView(new URLSearchParams(query || ""), signal));
+  if (view === "certificates") return repeat(certificatesView);
   if (view === "rules") return once((signal) => rulesView(name, signal));
   return repeat(overview);
 }
