@@ -59,9 +59,13 @@ impl Front {
         tls::verify_chain(chain, &self.trust, Usage::Client, now).map(drop)
     }
 
-    /// The roots that vouch for agents, by trust domain.
-    pub fn trust(&self) -> &Trust {
-        &self.trust
+    /// The roots by which somebody of `domain`, whose certificate is not of our own CA, takes our word: for our own domain those
+    /// that came with what we were given.
+    pub fn roots_of_guest(&self, domain: &TrustDomain) -> Trust {
+        let given = self.given.as_ref().filter(|_| *domain == self.domain);
+        let roots =
+            given.and_then(|given| given.trust.domains.get(domain)).or_else(|| self.trust.domains.get(&self.domain));
+        Trust::single(self.domain.clone(), roots.cloned().unwrap_or_default())
     }
 
     fn is_made_of(&self, own: &Credential, given: Option<&Arc<Offered>>, trust: &Trust) -> bool {

@@ -268,7 +268,7 @@ async fn check_guest(
     hello: &Hello,
 ) -> Result<(), NotAdmitted> {
     let (issuer, guest, shown, now) = (shared.issuer.clone(), agent.clone(), peer.clone(), (shared.clock)());
-    let trust = shared.identities.front().borrow().trust().clone();
+    let trust = shared.identities.front().borrow().roots_of_guest(&agent.workload.trust_domain());
     if hello.directive == 0 && !shared.directives.is_fresh(&trust, now) {
         return Err(not_admitted("not_ready", super::NO_DIRECTIVE, true));
     }

@@ -371,7 +371,7 @@ async function certificatesView(signal) {
   const page = told.page;
   const which = page.file
     ? ["This page shows a certificate of ", el("b", {}, page.names), " from ", el("code", {}, page.file), ", which somebody else renews. It ends ", when(page.not_after_us), "."]
-    : ["This page shows a certificate of the collector's own CA, until ", when(page.not_after_us), ". ", el("code", {}, "api.cert"), " and ", el("code", {}, "api.key"), " put one of your CA in its place."];
+    : ["This page shows a certificate of the collector's own CA. It ends ", when(page.not_after_us), ". ", el("code", {}, "api.cert"), " and ", el("code", {}, "api.key"), " put one of your CA in its place."];
   show(el("div", { class: "head" }, el("h1", {}, "Certificates"), el("p", { class: "soft" }, ...which)),
     table(["Certificate", "Of", "Ends", "Left of its life", "Renewed by"], told.certificates.map(certificateRow)));
 }

@@ -1,6 +1,9 @@
 //! Several collectors with one root: whichever is lost, traffic goes on, and what is denied at one is denied everywhere.
 
 #[allow(dead_code)] // what other tests need of it
+#[path = "../hostile/mint.rs"]
+mod mint;
+#[allow(dead_code)] // what other tests need of it
 #[path = "../world/mod.rs"]
 mod world;
 
@@ -383,6 +386,74 @@ async fn a_rotation_takes_the_agents_of_the_other_collector_and_that_collector_w
     }
     load.goes_on().await;
     load.stop().await;
+    second.stop().await;
+}
+
+/// A certificate of `ca` in files of `dir`, and the settings that name them.
+fn given(dir: &Path, ca: &mint::Authority, path: &str) -> String {
+    std::fs::create_dir_all(dir.join("roots")).unwrap();
+    let shown = ca.leaf(&mint::leaf(&format!("spiffe://sidewarden.internal/{path}")), &[]);
+    shown.write(dir);
+    mint::Shown { chain: vec![ca.cert.clone()], key: shown.key }.write(&dir.join("roots"));
+    let d = dir.display();
+    format!("identity.cert = '{d}/chain.pem'\nidentity.key = '{d}/key.pem'\nidentity.roots = '{d}/roots/chain.pem'\n")
+}
+
+/// Agents that know of somebody else's CA alone go from one collector to the other and back; what is signed for them at the first
+/// is what the other hands out.
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_of_somebody_elses_ca_fail_over_as_well_and_nothing_is_undone_by_it() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), mint::Authority::root("the company"));
+    let mut world = World::start_with(&given(&dir.path().join("first"), &ca, "sidewarden/collector")).await;
+    let at = world.dir.path().join("second");
+    join(&world.collector().core, &at).await;
+    let follows_with = |name: &str| {
+        let mut config = follower(&at, world.agents, SocketAddr::from(([127, 0, 0, 1], 0)));
+        let text = given(&dir.path().join("second"), &ca, name);
+        config.identity = config::read(&text, &|_| None).unwrap().identity;
+        config
+    };
+    // One with the name of the collector that makes the directives could make some, so it is not taken.
+    let misnamed = collector::start(follows_with("sidewarden/collector"), Timestamp::now).await.unwrap();
+    assert!(misnamed.core.identities.given().is_none());
+    misnamed.stop().await;
+    let second = collector::start(follows_with("sidewarden/collector/second"), Timestamp::now).await.unwrap();
+    follows(&world, &second).await;
+    world.others = vec![second.agents];
+
+    let identity = |name: &str, path: &str| given(&dir.path().join(name), &ca, path);
+    let rules = inbound(echo().await, "shop/web");
+    let orders = world.agent_of("orders-1", &format!("{}{rules}", identity("orders", "shop/orders")), None).await;
+    let to_orders = outbound(orders.inbound(), "shop/orders");
+    let web = world.agent_of("web-1", &format!("{}{to_orders}", identity("web", "shop/web")), None).await;
+    connected(&world.collector().core, &["orders-1", "web-1"]).await;
+    let load = Load::start(&web);
+    load.goes_on().await;
+    world.stop_collector().await;
+    connected(&second.core, &["orders-1", "web-1"]).await;
+    load.goes_on().await;
+    // One that comes only now takes the directive from the second.
+    let other = world.agent_of("web-2", &format!("{}{to_orders}", identity("web2", "shop/web")), None).await;
+    connected(&second.core, &["web-2"]).await;
+    let version = second.core.directives.now().directive.version;
+    eventually(|| format!("web-2 runs {}", runs(&other)), async || (runs(&other) == version).then_some(())).await;
+
+    world.start_collector_again().await;
+    connected(&world.collector().core, &["orders-1", "web-1"]).await;
+    load.goes_on().await;
+    load.stop().await;
+    assert!(losses(&second).is_empty() && losses(world.collector()).is_empty());
+
+    // What the second has seen the first knows: all keys of an instance are revoked.
+    let core = &world.collector().core;
+    let reported = async || (!core.issuer.keys_of(&id("web-2"), Timestamp::now()).unwrap().is_empty()).then_some(());
+    eventually(|| "the first collector does not hear of the second one's agents".into(), reported).await;
+    revoke(core, "shop/web").unwrap();
+    follows(&world, &second).await;
+    for agent in [&web, &other] {
+        eventually(|| "a revoked workload is still let in".into(), async || asks(agent).await.is_err().then_some(()))
+            .await;
+    }
     second.stop().await;
 }
 

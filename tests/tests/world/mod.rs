@@ -100,14 +100,19 @@ impl World {
 
     /// The same, watching a machine whose /proc and /sys are below `root`.
     pub async fn agent_below(&self, name: &str, rules: &str, root: Option<PathBuf>) -> Agent {
+        let token = self.dir.path().join(format!("{name}.token"));
+        self.agent_of(name, &format!("collector.token_file = '{}'\n{rules}", token.display()), root).await
+    }
+
+    /// An agent whose identity is where `settings` say.
+    pub async fn agent_of(&self, name: &str, settings: &str, root: Option<PathBuf>) -> Agent {
         let home = self.dir.path().join(name);
         let collectors: Vec<String> = [self.agents].iter().chain(&self.others).map(|at| format!("'{at}'")).collect();
         let text = format!(
             "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = [{}]\n\
-             collector.token_file = '{}'\nadmin.listen = '127.0.0.1:0'\n{rules}",
+             admin.listen = '127.0.0.1:0'\n{settings}",
             home.display(),
             collectors.join(", "),
-            self.dir.path().join(format!("{name}.token")).display(),
         );
         let config = AgentConfig::parse(&text, &|_| None).unwrap();
         let setup = Setup { mode: Mode::Sidecar, config, root, shares_user: false, random: backoff::random };
