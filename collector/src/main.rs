@@ -241,8 +241,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Trust(Trust::Store(command)) => trust::command::run(&config, command, Timestamp::now()),
         Command::Trust(Trust::Verify { at }) => {
-            let agents = runtime(false)?.block_on(client(&config, &at)?.agent_list())?;
-            trust::command::verify(&config, &agents, at.json)
+            let client = client(&config, &at)?;
+            let asked =
+                async { anyhow::Ok((client.agent_list().await?, client.ask("/api/v1/certificates", &[]).await?)) };
+            let (agents, certificates) = runtime(false)?.block_on(asked)?;
+            trust::command::verify(&config, &agents, &certificates, at.json)
         }
         Command::Quarantine(command) => {
             let client = client(&config, command.at())?;

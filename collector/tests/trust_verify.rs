@@ -55,7 +55,10 @@ async fn who_lacks_what_is_shown_and_the_exit_code_says_whether_somebody_does() 
     assert!(code == Some(0) && out.contains("trusts") && !out.contains("LACKS"), "{out}");
     let (code, out, _) = verify(&app, &["--json"]).await;
     let found: serde_json::Value = serde_json::from_str(&out).unwrap();
-    assert_eq!((code, &found["rows"][0]["cells"][0]["is"]), (Some(0), &json!("trusts")), "{found}");
+    assert_eq!((code, &found["rows"][1]["cells"][0]["is"]), (Some(0), &json!("trusts")), "{found}");
+    let collector = &found["rows"][0];
+    assert_eq!(collector["agent"], "spiffe://sidewarden.internal/sidewarden/collector");
+    assert_eq!(collector["first_to_end"][1], "collector", "its own certificate is the first of its to end: {found}");
 
     app.stop().await;
 }

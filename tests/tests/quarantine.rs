@@ -1,10 +1,14 @@
 //! A workload that breaks a gate of the policy is off the data plane, in touch with its collector, and comes back.
 
 #[allow(dead_code)]
+#[path = "hostile/mint.rs"]
+mod mint;
+#[allow(dead_code)]
 mod world;
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sidewarden_collector::fleet;
@@ -169,6 +173,55 @@ async fn a_workload_that_breaks_a_gate_is_off_the_data_plane_until_it_has_kept_i
     machine.lets_gain_privileges(false);
     told(&world, GateStatus::Clear).await;
     comes_back(&web).await;
+}
+
+/// A certificate of `ca` in files of `dir`, and the settings that name them.
+fn given(dir: &Path, ca: &mint::Authority, path: &str) -> String {
+    mint::given(dir, ca, &format!("spiffe://sidewarden.internal/{path}"))
+}
+
+/// SPIRE gives the instances of a workload on one host one key. Peers refuse all of them by it, so all of them count.
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_with_one_key_are_quarantined_together_or_not_at_all() {
+    let (dir, ca) = (TempDir::new().unwrap(), mint::Authority::root("the company"));
+    let world = World::start_with(&given(&dir.path().join("collector"), &ca, "sidewarden/collector")).await;
+    let shared = given(&dir.path().join("orders"), &ca, "shop/orders");
+    let machines = [Machine::new(), Machine::new(), Machine::new()];
+    let mut orders = Vec::new();
+    for (number, machine) in machines.iter().enumerate() {
+        // The third has a key of its own.
+        let own = given(&dir.path().join("third"), &ca, "shop/orders");
+        let identity = if number == 2 { &own } else { &shared };
+        let rules = format!("{identity}watch.posture_interval = '1s'\n{}", inbound(echo().await, "shop/web"));
+        orders.push(world.agent_of(&format!("orders-{number}"), &rules, Some(machine.0.path().to_owned())).await);
+    }
+    let mut webs = Vec::new();
+    for (number, orders) in orders.iter().enumerate() {
+        let rules =
+            format!("{}{}", given(&dir.path().join("web"), &ca, "shop/web"), outbound(orders.inbound(), "shop/orders"));
+        webs.push(world.agent_of(&format!("web-{number}"), &rules, None).await);
+    }
+    for number in 0..3 {
+        let name = format!("orders-{number}");
+        world.event("posture.baseline", |record| record.agent.instance.as_str() == name).await;
+    }
+    apply(&world, &gate("enforce = true"));
+    machines[0].lets_gain_privileges(true);
+    let capped = world.event("quarantine.changed", |record| record.summary.contains("no more may be stopped")).await;
+    assert!(capped.summary.contains("its key is also that of orders-1"), "{}", capped.summary);
+    for web in &webs {
+        comes_back(web).await;
+    }
+    apply(&world, &gate("enforce = true\nmax_per_workload = 2"));
+    told(&world, GateStatus::Quarantined).await;
+    for web in &webs[..2] {
+        eventually(|| "who shares the key is let in".into(), async || (!gets_through(web).await).then_some(())).await;
+    }
+    assert!(gets_through(&webs[2]).await, "another key is another instance");
+    machines[0].lets_gain_privileges(false);
+    for web in &webs {
+        comes_back(web).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

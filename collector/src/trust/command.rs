@@ -9,9 +9,10 @@ use sidewarden_proto::directive::Directive;
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::{Sha256, TrustDomain};
 use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls;
 
 use super::judge::{Judged, Kind, judge};
-use super::matrix::{Cell, Matrix, Told, matrix};
+use super::matrix::{Cell, Door, Matrix, Told, matrix};
 use super::read::{self, MAX_FILE};
 use super::store::{Imported, Serves, Store};
 use crate::config::Config;
@@ -218,9 +219,16 @@ fn own_roots(config: &Config) -> anyhow::Result<Vec<Der>> {
 }
 
 /// Prints who trusts whom; an error where somebody lacks something, for the exit code.
-pub fn verify(config: &Config, agents: &serde_json::Value, json: bool) -> anyhow::Result<()> {
-    let told = told(agents)?;
-    let found = matrix(&told, &directive(config)?);
+pub fn verify(
+    config: &Config,
+    agents: &serde_json::Value,
+    certificates: &serde_json::Value,
+    json: bool,
+) -> anyhow::Result<()> {
+    let (told, directive) = (told(agents)?, directive(config)?);
+    let (name, admitted) = (tls::collector_id(&config.trust_domain).to_string(), &config.agents.trust_domains[..]);
+    let door = Door { name, admitted, first_to_end: first_of_collector(certificates) };
+    let found = matrix(&told, &directive, &door);
     if json {
         println!("{}", serde_json::to_string(&found)?);
     } else {
@@ -236,17 +244,27 @@ fn told(agents: &serde_json::Value) -> anyhow::Result<Vec<Told>> {
         let id = format!("{}#{}", agent["workload"].as_str()?, agent["instance"].as_str()?).parse().ok()?;
         let holds = serde_json::from_value(agent["trust"].clone()).ok();
         let certificate_ends = agent["certificate"]["not_after"].as_i64().map(Timestamp);
-        Some(Told { agent: id, holds, certificate_ends })
+        let elsewhere = agent["certificate"]["elsewhere"] == true;
+        Some(Told { agent: id, holds, certificate_ends, elsewhere })
     };
     Ok(list.iter().filter_map(one).collect())
 }
 
+/// The API names the first one to end first.
+fn first_of_collector(certificates: &serde_json::Value) -> Option<(Timestamp, String)> {
+    let all = certificates["certificates"].as_array()?;
+    let first = all.iter().find(|one| one["what"] != "agent")?;
+    let (what, name) = (first["what"].as_str()?, first["name"].as_str()?);
+    Some((Timestamp(first["not_after_us"].as_i64()?), format!("{} {name}", what.replace('_', " ")).trim().to_owned()))
+}
+
 fn in_words(found: &Matrix) -> String {
     let heads: Vec<&str> =
-        ["AGENT"].into_iter().chain(found.columns.iter().map(String::as_str)).chain(["FIRST TO END"]).collect();
+        ["WHO"].into_iter().chain(found.columns.iter().map(String::as_str)).chain(["FIRST TO END"]).collect();
     let rows = found.rows.iter().map(|row| {
         let cells = row.cells.iter().map(|cell| match cell {
             Cell::Trusts => "trusts".to_owned(),
+            Cell::OtherCa => "trusts (its other CA)".to_owned(),
             Cell::Lacks { roots } => format!("LACKS {}", roots.len()),
             Cell::ByItself => "trusts (by its own files)".to_owned(),
             Cell::No => "-".to_owned(),

@@ -391,12 +391,7 @@ async fn a_rotation_takes_the_agents_of_the_other_collector_and_that_collector_w
 
 /// A certificate of `ca` in files of `dir`, and the settings that name them.
 fn given(dir: &Path, ca: &mint::Authority, path: &str) -> String {
-    std::fs::create_dir_all(dir.join("roots")).unwrap();
-    let shown = ca.leaf(&mint::leaf(&format!("spiffe://sidewarden.internal/{path}")), &[]);
-    shown.write(dir);
-    mint::Shown { chain: vec![ca.cert.clone()], key: shown.key }.write(&dir.join("roots"));
-    let d = dir.display();
-    format!("identity.cert = '{d}/chain.pem'\nidentity.key = '{d}/key.pem'\nidentity.roots = '{d}/roots/chain.pem'\n")
+    mint::given(dir, ca, &format!("spiffe://sidewarden.internal/{path}"))
 }
 
 /// Agents that know of somebody else's CA alone go from one collector to the other and back; what is signed for them at the first

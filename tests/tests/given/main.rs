@@ -39,12 +39,7 @@ fn agent_id(workload: &str, instance: &str) -> AgentId {
 
 /// A certificate for `path` in files of `dir`, and the settings that name them.
 fn files(dir: &Path, ca: &Authority, path: &str) -> String {
-    std::fs::create_dir_all(dir.join("roots")).unwrap();
-    let shown = ca.leaf(&mint::leaf(&id(path)), &[]);
-    shown.write(dir);
-    Shown { chain: vec![ca.cert.clone()], key: shown.key.clone() }.write(&dir.join("roots"));
-    let d = dir.display();
-    format!("identity.cert = '{d}/chain.pem'\nidentity.key = '{d}/key.pem'\nidentity.roots = '{d}/roots/chain.pem'\n")
+    mint::given(dir, ca, &id(path))
 }
 
 /// A world whose collector has its identity from `ca`, in files of `dir`.

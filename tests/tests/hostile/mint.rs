@@ -93,6 +93,16 @@ impl Shown {
     }
 }
 
+/// A certificate of `ca` for `id` in files of `dir`, and the settings of an agent or a collector that name them.
+pub fn given(dir: &Path, ca: &Authority, id: &str) -> String {
+    std::fs::create_dir_all(dir.join("roots")).unwrap();
+    let shown = ca.leaf(&leaf(id), &[]);
+    shown.write(dir);
+    Shown { chain: vec![ca.cert.clone()], key: shown.key }.write(&dir.join("roots"));
+    let d = dir.display();
+    format!("identity.cert = '{d}/chain.pem'\nidentity.key = '{d}/key.pem'\nidentity.roots = '{d}/roots/chain.pem'\n")
+}
+
 fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let three = |part: &[u8]| {
