@@ -240,8 +240,10 @@ async fn an_expired_certificate_is_renewed_within_the_grace_by_its_own_key_only(
         ..request(&token, "shop/web", "c1", key)
     };
     let (issuer, directive) = (&app.core.issuer, app.core.directives.now().directive.clone());
-    let enrol_at = |request: &_, days: u64| {
-        let now = Timestamp::now().plus(Duration::from_secs(days * 86400));
+    let enrol_at = |request: &_, days: i64| {
+        let now = Timestamp::now()
+            .plus(Duration::from_secs(30 * 86400))
+            .minus(Duration::from_secs((30 - days) as u64 * 86400));
         issuer.enrol(request, &directive, &|_| None, now).map(|grant| grant.event.by).map_err(|r| r.reason)
     };
     let chain = issued.chain.clone();
@@ -249,6 +251,9 @@ async fn an_expired_certificate_is_renewed_within_the_grace_by_its_own_key_only(
     foreign[0] = foreign[1].clone();
     assert_eq!(enrol_at(&ask(&key, chain.clone()), 3), Ok("grace".into()));
     assert_eq!(enrol_at(&ask(&key, chain.clone()), 9), Err("grace_over".into()));
+    // Made while the clock was a day ahead, or longer; what it is of was made then, too.
+    assert_eq!(enrol_at(&ask(&key, chain.clone()), -2), Ok("grace".into()));
+    assert_eq!(enrol_at(&ask(&other, chain.clone()), -2), Err("bad_request".into()));
     assert_eq!(enrol_at(&ask(&other, chain.clone()), 3), Err("bad_request".into()));
     assert_eq!(enrol_at(&ask(&key, foreign), 3), Err("bad_request".into()));
     let mut elsewhere = ask(&key, chain);

@@ -58,6 +58,8 @@ pub const TESTS: &[Needed] = &[
     needed("wrk", &["wrk"]),
     // A load balancer in front of an agent.
     needed("haproxy", &["haproxy"]),
+    // Clocks that jump.
+    needed(FAKETIME, &["faketime"]),
     // What looks at a TLS port from outside.
     needed("testssl", &["testssl.sh"]),
     needed("sslscan", &["sslscan"]),
@@ -69,6 +71,8 @@ pub const TESTS: &[Needed] = &[
 
 /// Says by being there that `python3 -m venv` works.
 const PIP: &str = "ensurepip/__main__.py";
+/// A clock for one process.
+pub const FAKETIME: &str = "faketime/libfaketimeMT.so.1";
 /// Client and server of AMQP 1.0, for Debian's own Python.
 pub const PROTON: &str = "dist-packages/proton/__init__.py";
 
@@ -127,6 +131,7 @@ fn look(program: &str, path: &str) -> Option<PathBuf> {
 fn elsewhere() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = ["/usr/sbin", "/sbin", "/usr/share/tomcat10/bin"].map(PathBuf::from).into();
     folders.extend(children("/usr/lib/postgresql").map(|release| release.join("bin")));
+    folders.extend(children("/usr/lib").filter(|dir| dir.to_string_lossy().ends_with("-linux-gnu")));
     folders.extend(children("/usr/lib").filter(|dir| dir.to_string_lossy().starts_with("/usr/lib/python3")));
     folders
 }

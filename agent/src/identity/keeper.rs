@@ -1,7 +1,8 @@
 //! Keeps the agent's identity alive: enrols, renews, takes directives, and publishes what follows.
 //!
 //! A renewal goes over the session with the collector while the certificate holds. One that ended while no collector
-//! could be reached is renewed with its own key over the enrolment port, within the collector's grace. Where somebody
+//! could be reached, or that a clock which was ahead has dated into the future, is renewed with its own key over the enrolment
+//! port, within the collector's grace. Where somebody
 //! else keeps it in files, the files are watched instead. A failure never throws away what still holds.
 
 use std::path::PathBuf;
@@ -40,8 +41,10 @@ use crate::dial::Resolver;
 const RENEW_WITHIN: Duration = Duration::from_secs(30);
 /// At most so much of a directive's spread for renewals is believed.
 const LONGEST_SPREAD: Duration = Duration::from_secs(3600);
-/// The clock is looked at again this often: it may be set.
+/// What does not go on by itself is looked at again this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
+/// The same for the clock, which may be set.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(5);
 /// How often files are looked at.
 const LOOK_AT_FILES: Duration = Duration::from_secs(1);
 /// With less than this part of its life left, a certificate that could not be renewed is worth an alarm.
@@ -245,6 +248,7 @@ enum Step {
     Enrol,
     Renew,
     RenewEnded,
+    RenewNotYet,
     LookAtFiles,
     LookAtApi,
     Wait(Duration),
@@ -257,9 +261,13 @@ fn plan(dates: Option<(Timestamp, Timestamp)>, jitter: Duration, asked: Option<T
     if now >= until {
         return Step::RenewEnded;
     }
+    // Made while a clock was ahead; or ours is behind, which the answer will tell.
+    if now < from {
+        return Step::RenewNotYet;
+    }
     let half = from.plus(until.since(from) / 2).plus(jitter);
     let due = asked.map_or(half, |asked| asked.min(half));
-    if now >= due { Step::Renew } else { Step::Wait(due.since(now).min(LOOK_AGAIN)) }
+    if now >= due { Step::Renew } else { Step::Wait(due.since(now).min(LOOK_AT_CLOCK)) }
 }
 
 impl Keeper {
@@ -363,7 +371,7 @@ impl Keeper {
     /// Does what is due until `shutdown`.
     pub async fn run(mut self, mut directives: mpsc::Receiver<Vec<u8>>, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), self.parts.random);
-        let mut pause = Duration::ZERO;
+        let mut retry_at = Instant::now();
         let (tell, mut told) = mpsc::channel(1);
         let (elsewhere, random) = (self.parts.source.elsewhere.clone(), self.parts.random);
         let asking = async {
@@ -379,11 +387,15 @@ impl Keeper {
             if step != Step::Renew {
                 self.pending = None;
             }
-            let wait = match step {
-                Step::Wait(wait) => wait,
-                Step::LookAtFiles => LOOK_AT_FILES,
-                Step::LookAtApi => LOOK_AGAIN,
-                _ => pause,
+            let (wait, is_due) = match step {
+                Step::Wait(wait) => (wait, true),
+                Step::LookAtFiles => (LOOK_AT_FILES, true),
+                Step::LookAtApi => (LOOK_AGAIN, true),
+                // The clock may be set while we wait, and then something else is due.
+                _ => {
+                    let left = retry_at.saturating_duration_since(Instant::now());
+                    (left.min(LOOK_AT_CLOCK), left <= LOOK_AT_CLOCK)
+                }
             };
             let result = tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -393,16 +405,27 @@ impl Keeper {
                     continue;
                 }
                 Some(answer) = told.recv() => self.take_answer(answer),
-                result = async { self.wait(wait).await; self.act(step).await } => result,
+                result = async {
+                    self.wait(wait).await;
+                    if is_due { Some(self.act(step).await) } else { None }
+                } => match result {
+                    Some(result) => result,
+                    None => continue,
+                },
             };
             match result {
                 Ok(()) => {
                     backoff.reset();
-                    (pause, self.failing) = (Duration::ZERO, false);
+                    (retry_at, self.failing) = (Instant::now(), false);
                     self.trouble.send_replace(None);
                 }
                 Err(error) => {
-                    pause = backoff.after_failure();
+                    let mut pause = backoff.after_failure();
+                    // Each try is a certificate that is made for nothing.
+                    if matches!(error, KeeperError::Clock { .. }) {
+                        pause = pause.max(LOOK_AGAIN);
+                    }
+                    retry_at = Instant::now() + pause;
                     self.tell_failure(&error, pause);
                 }
             }
@@ -439,7 +462,8 @@ impl Keeper {
             },
             Step::Enrol => self.enrol().await,
             Step::Renew => self.renew().await,
-            Step::RenewEnded => match self.renew_ended().await {
+            Step::RenewNotYet => self.renew_by_its_key().await,
+            Step::RenewEnded => match self.renew_by_its_key().await {
                 // Past the grace only a new token helps.
                 Err(KeeperError::Enrol(EnrolError::Refused(refused))) if !refused.retry && self.has_token() => {
                     tracing::warn!(reason = refused.reason, "the ended certificate cannot be renewed; enrolling anew");
@@ -672,8 +696,8 @@ impl Keeper {
         }
     }
 
-    /// Over the enrolment port, with the key of the certificate that ended.
-    async fn renew_ended(&mut self) -> Result<(), KeeperError> {
+    /// Over the enrolment port, with the key of a certificate that does not hold now.
+    async fn renew_by_its_key(&mut self) -> Result<(), KeeperError> {
         let Some(issued) = self.issued.clone() else { return self.enrol().await };
         let der = issued.key()?;
         let key = KeyPair::try_from(der.as_slice()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
@@ -849,9 +873,9 @@ mod tests {
             let plan = plan(Some((from, until)), Duration::from_secs(100), None, Timestamp::from_secs(now));
             assert_eq!(plan, expected, "at {now}");
         };
-        check(-500, Step::Wait(LOOK_AGAIN));
-        check(3600, Step::Wait(LOOK_AGAIN));
-        check(3690, Step::Wait(Duration::from_secs(10)));
+        check(-500, Step::RenewNotYet);
+        check(3600, Step::Wait(LOOK_AT_CLOCK));
+        check(3697, Step::Wait(Duration::from_secs(3)));
         check(3700, Step::Renew);
         check(7199, Step::Renew);
         check(7200, Step::RenewEnded);
@@ -862,7 +886,7 @@ mod tests {
     fn a_renewal_that_is_asked_for_comes_before_half_of_the_life_and_never_after() {
         let dates = Some((Timestamp::from_secs(0), Timestamp::from_secs(7200)));
         let at = |asked, now| plan(dates, HOUR / 60, Some(Timestamp::from_secs(asked)), Timestamp::from_secs(now));
-        assert_eq!(at(1000, 990), Step::Wait(Duration::from_secs(10)));
+        assert_eq!(at(1000, 997), Step::Wait(Duration::from_secs(3)));
         assert_eq!(at(1000, 1000), Step::Renew);
         assert_eq!(at(7000, 3660), Step::Renew, "half of its life counts as well");
         assert_eq!(at(1000, 7200), Step::RenewEnded);
@@ -874,10 +898,10 @@ mod tests {
         let (from, until) = (Timestamp::from_secs(10 * day - 300), Timestamp::from_secs(11 * day));
         let at = |now| plan(Some((from, until)), Duration::ZERO, None, Timestamp::from_secs(now));
         let now = 10 * day + 3600;
-        assert_eq!(at(now), Step::Wait(LOOK_AGAIN));
-        assert_eq!(at(now - day), Step::Wait(LOOK_AGAIN), "a day back: it waits until the clock is right again");
+        assert_eq!(at(now), Step::Wait(LOOK_AT_CLOCK));
+        assert_eq!(at(now - day), Step::RenewNotYet, "a day back: the collector says whose clock is wrong");
         assert_eq!(at(now + day), Step::RenewEnded, "a day ahead: renewed with its own key, no token needed");
-        assert_eq!(at(now), Step::Wait(LOOK_AGAIN), "and back: nothing was lost");
+        assert_eq!(at(now), Step::Wait(LOOK_AT_CLOCK), "and back: nothing was lost");
     }
 
     #[test]
@@ -927,7 +951,8 @@ mod tests {
         // A collector that goes on issuing by the old root is not asked again at once.
         let (key, answer) = renewed(&ca);
         keeper.adopt(&key, answer).await.unwrap();
-        assert!(matches!(keeper.next_step(), Step::Wait(wait) if wait > Duration::from_secs(30)));
+        assert!(matches!(keeper.next_step(), Step::Wait(_)));
+        assert!(keeper.asked.is_some_and(|at| at > Timestamp::now().plus(Duration::from_secs(30))));
         let (key, answer) = renewed(&next);
         keeper.adopt(&key, answer).await.unwrap();
         assert_eq!(keeper.asked, None);

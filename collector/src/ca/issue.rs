@@ -177,8 +177,11 @@ impl Issuer {
     ) -> Result<Grant, Refused> {
         let chain: Vec<CertificateDer<'_>> = request.previous.iter().map(|der| der.0.as_slice().into()).collect();
         let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("bad_request", e.to_string(), false))?;
-        // Judged as of its last valid moment: that it has run out since is what the grace is for.
-        let verified = tls::verify_chain(&chain, &self.authority.trust(), Usage::Client, peer.not_after.min(now));
+        // Judged as of its last valid moment: that it has run out since is what the grace is for, and one that does not hold yet
+        // was made by us while a clock was ahead.
+        let holds = (peer.not_before..=peer.not_after).contains(&now);
+        let at = if holds { now } else { peer.not_after };
+        let verified = tls::verify_chain(&chain, &self.authority.trust(), Usage::Client, at);
         verified.map_err(|e| refuse("bad_request", format!("the old certificate does not verify: {e}"), false))?;
         if peer.spki != spki {
             return Err(refuse("bad_request", "the request's key is not that of the old certificate", false));

@@ -106,17 +106,8 @@ impl World {
 
     /// An agent whose identity is where `settings` say.
     pub async fn agent_of(&self, name: &str, settings: &str, root: Option<PathBuf>) -> Agent {
-        let home = self.dir.path().join(name);
-        let collectors: Vec<String> = [self.agents].iter().chain(&self.others).map(|at| format!("'{at}'")).collect();
-        let text = format!(
-            "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = [{}]\n\
-             admin.listen = '127.0.0.1:0'\n{settings}",
-            home.display(),
-            collectors.join(", "),
-        );
-        let config = AgentConfig::parse(&text, &|_| None).unwrap();
-        let setup = Setup { mode: Mode::Sidecar, config, root, shares_user: false, random: backoff::random };
-        Agent { app: agent::start(setup).await.unwrap(), home }
+        let collectors: Vec<SocketAddr> = [self.agents].iter().chain(&self.others).copied().collect();
+        agent_in(self.dir.path(), &collectors, name, settings, root).await
     }
 
     /// Every event of `kind` that the collector has, oldest first.
@@ -156,6 +147,27 @@ async fn try_start_collector(dir: &Path, agents: SocketAddr, extra: &str) -> any
         dir.join("collector").display()
     );
     collector::start(collector_config::read(&text, &|_| None).unwrap(), Timestamp::now).await
+}
+
+/// An agent that keeps its data in a folder of `dir`.
+pub async fn agent_in(
+    dir: &Path,
+    collectors: &[SocketAddr],
+    name: &str,
+    settings: &str,
+    root: Option<PathBuf>,
+) -> Agent {
+    let home = dir.join(name);
+    let collectors: Vec<String> = collectors.iter().map(|at| format!("'{at}'")).collect();
+    let text = format!(
+        "data_dir = '{}'\ninstance = '{name}'\ntimeouts.drain = '4s'\ncollector.addresses = [{}]\n\
+         admin.listen = '127.0.0.1:0'\n{settings}",
+        home.display(),
+        collectors.join(", "),
+    );
+    let config = AgentConfig::parse(&text, &|_| None).unwrap();
+    let setup = Setup { mode: Mode::Sidecar, config, root, shares_user: false, random: backoff::random };
+    Agent { app: agent::start(setup).await.unwrap(), home }
 }
 
 /// A running agent.
