@@ -90,6 +90,7 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let (authority, first) = open_authority(&config, now)?;
     let register = Register::open(&dir.join("ca.db"))?;
     register.attribute(authority.pin())?;
+    register.guests_left(now)?;
     let issuer = Arc::new(Issuer::new(authority.clone(), register, config.certificate_life, config.grace));
     let own = authority.own().borrow().clone();
     let path = dir.join("directive.json");

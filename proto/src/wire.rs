@@ -93,6 +93,9 @@ pub struct Guest {
     pub not_before_us: Timestamp,
     /// When it ends.
     pub not_after_us: Timestamp,
+    /// Since when it has been away; `None` while it is connected.
+    #[serde(default)]
+    pub left_us: Option<Timestamp>,
 }
 
 /// A certificate of an agent, as a collector's register has it.
@@ -351,7 +354,8 @@ mod tests {
             seen: true,
             superseded: false,
         };
-        let guest = Guest { agent: agent.clone(), serial: "b2".into(), spki, not_before_us, not_after_us };
+        let guest =
+            Guest { agent: agent.clone(), serial: "b2".into(), spki, not_before_us, not_after_us, left_us: None };
         Report { issued: vec![issued], confirmed: vec![(agent, 7)], guests: vec![guest] }
     }
 

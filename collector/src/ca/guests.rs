@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use sidewarden_proto::identity::{AgentId, Peer, Sha256};
+use sidewarden_proto::identity::{AgentId, Peer, Sha256, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::Guest;
 
@@ -20,6 +20,8 @@ const MOST_KEYS: i64 = 400_000;
 const MOST_INSTANCES: i64 = 1_000;
 /// Clocks differ: a key is known this much longer than its certificate holds.
 const LEEWAY: Duration = Duration::from_secs(3600);
+/// Who has been away for longer is waited for no more: its certificate may hold for a year, and its container be long gone.
+const AWAY: Duration = Duration::from_secs(3600);
 
 /// Somebody who found no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,10 +38,24 @@ impl Register {
     /// Notes the key of `agent`, who has shown a certificate of somebody else's CA.
     pub fn guest_seen(&self, agent: &AgentId, peer: &Peer, now: Timestamp) -> Result<Result<(), NoRoom>, CaError> {
         let Peer { spki, serial, not_before, not_after, .. } = peer.clone();
-        self.put_guests(
-            &[Guest { agent: agent.clone(), serial, spki, not_before_us: not_before, not_after_us: not_after }],
-            now,
-        )
+        let (agent, left_us) = (agent.clone(), None);
+        let guest = Guest { agent, serial, spki, not_before_us: not_before, not_after_us: not_after, left_us };
+        self.put_guests(&[guest], now)
+    }
+
+    /// Notes that its session has ended.
+    pub fn guest_left(&self, agent: &AgentId, now: Timestamp) -> Result<(), CaError> {
+        let sql = "UPDATE guests SET left_at = ?3 WHERE workload = ?1 AND instance = ?2 AND left_at IS NULL";
+        let values = params![agent.workload.as_str(), agent.instance.as_str(), now.0];
+        self.db.execute(sql, values).map(drop).map_err(|e| self.fault(e))
+    }
+
+    /// At a start nobody is connected.
+    pub fn guests_left(&self, now: Timestamp) -> Result<(), CaError> {
+        self.db
+            .execute("UPDATE guests SET left_at = ?1 WHERE left_at IS NULL", [now.0])
+            .map(drop)
+            .map_err(|e| self.fault(e))
     }
 
     /// Takes in what another collector tells of such agents; what finds no room is left out.
@@ -61,12 +77,14 @@ impl Register {
                 if let Err(full) = find_room(&tx, workload, instance, guest.spki)? {
                     return Ok(Err(full));
                 }
-                let sql = "INSERT INTO guests (workload, instance, spki, serial, not_before, not_after)
-                           VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO UPDATE SET serial = excluded.serial,
-                           not_before = excluded.not_before, not_after = excluded.not_after
-                           WHERE excluded.not_after > not_after";
-                let Guest { serial, spki, not_before_us, not_after_us, .. } = guest;
-                tx.execute(sql, params![workload, instance, spki.0, serial, not_before_us.0, not_after_us.0])?;
+                let sql = "INSERT INTO guests (workload, instance, spki, serial, not_before, not_after, left_at)
+                           VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO UPDATE SET left_at = excluded.left_at,
+                           serial = iif(excluded.not_after > not_after, excluded.serial, serial),
+                           not_before = iif(excluded.not_after > not_after, excluded.not_before, not_before),
+                           not_after = max(excluded.not_after, not_after)";
+                let Guest { serial, spki, not_before_us, not_after_us, left_us, .. } = guest;
+                let (spki, left) = (spki.0, left_us.map(|left| left.0));
+                tx.execute(sql, params![workload, instance, spki, serial, not_before_us.0, not_after_us.0, left])?;
             }
             tx.commit().map(Ok)
         };
@@ -75,22 +93,24 @@ impl Register {
 
     /// Every key of such an agent whose certificate holds at `now`.
     pub fn guests(&self, now: Timestamp) -> Result<Vec<Guest>, CaError> {
-        let sql = "SELECT workload, instance, serial, spki, not_before, not_after FROM guests WHERE not_after > ?1
+        let sql =
+            "SELECT workload, instance, serial, spki, not_before, not_after, left_at FROM guests WHERE not_after > ?1
                    ORDER BY workload, instance, not_before";
         let mut rows = self.db.prepare(sql).map_err(|e| self.fault(e))?;
         let found = rows.query_map([now.0], |row| {
             let name = format!("{}#{}", row.get::<_, String>(0)?, row.get::<_, String>(1)?);
             let (serial, spki) = (row.get(2)?, Sha256(row.get(3)?));
             let (not_before_us, not_after_us) = (Timestamp(row.get(4)?), Timestamp(row.get(5)?));
-            Ok(name.parse().ok().map(|agent| Guest { agent, serial, spki, not_before_us, not_after_us }))
+            let left_us = row.get::<_, Option<i64>>(6)?.map(Timestamp);
+            Ok(name.parse().ok().map(|agent| Guest { agent, serial, spki, not_before_us, not_after_us, left_us }))
         });
         let found: Result<Vec<Option<Guest>>, _> = found.map_err(|e| self.fault(e))?.collect();
         Ok(found.map_err(|e| self.fault(e))?.into_iter().flatten().collect())
     }
 
-    /// The same instances as a rotation waits for them. They have no certificate of ours, so that all that counts is whether they
-    /// have heard of the newest directive: they may believe it by our roots.
-    pub fn waiting_guests(&self, active: Sha256, now: Timestamp) -> Result<Vec<Holder>, CaError> {
+    /// The newest key of each such instance, and the directive that it has confirmed. As to roots they are all alike: none has a
+    /// certificate of ours.
+    pub fn guest_holders(&self, root: Sha256, now: Timestamp) -> Result<Vec<(Holder, Guest)>, CaError> {
         let sql = "SELECT directive FROM confirmed WHERE workload = ?1 AND instance = ?2";
         let mut newest: Vec<Guest> = self.guests(now)?;
         newest.reverse();
@@ -99,9 +119,19 @@ impl Register {
             let names = [guest.agent.workload.as_str(), guest.agent.instance.as_str()];
             let confirmed = self.db.query_row(sql, names, |row| row.get::<_, i64>(0)).optional();
             let confirmed = u64::try_from(confirmed.map_err(|e| self.fault(e))?.unwrap_or(0)).unwrap_or(0);
-            Ok(Holder { agent: guest.agent, spki: guest.spki, not_after: guest.not_after_us, confirmed, root: active })
+            let (agent, spki, not_after) = (guest.agent.clone(), guest.spki, guest.not_after_us);
+            Ok((Holder { agent, spki, not_after, confirmed, root }, guest))
         };
         newest.into_iter().rev().map(holder).collect()
+    }
+
+    /// Those that a rotation waits for, because they believe the next directive by our roots: of other trust domains than
+    /// `own`, whose CA signs directives as well, and not gone for long.
+    pub fn waiting_guests(&self, own: &TrustDomain, active: Sha256, now: Timestamp) -> Result<Vec<Holder>, CaError> {
+        let is_here = |guest: &Guest| guest.left_us.is_none_or(|left| now.since(left) < AWAY);
+        let waits = |guest: &Guest| guest.agent.workload.trust_domain() != *own && is_here(guest);
+        let all = self.guest_holders(active, now)?;
+        Ok(all.into_iter().filter(|(_, guest)| waits(guest)).map(|(holder, _)| holder).collect())
     }
 
     /// Which other instances have a key in common with `agent`: what is done about its keys is done to them.
@@ -209,15 +239,25 @@ mod tests {
     }
 
     #[test]
-    fn a_rotation_waits_for_the_newest_directive_of_each() {
+    fn a_rotation_waits_for_those_of_other_domains_that_are_here_or_were_a_moment_ago() {
         let (_dir, register) = register();
-        for (instance, key) in [("a", 1), ("a", 2), ("b", 3)] {
-            see(&register, instance, key, NOW.plus(HOUR)).unwrap();
+        for (instance, key) in [("a", 1), ("a", 2), ("b", 3), ("gone", 4), ("long-gone", 5)] {
+            see(&register, instance, key, NOW.plus(HOUR * 9)).unwrap();
         }
         register.confirm(&[(agent("a"), 7)]).unwrap();
-        let root = Sha256([9; 32]);
-        let waiting = register.waiting_guests(root, NOW).unwrap();
-        let found: Vec<_> = waiting.iter().map(|one| (one.agent.instance.as_str(), one.confirmed, one.root)).collect();
-        assert_eq!(found, [("a", 7, root), ("b", 0, root)]);
+        register.guest_left(&agent("gone"), NOW.minus(HOUR / 2)).unwrap();
+        register.guest_left(&agent("long-gone"), NOW.minus(HOUR * 2)).unwrap();
+        let (root, own, theirs) = (Sha256([9; 32]), "own.example".parse().unwrap(), "example.org".parse().unwrap());
+        let waiting = |own: &TrustDomain, now| {
+            let found = register.waiting_guests(own, root, now).unwrap();
+            found.iter().map(|one| (one.agent.instance.to_string(), one.confirmed)).collect::<Vec<_>>()
+        };
+        let named = |list: &[(&str, u64)]| list.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect::<Vec<_>>();
+        assert_eq!(waiting(&own, NOW), named(&[("a", 7), ("b", 0), ("gone", 0)]));
+        assert!(waiting(&theirs, NOW).is_empty(), "directives are signed for those of our own domain");
+        register.guests_left(NOW).unwrap();
+        assert_eq!(waiting(&own, NOW.plus(HOUR * 2)), [], "nobody has come back after a restart");
+        see(&register, "b", 3, NOW.plus(HOUR * 9)).unwrap();
+        assert_eq!(waiting(&own, NOW.plus(HOUR * 2)), named(&[("b", 0)]));
     }
 }

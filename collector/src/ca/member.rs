@@ -353,7 +353,7 @@ impl Register {
 pub struct Told {
     issued: HashMap<String, (bool, bool)>,
     confirmed: HashMap<AgentId, u64>,
-    guests: HashMap<(AgentId, Sha256), Timestamp>,
+    guests: HashMap<(AgentId, Sha256), (Timestamp, Option<Timestamp>)>,
 }
 
 impl Told {
@@ -364,13 +364,16 @@ impl Told {
         let confirmed = all.confirmed.iter().filter(|(agent, version)| self.confirmed.get(agent) != Some(version));
         let confirmed: Vec<_> = confirmed.take(MOST_ISSUED).cloned().collect();
         let key = |guest: &Guest| (guest.agent.clone(), guest.spki);
-        let guests = all.guests.iter().filter(|guest| self.guests.get(&key(guest)) != Some(&guest.not_after_us));
+        let guests = all
+            .guests
+            .iter()
+            .filter(|guest| self.guests.get(&key(guest)) != Some(&(guest.not_after_us, guest.left_us)));
         let guests: Vec<Guest> = guests.take(MOST_ISSUED).cloned().collect();
         if issued.is_empty() && confirmed.is_empty() && guests.is_empty() {
             self.forget_ended(all);
             return None;
         }
-        self.guests.extend(guests.iter().map(|guest| (key(guest), guest.not_after_us)));
+        self.guests.extend(guests.iter().map(|guest| (key(guest), (guest.not_after_us, guest.left_us))));
         self.issued.extend(issued.iter().map(|one| (one.serial.clone(), (one.seen, one.superseded))));
         self.confirmed.extend(confirmed.iter().cloned());
         Some(Report { issued, confirmed, guests })
@@ -520,6 +523,7 @@ mod tests {
             spki: Sha256([3; 32]),
             not_before_us: now.minus(DAY),
             not_after_us: now.plus(DAY),
+            left_us: None,
         };
         let guests = vec![
             guest("spiffe://other.example/sidewarden/collector#1"),
@@ -560,6 +564,7 @@ mod tests {
             spki: Sha256([3; 32]),
             not_before_us: Timestamp(1),
             not_after_us: Timestamp(until),
+            left_us: None,
         };
         for until in [5, 9] {
             all.guests = vec![guest(until)];

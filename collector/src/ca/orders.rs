@@ -193,7 +193,7 @@ pub fn missing(
     now: Timestamp,
 ) -> Result<Vec<Missing>, CaError> {
     let mut holders = register.holders(grace, now)?;
-    holders.extend(register.waiting_guests(active, now)?);
+    holders.extend(register.waiting_guests(&directive.trust_domain, active, now)?);
     // Whoever is revoked is not waited for; whoever is quarantined stays in touch, and follows like everybody.
     holders.retain(|holder| {
         let name = PeerName::Spiffe(holder.agent.workload.clone());

@@ -210,7 +210,7 @@ fn ask(token: &sidewarden_proto::enrol::Token, key: &KeyPair) -> sidewarden_prot
 }
 
 #[test]
-fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_holds_by_no_right_clock() {
+fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_is_renewed_by_its_key_once_it_is_right() {
     let (dir, now) = made();
     let ((issuer, token), key) = (issuer(dir.path(), now), KeyPair::generate().unwrap());
     let directive: Directive = serde_json::from_value(
@@ -232,8 +232,11 @@ fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_holds_by_no_right_c
     let renewal = sidewarden_proto::enrol::Request { token_id: String::new(), previous, ..ask(&token, &key) };
     let early = enrol(&renewal, ahead).unwrap();
     assert!(holds(&early, ahead) && !holds(&early, now), "an agent whose clock is right says that a clock is wrong");
-    // By one that is behind it does not hold yet, and nothing is made of it.
-    assert_eq!(enrol(&renewal, behind).unwrap_err().reason, "bad_request");
+    // By one that is behind, or set right again, what was made ahead does not hold yet: renewed by its own key as well.
+    let previous = early.issued.chain.clone();
+    let from_ahead = sidewarden_proto::enrol::Request { token_id: String::new(), previous, ..ask(&token, &key) };
+    assert!(holds(&enrol(&from_ahead, now).unwrap(), now));
+    assert!(holds(&enrol(&renewal, behind).unwrap(), behind));
     let late = enrol(&ask(&token, &key), behind).unwrap();
     assert!(holds(&late, behind) && !holds(&late, now.plus(DAY / 12)), "it ends with the wrong clock's day");
     assert!(enrol(&renewal, now).is_ok(), "once the clock is right all is as before");

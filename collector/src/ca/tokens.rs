@@ -34,7 +34,7 @@ const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS members (serial TEXT PRIMARY KEY, spki BLOB NOT NULL, root BLOB NOT NULL,
         not_after INTEGER NOT NULL, issued INTEGER NOT NULL, confirmed INTEGER NOT NULL DEFAULT 0, replaced_by BLOB);
     CREATE TABLE IF NOT EXISTS guests (workload TEXT NOT NULL, instance TEXT NOT NULL, spki BLOB NOT NULL,
-        serial TEXT NOT NULL, not_before INTEGER NOT NULL, not_after INTEGER NOT NULL,
+        serial TEXT NOT NULL, not_before INTEGER NOT NULL, not_after INTEGER NOT NULL, left_at INTEGER,
         PRIMARY KEY (workload, instance, spki)) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS guests_spki ON guests (spki);
     CREATE INDEX IF NOT EXISTS guests_ends ON guests (not_after);

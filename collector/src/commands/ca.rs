@@ -164,6 +164,8 @@ struct Standing {
     generations: Vec<Described>,
     directive: Directive,
     holders: Vec<rotate::Holder>,
+    /// Agents with certificates of another CA.
+    guests: Vec<rotate::Holder>,
     next: Option<(Step, Vec<Missing>)>,
     pin: sidewarden_proto::identity::Sha256,
     now: Timestamp,
@@ -188,7 +190,8 @@ impl Standing {
             |step| orders::missing(&register, &directive, pin, step, config.grace, now).map(|list| (step, list));
         let next = rotate::next(&entries).map(missing).transpose()?;
         let holders = register.holders(config.grace, now)?;
-        Ok(Standing { generations, directive, holders, next, pin, now })
+        let guests = register.guest_holders(pin, now)?.into_iter().map(|(holder, _)| holder).collect();
+        Ok(Standing { generations, directive, holders, guests, next, pin, now })
     }
 
     /// Agents whose certificate holds: all, those that run the newest directive, those with one of the active root.
@@ -196,6 +199,14 @@ impl Standing {
         let live: Vec<_> = self.holders.iter().filter(|holder| self.now < holder.not_after).collect();
         let confirmed = live.iter().filter(|holder| holder.confirmed == self.directive.version).count();
         (live.len(), confirmed, live.iter().filter(|holder| holder.root == self.pin).count())
+    }
+}
+
+impl Standing {
+    /// Agents with certificates of another CA: all, and those that run the newest directive.
+    fn guest_counts(&self) -> (usize, usize) {
+        let confirmed = self.guests.iter().filter(|holder| holder.confirmed == self.directive.version).count();
+        (self.guests.len(), confirmed)
     }
 }
 
@@ -216,6 +227,10 @@ fn status(standing: &Standing, json: bool) -> anyhow::Result<()> {
         "{all} agents have a certificate that holds: {confirmed} run directive {}, the newest; {renewed} use a certificate of the active root.",
         standing.directive.version
     );
+    if !standing.guests.is_empty() {
+        let (all, confirmed) = standing.guest_counts();
+        println!("{all} more have one of another CA, which renews it: {confirmed} of them run that directive.");
+    }
     match &standing.next {
         None => println!("No rotation is under way. `ca prepare` begins one."),
         Some((step, missing)) => {
@@ -237,7 +252,7 @@ fn status_json(standing: &Standing) -> serde_json::Value {
     }).collect();
     serde_json::json!({
         "generations": generations, "directive": standing.directive.version, "agents": agents, "confirmed": confirmed,
-        "renewed": renewed, "next": standing.next.as_ref().map(|(step, _)| step),
+        "renewed": renewed, "of_another_ca": standing.guest_counts().0, "next": standing.next.as_ref().map(|(step, _)| step),
         "missing": standing.next.as_ref().map(|(_, missing)| missing),
     })
 }

@@ -348,6 +348,7 @@ where
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
+    let is_guest = admitted.guest.is_some();
     let end = Session::new(shared, come.source, hello, admitted).drive(&mut wire).await;
     tracing::debug!(%agent, source = %come.source, %end, "session ended");
     if end.is_hostile() {
@@ -357,6 +358,9 @@ where
     // One that was replaced is still connected, on the connection that took over.
     if !matches!(end, End::Replaced) {
         tell_disconnected(shared, &agent, &end).await;
+        if is_guest {
+            note_left(shared, agent).await;
+        }
     }
     wire.close(end.refuse()).await;
 }
@@ -386,6 +390,14 @@ async fn tell_disconnected(shared: &Shared, agent: &AgentId, end: &End) {
     };
     let severity = if end.is_clean() { Severity::Info } else { Severity::Notice };
     tell(shared, severity, format!("{agent} disconnected: {end}"), body.into()).await;
+}
+
+async fn note_left(shared: &Shared, agent: Arc<AgentId>) {
+    let (issuer, now) = (shared.issuer.clone(), (shared.clock)());
+    let noted = tokio::task::spawn_blocking(move || issuer.register().guest_left(&agent, now)).await;
+    if let Ok(Err(error)) = noted {
+        tracing::error!(%error, "that an agent has left could not be noted");
+    }
 }
 
 async fn tell(shared: &Shared, severity: Severity, summary: String, body: Body) {
