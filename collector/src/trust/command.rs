@@ -132,7 +132,10 @@ fn serves(root: &Judged, wanted: &Wanted, config: &Config) -> anyhow::Result<Ser
     if root.trust_domain.as_ref().is_some_and(|own| *own != domain) {
         anyhow::bail!("{} is a SPIFFE root that names another trust domain than {domain}", clean(&root.subject));
     }
-    anyhow::ensure!(domain != config.trust_domain, "{domain} is our own trust domain: its roots are those of our CA");
+    anyhow::ensure!(
+        domain != config.trust_domain,
+        "{domain} is our own trust domain: its roots are those of our CA, and of the one that `[identity]` of the settings names"
+    );
     Ok(Serves::Domain(domain))
 }
 
@@ -165,8 +168,12 @@ fn describe(judged: &[Judged], allow_leaf: bool, now: Timestamp) -> String {
 fn list(store: &Store, config: &Config, json: bool, now: Timestamp) -> anyhow::Result<()> {
     let own = own_roots(config)?;
     let own = own.into_iter().map(|der| (config.trust_domain.to_string(), der, "our own CA".to_owned()));
+    // Before the first start there is no directive, and nobody was told of any.
+    let further = directive(config).ok().and_then(|told| told.foreign.domains.get(&config.trust_domain).cloned());
+    let further = further.into_iter().flatten();
+    let further = further.map(|der| (config.trust_domain.to_string(), der, "another CA, by `[identity]`".to_owned()));
     let imported = store.roots()?.into_iter().map(|root| (root.serves.to_string(), root.der, root.note));
-    let all: Vec<_> = own.chain(imported).collect();
+    let all: Vec<_> = own.chain(further).chain(imported).collect();
     if json {
         let rows = all.iter().map(|(serves, der, note)| row_json(serves, der, note));
         println!("{}", serde_json::Value::Array(rows.collect()));
