@@ -100,7 +100,10 @@ impl Responder {
                 return Some(Held { gate: "policy".into(), why });
             }
         };
-        if let Some(Denied::Quarantined { gate, why }) = input.directive.and_then(|d| d.quarantines(input.spki)) {
+        // By its name, too: a key that somebody else's CA has just given us is known to nobody yet.
+        let by_key = input.directive.and_then(|directive| directive.quarantines(input.spki));
+        let by_name = || input.directive.and_then(|directive| directive.quarantines_agent(input.agent));
+        if let Some(Denied::Quarantined { gate, why }) = by_key.or_else(by_name) {
             return Some(Held { gate: gate.to_owned(), why: why.to_owned() });
         }
         self.alone = self.decide_alone(&policy, input);
@@ -284,14 +287,17 @@ mod tests {
     }
 
     #[test]
-    fn the_collectors_word_counts_at_once() {
-        let (workload, instance) = ("spiffe://td/shop/web".parse().unwrap(), "1".parse().unwrap());
-        let keys = vec![Sha256([3; 32])];
-        let (gate, why) = ("g".into(), "privileged".into());
-        let quarantine = sidewarden_proto::directive::Quarantine { workload, instance, gate, why, at_us: NOW, keys };
-        let held = directive("enforce = true").with_quarantined(vec![quarantine]);
+    fn the_collectors_word_counts_at_once_about_our_key_and_about_our_name() {
         let mut responder = Responder::new();
-        assert!(ask(&mut responder, &held, &known(Seen::Kept, 1), Duration::ZERO));
+        for (instance, key, expected) in [("1", 3, true), ("2", 3, true), ("1", 4, true), ("2", 4, false)] {
+            let (workload, instance) = ("spiffe://td/shop/web".parse().unwrap(), instance.parse().unwrap());
+            let (keys, gate, why) = (vec![Sha256([key; 32])], "g".into(), "privileged".into());
+            let quarantine =
+                sidewarden_proto::directive::Quarantine { workload, instance, gate, why, at_us: NOW, keys };
+            let held = directive("enforce = true").with_quarantined(vec![quarantine]);
+            let got = ask(&mut responder, &held, &known(Seen::Kept, 1), Duration::ZERO);
+            assert_eq!(got, expected, "{held:?}");
+        }
         assert!(!ask(&mut responder, &directive("enforce = true"), &known(Seen::Broken, 1), Duration::ZERO));
     }
 }

@@ -1,6 +1,6 @@
 //! Builds everything, in order, and hands back where it listens. Tests call it with port 0.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -308,7 +308,7 @@ async fn keep_house(core: Core) {
     let mut beat = tokio::time::interval(HOUSEKEEPING);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let trust = Arc::new(Mutex::new(Applied::new(&core.config.data_dir)));
-    let mut noted = HashMap::new();
+    let (mut noted, mut here) = (HashMap::new(), HashSet::new());
     loop {
         tokio::select! {
             _ = beat.tick() => {}
@@ -316,9 +316,11 @@ async fn keep_house(core: Core) {
         }
         let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
         let confirmed = newly(&mut noted, core.fleet.confirmed());
+        let (come, left) = moves(&mut here, core.fleet.guests());
         let (trust, further) = (trust.clone(), further_roots(&core));
         let done = tokio::task::spawn_blocking(move || {
             issuer.register().confirm(&confirmed)?;
+            issuer.register().note_guests(&come, &left, now)?;
             let mut events = renew_and_collect(&issuer, &directives, now)?;
             let own = issuer.authority().own().borrow().clone();
             if directives.is_following() {
@@ -362,6 +364,15 @@ fn newly(noted: &mut HashMap<AgentId, u64>, confirmed: Vec<(AgentId, u64)>) -> V
     let new = new.map(|(agent, version)| (agent.clone(), *version)).collect();
     *noted = confirmed;
     new
+}
+
+/// Who has come and who has left since this was asked last.
+fn moves(here: &mut HashSet<AgentId>, now: Vec<AgentId>) -> (Vec<AgentId>, Vec<AgentId>) {
+    let now: HashSet<AgentId> = now.into_iter().collect();
+    let come = now.difference(here).cloned().collect();
+    let left = here.difference(&now).cloned().collect();
+    *here = now;
+    (come, left)
 }
 
 fn renew(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<()> {

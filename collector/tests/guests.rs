@@ -131,6 +131,8 @@ async fn an_agent_of_another_ca_reports_is_given_no_certificate_and_can_be_revok
     assert_eq!(hello(&web, &app).await.err().as_deref(), Some("revoked"));
     let next = guest(&ca, WEB, "c1", &[&ca]);
     assert_eq!(hello(&next, &app).await.err().as_deref(), Some("revoked"), "with another key as well");
+    let denied = |agent: &Agent| app.core.directives.now().directive.denies(agent.credential.peer()).is_some();
+    assert!(denied(&web) && denied(&next), "peers are told of that key, too");
     assert!(hello(&guest(&ca, WEB, "c2", &[&ca]), &app).await.is_ok());
     other.deliver(orders.some_events(1)).await;
     let unknown =
@@ -229,12 +231,19 @@ async fn a_rotated_certificate_takes_over_and_a_second_one_beside_it_is_refused_
     second.send(&Frame::Renew(csr)).await;
     assert!(matches!(second.next().await, Some(Frame::Renewed(_))), "the newer one goes on");
 
-    // Nobody takes the place of one that was enrolled here.
+    // Nobody takes the place of one that was enrolled here, or keeps it from coming.
     let orders = Agent::enrolled(&app, "shop/orders", "c1").await;
-    let _session = orders.session(app.agents).await;
-    let id = orders.id.workload.as_str().to_owned();
-    let copy = guest(&ca, &id, "c1", &[&ca]);
+    let session = orders.session(app.agents).await;
+    let copy = guest(&ca, orders.id.workload.as_str(), "c1", &[&ca]);
     assert_eq!(hello(&copy, &app).await.err().as_deref(), Some("second_instance"));
+    assert!(app.core.issuer.register().sharers(&copy.id, Timestamp::now()).unwrap().is_empty());
+    drop(session);
+    let live = |key| app.core.fleet.live(&orders.id).map(|live| live.spki) == key;
+    until("the enrolled one has left", || live(None)).await;
+    let mut copied = hello(&copy, &app).await.unwrap();
+    let _session = orders.session(app.agents).await;
+    assert_eq!(copied.refusal().await, "second_instance");
+    assert!(live(Some(orders.credential.peer().spki)));
     app.stop().await;
 }
 
@@ -266,13 +275,59 @@ async fn agents_of_another_trust_domain_come_in_where_the_settings_name_it_for_a
     assert_eq!(connection.next().await, None);
     app.stop().await;
 
-    let agents = sidewarden_collector::config::Agents { trust_domains: admitted, ..config.agents.clone() };
+    let agents = sidewarden_collector::config::Agents {
+        trust_domains: admitted,
+        handshake_timeout: Duration::from_secs(20),
+        ..config.agents.clone()
+    };
     let app = start(Config { agents, ..config }).await;
     let mut agent = knows_ours(&app);
     let mut session = hello(&agent, &app).await.unwrap();
     session.deliver(agent.some_events(3)).await;
+    // One has shaken hands while the root was there, and says hello when it is not.
+    let late = Agent { id: "spiffe://partner.example/shop/web#c2".parse().unwrap(), ..knows_ours(&app) };
+    let mut waiting = late.tcp(app.agents).await;
     store.remove(&imported.sha256().to_string()).unwrap();
+    until("the root is gone", || app.core.directives.now().directive.foreign.is_empty()).await;
+    waiting.send(&Frame::Hello(late.hello())).await;
+    assert_eq!(waiting.refusal().await, "unknown_ca", "the handshake was long ago");
     assert_eq!(session.refusal().await, "unknown_ca", "whose root is taken away is out at once");
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_the_key_of_that_ca_is_revoked_with_it_and_that_it_is_ours_as_well_is_said_before() {
+    let (dir, ca) = (tempdir().unwrap(), Authority::root("somebody else"));
+    let app = start(with_identity(dir.path(), &ca)).await;
+    let web = guest(&ca, WEB, "c1", &[&ca]);
+    let mut session = hello(&web, &app).await.unwrap();
+    let mut orders = Agent::enrolled(&app, "shop/orders", "c1").await;
+    let (mut other, _) = orders.session(app.agents).await;
+    until("its roots are told", || !app.core.directives.now().directive.foreign.is_empty()).await;
+    let what = Target::IssuingKey { spki: tls::spki_of(&ca.cert).unwrap() };
+    let core = &app.core;
+    let asked = Asked { what: what.clone(), why: "stolen".into(), confirmed: false };
+    let unconfirmed = fleet::revoke(&core.issuer, &core.directives, &core.fleet, asked, Timestamp::now()).unwrap_err();
+    assert!(unconfirmed.to_string().contains("has signed the collector's own certificate"), "{unconfirmed}");
+    revoke(&app, what).unwrap();
+    assert_eq!(session.refusal().await, "revoked", "it has shown its leaf alone");
+    assert_eq!(hello(&web, &app).await.err().as_deref(), Some("revoked"));
+    other.deliver(orders.some_events(1)).await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roots_that_hold_one_of_our_own_are_not_taken() {
+    let (dir, ca) = (tempdir().unwrap(), Authority::root("somebody else"));
+    let app = start(settings(dir.path())).await;
+    let ours = app.core.issuer.authority().root();
+    app.stop().await;
+    let config = with_identity(dir.path(), &ca);
+    let both = Shown { chain: vec![ca.cert.clone(), ours], key: Vec::new() };
+    both.write(&dir.path().join("roots"));
+    let app = start(config).await;
+    told(&app, "collector.identity_refused", "would stay trusted when that is retired").await;
+    assert!(app.core.identities.given().is_none());
     app.stop().await;
 }
 

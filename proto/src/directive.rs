@@ -311,6 +311,12 @@ impl Directive {
         found.map(|quarantine| Denied::Quarantined { gate: &quarantine.gate, why: &quarantine.why })
     }
 
+    /// Why `agent` is quarantined whatever its key, if it is: one that somebody else's CA gives it may be known to nobody yet.
+    pub fn quarantines_agent(&self, agent: &AgentId) -> Option<Denied<'_>> {
+        let found = self.quarantined.iter().find(|quarantine| quarantine.is_of(agent));
+        found.map(|quarantine| Denied::Quarantined { gate: &quarantine.gate, why: &quarantine.why })
+    }
+
     /// Whether an operator has `agent` let in at `now`, whatever gates say.
     pub fn releases(&self, agent: &AgentId, now: Timestamp) -> bool {
         let is_it = |release: &Release| release.workload == agent.workload && release.instance == agent.instance;

@@ -714,7 +714,7 @@ pub fn client_config_with(
 ) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = provider_with(groups);
     let hints = match &expect {
-        Expect::Collector(domain) => Some(hints(trust, domain)?),
+        Expect::Collector(domain) => Some(hints(trust, domain)),
         _ => None,
     };
     let verifier = StrictServer { anchors: Anchors::new(trust)?, expect, hints, provider: provider.clone() };
@@ -727,9 +727,9 @@ pub fn client_config_with(
 }
 
 /// The names of the roots of `domain`: a collector may have certificates of several CAs, and shows the one that is asked for.
-fn hints(trust: &Trust, domain: &TrustDomain) -> Result<Vec<DistinguishedName>, TlsError> {
+fn hints(trust: &Trust, domain: &TrustDomain) -> Vec<DistinguishedName> {
     let roots = trust.domains.get(domain).map_or(&[][..], Vec::as_slice);
-    Ok(root_store(roots)?.subjects().into_iter().take(MAX_HINTS).collect())
+    subjects(roots).into_iter().take(MAX_HINTS).collect()
 }
 
 /// A client without a certificate that knows the collector by the hash of its root CA's public key.

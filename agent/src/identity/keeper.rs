@@ -23,7 +23,7 @@ use sidewarden_proto::given::answer::Answer as ApiAnswer;
 use sidewarden_proto::given::files::{Files, FilesError, Look, Steady};
 use sidewarden_proto::given::workload_api::{self, WorkloadApiError};
 use sidewarden_proto::given::{Elsewhere, Offered};
-use sidewarden_proto::identity::{InstanceId, Peer, Sha256, SpiffeId, TrustDomain, describe};
+use sidewarden_proto::identity::{InstanceId, Peer, PeerName, Sha256, SpiffeId, TrustDomain, Usage, describe};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, TlsError, Trust};
@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::enrol::{self, EnrolError};
 use super::foreign::{self, ForeignFiles};
-use super::store::{Checked, Issued, Store, StoreError};
+use super::store::{Checked, Given, Issued, Store, StoreError};
 use super::{Current, Identity, Terms};
 use crate::dial::Resolver;
 
@@ -518,7 +518,7 @@ impl Keeper {
         if self.held.as_ref().is_some_and(same) {
             return Ok(());
         }
-        self.take_checked(Checked { credential, workload, trust, rooted_elsewhere: true })
+        self.take_checked(Checked { credential, workload, trust, from: Given::ByApi })
     }
 
     /// Takes an identity that somebody else keeps for us. With the first one comes the directive that is on disk: until
@@ -671,7 +671,7 @@ impl Keeper {
             Ok(()) => {}
             Err(error) => tracing::warn!(path = %path.display(), %error, "the used token cannot be removed"),
         }
-        let trust = self.publish.borrow().as_ref().map(|identity| identity.trust.clone());
+        let trust = self.publish.borrow().as_ref().map(|identity| identity.collectors.clone());
         if let Some((signed, trust)) = directive.zip(trust) {
             self.take_signed(signed, &trust).await;
         }
@@ -691,7 +691,7 @@ impl Keeper {
         let payload = payload.ok_or(KeeperError::NoSession)?;
         let unusable = |e: wire::EnrolError| KeeperError::Unusable(e.to_string());
         match wire::from_payload(&payload).map_err(unusable)? {
-            Answer::Issued(issued) => self.adopt(&key.serialize_der(), issued).await,
+            Answer::Issued(issued) => self.adopt_next(&key.serialize_der(), issued).await,
             Answer::Refused(refused) => Err(EnrolError::Refused(refused).into()),
         }
     }
@@ -706,13 +706,24 @@ impl Keeper {
         let pins = self.root_pins();
         let source = &self.parts.source;
         let answer = enrol::ask(&self.parts.resolver, &source.collectors, &pins, &request).await?;
-        self.adopt(&der, answer).await
+        self.adopt_next(&der, answer).await
+    }
+
+    /// A renewal makes nobody somebody else.
+    async fn adopt_next(&mut self, key: &[u8], answer: wire::Issued) -> Result<(), KeeperError> {
+        let chain = answer.chain.iter().map(|der| der.0.as_slice().into()).collect::<Vec<_>>();
+        let named = tls::peer_of(&chain, Usage::Client).map_err(TlsError::from)?.name;
+        let is_ours = |held: &Checked| named == PeerName::Spiffe(held.workload.clone());
+        if !self.held.as_ref().is_none_or(is_ours) {
+            return Err(KeeperError::Unusable(format!("it is for {named}, and this agent is another workload's")));
+        }
+        self.adopt(key, answer).await
     }
 
     fn root_pins(&self) -> Vec<Sha256> {
         let current = self.publish.borrow();
         let Some(identity) = current.as_ref() else { return Vec::new() };
-        identity.trust.domains.values().flatten().filter_map(|root| tls::spki_of(root).ok()).collect()
+        identity.collectors.domains.values().flatten().filter_map(|root| tls::spki_of(root).ok()).collect()
     }
 
     /// Takes what was issued: it must hold together and hold now. On disk first, then in use.
@@ -738,7 +749,7 @@ impl Keeper {
     }
 
     async fn take_directive(&mut self, bytes: &[u8]) {
-        let Some(trust) = self.publish.borrow().as_ref().map(|identity| identity.trust.clone()) else { return };
+        let Some(trust) = self.publish.borrow().as_ref().map(|identity| identity.collectors.clone()) else { return };
         match Signed::from_bytes(bytes) {
             Ok(signed) => self.take_signed(signed, &trust).await,
             Err(error) => tracing::warn!(%error, "a directive was not taken"),
@@ -956,6 +967,30 @@ mod tests {
         let (key, answer) = renewed(&next);
         keeper.adopt(&key, answer).await.unwrap();
         assert_eq!(keeper.asked, None);
+    }
+
+    /// Another CA of the domain may vouch for peers; whoever was enrolled takes no directive from it, and no other name.
+    #[tokio::test]
+    async fn an_enrolled_agent_takes_the_word_of_its_own_ca_alone_and_stays_who_it_is() {
+        let (ca, other) = (Arc::new(Ca::new("td")), Ca::new("td"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut world = World::new(ca.clone(), nobody.clone(), Some(ca.issue("shop/web")));
+        let signed = ca.directive(1, vec![], Timestamp::now());
+        let domains = [("td".parse().unwrap(), vec![Der(other.root.to_vec())])].into();
+        let foreign = sidewarden_proto::directive::ForeignRoots { domains, dns: vec![] };
+        let told = Directive { foreign, ..signed.as_kept().unwrap() };
+        world.keeper.take_directive(&Signed::sign(&told, &ca.collector()).unwrap().to_bytes()).await;
+        let identity = world.current.borrow().clone().unwrap();
+        assert_eq!((identity.directive_version(), identity.trust.domains[&"td".parse().unwrap()].len()), (1, 2));
+        let forged = Directive { version: 2, ..told };
+        world.keeper.take_directive(&Signed::sign(&forged, &other.collector()).unwrap().to_bytes()).await;
+        assert_eq!(world.current.borrow().as_ref().unwrap().directive_version(), 1);
+        assert_eq!(world.keeper.root_pins(), [tls::spki_of(&ca.root).unwrap()]);
+
+        let mut world = World::new(ca.clone(), nobody, Some(ca.issue("shop/db")));
+        let (key, answer) = renewed(&ca);
+        let refused = world.keeper.adopt_next(&key, answer).await.unwrap_err().to_string();
+        assert!(refused.contains("another workload"), "{refused}");
     }
 
     fn renewed(ca: &Ca) -> (Vec<u8>, wire::Issued) {

@@ -28,7 +28,7 @@ use crate::dial::tls_fault;
 use crate::policy::{Central, Decision};
 use crate::proxy::connections::Live;
 
-pub use store::{Checked, Issued, Store, StoreError, certificates};
+pub use store::{Checked, Given, Issued, Store, StoreError, certificates};
 
 /// Where everybody looks for the newest identity. `None`: there is none yet, and nothing gets through.
 pub type Current = watch::Receiver<Option<Arc<Identity>>>;
@@ -66,6 +66,8 @@ pub struct Identity {
     pub workload: SpiffeId,
     /// Whom we trust.
     pub trust: Trust,
+    /// By which roots a collector is known, and its word.
+    pub collectors: Trust,
     /// For whoever connects to us.
     pub server: Arc<ServerConfig>,
     /// For other agents, who carry one stream after the other on a connection.
@@ -105,6 +107,11 @@ fn add_imported(trust: &mut Trust, imported: &ForeignRoots, settled: &[&TrustDom
     trust.dns_roots.extend(new);
 }
 
+/// The roots of the collector's domain, if there are any.
+fn collectors(trust: &Trust, home: &TrustDomain) -> Trust {
+    trust.domains.get(home).map_or_else(Trust::default, |roots| Trust::single(home.clone(), roots.clone()))
+}
+
 /// What the policy says about `own`. Half of a policy is none: what it forbids would be allowed here.
 fn extract(directive: Option<&Directive>, own: &SpiffeId) -> Result<Extract, String> {
     let applied = directive.and_then(|directive| Some((directive.policy.as_ref()?, &directive.trust_domain)));
@@ -121,10 +128,10 @@ impl Identity {
 
     /// From what was issued or found, what the collector says, and what does not change.
     pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
-        let Checked { credential, workload, mut trust, rooted_elsewhere } = checked;
+        let Checked { credential, workload, mut trust, from } = checked;
         let home = terms.home_of(&workload);
         // Whoever gave us roots of the collector's domain has the say there; of our own domain the collector never has it.
-        let home_is_settled = rooted_elsewhere && trust.domains.contains_key(&home);
+        let home_is_settled = from == Given::ByApi && trust.domains.contains_key(&home);
         if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty())
             && !home_is_settled
         {
@@ -132,11 +139,14 @@ impl Identity {
         }
         trust.add(&terms.foreign.domains);
         trust.dns_roots.clone_from(&terms.foreign.dns_roots);
+        let by_collector = collectors(&trust, &home);
         if let Some(directive) = &directive {
             let own = workload.trust_domain();
             let settled = [Some(&own).filter(|own| **own != home), Some(&home).filter(|_| home_is_settled)];
             add_imported(&mut trust, &directive.foreign, &settled.into_iter().flatten().collect::<Vec<_>>());
         }
+        // Whoever was enrolled has a collector by its own CA: another CA of the domain speaks for peers, and not for collectors.
+        let collectors = if from == Given::ByCollector { by_collector } else { collectors(&trust, &home) };
         trust.revocation = terms.foreign.crls.as_ref().map(|crls| Revocation {
             lists: crls.lists.clone(),
             strict: crls.strict,
@@ -147,12 +157,30 @@ impl Identity {
         let server = tls::server_config_with(&groups, &credential, &trust, Floor::Tls12, &[])?;
         let streams = tls::server_config_with(&groups, &credential, &trust, Floor::Tls13, &[ALPN_STREAMS])?;
         let policy = extract(directive.as_deref(), &workload);
-        Ok(Identity { credential, workload, trust, server, streams, directive, policy, home, verifier, groups })
+        Ok(Identity {
+            credential,
+            workload,
+            trust,
+            collectors,
+            server,
+            streams,
+            directive,
+            policy,
+            home,
+            verifier,
+            groups,
+        })
     }
 
     /// For a connection to `expect`.
     pub fn client(&self, expect: Expect, floor: Floor, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
         tls::client_config_with(&self.groups, &self.credential, &self.trust, expect, floor, alpn)
+    }
+
+    /// For a session with a collector.
+    pub fn uplink(&self, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
+        let expect = Expect::Collector(self.home.clone());
+        tls::client_config_with(&self.groups, &self.credential, &self.collectors, expect, Floor::Tls13, alpn)
     }
 
     /// For clients whose certificates nobody looks at: `insecure_trust_all`.
@@ -390,17 +418,23 @@ mod tests {
         let foreign =
             ForeignRoots { domains: [(domain("td"), vec![Der(elsewhere.root.to_vec())])].into(), dns: vec![] };
         let directive = Directive { foreign, ..ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap() };
-        let roots = |checked: Checked, terms: &Terms| {
+        let build = |ca: &Ca, from, terms: &Terms| {
+            let checked = Checked { from, ..ca.issue("shop/web").check().unwrap() };
             let identity = Identity::build(checked, Some(Arc::new(directive.clone())), terms).unwrap();
-            identity.trust.domains[&domain("td")].clone()
+            [&identity.trust, &identity.collectors].map(|trust| trust.domains[&domain("td")].clone())
         };
-        let of = |ca: &Ca| ca.issue("shop/web").check().unwrap();
-        assert_eq!(roots(of(&ca), &Terms::default()), [ca.root.clone(), elsewhere.root.clone()]);
-        assert_eq!(roots(of(&elsewhere), &Terms::default()), [ca.root.clone(), elsewhere.root.clone()], "from files");
-        let by_api = Checked { rooted_elsewhere: true, ..of(&elsewhere) };
-        assert_eq!(roots(by_api, &Terms::default()), std::slice::from_ref(&elsewhere.root));
+        let (both, ours) = (vec![ca.root.clone(), elsewhere.root.clone()], vec![ca.root.clone()]);
+        let theirs = vec![elsewhere.root.clone()];
+        let own = Terms::default();
+        assert_eq!(
+            build(&ca, Given::ByCollector, &own),
+            [both.clone(), ours],
+            "another CA speaks for peers, and for no collector"
+        );
+        assert_eq!(build(&elsewhere, Given::InFiles, &own), [both.clone(), both.clone()]);
+        assert_eq!(build(&elsewhere, Given::ByApi, &own), [theirs.clone(), theirs]);
         let abroad = Terms { home: Some(domain("td")), ..Terms::default() };
-        assert_eq!(roots(of(&partner), &abroad), [ca.root.clone(), elsewhere.root.clone()]);
+        assert_eq!(build(&partner, Given::InFiles, &abroad), [both.clone(), both]);
     }
 
     #[test]

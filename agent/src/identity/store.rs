@@ -61,14 +61,25 @@ pub struct Checked {
     pub workload: SpiffeId,
     /// The roots it came with.
     pub trust: Trust,
-    /// Whoever gave it keeps these roots up to date: what the collector says of a domain among them does not count.
-    pub rooted_elsewhere: bool,
+    /// Who gave it.
+    pub from: Given,
+}
+
+/// Who has given an identity, and so has the say about the roots of its domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Given {
+    /// A collector: it is known by the roots of its own CA, and by no other that it tells of.
+    ByCollector,
+    /// Files: what the collector says later counts in place of their roots.
+    InFiles,
+    /// A Workload API, which keeps its roots up to date: what the collector says of a domain among them does not count.
+    ByApi,
 }
 
 impl Checked {
     /// What lay in files: the collector's word on the domain's roots is newer than theirs.
     pub fn from_files(Offered { credential, workload, trust }: Offered) -> Checked {
-        Checked { credential, workload, trust, rooted_elsewhere: false }
+        Checked { credential, workload, trust, from: Given::InFiles }
     }
 }
 
@@ -99,7 +110,7 @@ impl Issued {
             return Err(TlsError::Pem("our certificate names no workload".into()));
         };
         let trust = Trust::single(workload.trust_domain(), certificates(&self.bundle));
-        Ok(Checked { credential, workload, trust, rooted_elsewhere: false })
+        Ok(Checked { credential, workload, trust, from: Given::ByCollector })
     }
 }
 

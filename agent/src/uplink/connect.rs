@@ -11,7 +11,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint, IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::ServerName;
 use sidewarden_proto::config::HostPort;
-use sidewarden_proto::tls::{Expect, Floor, TlsError};
+use sidewarden_proto::tls::TlsError;
 use sidewarden_proto::wire::ALPN;
 use tokio::io::{AsyncRead, AsyncWrite, Join, join};
 use tokio::time::timeout;
@@ -130,13 +130,8 @@ fn any_for(address: SocketAddr) -> SocketAddr {
     if address.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() }
 }
 
-fn tls_config(identity: &Identity) -> Result<Arc<rustls::ClientConfig>, TlsError> {
-    let expect = Expect::Collector(identity.home.clone());
-    identity.client(expect, Floor::Tls13, &[ALPN])
-}
-
 fn quic_config(identity: &Identity) -> Result<ClientConfig, ConnectError> {
-    let tls = QuicClientConfig::try_from(tls_config(identity)?).map_err(|e| ConnectError::Quic(e.to_string()))?;
+    let tls = QuicClientConfig::try_from(identity.uplink(&[ALPN])?).map_err(|e| ConnectError::Quic(e.to_string()))?;
     let mut transport = TransportConfig::default();
     transport
         .initial_rtt(FIRST_RTT)
@@ -161,7 +156,7 @@ async fn connect_tcp(
     let tcp = resolver.connect(collector, TCP_WITHIN).await?;
     let broken = |error: io::Error| ConnectError::Handshake { address: collector.to_string(), error };
     let name = ServerName::from(tcp.peer_addr().map_err(broken)?.ip());
-    let connecting = TlsConnector::from(tls_config(identity)?).connect(name, tcp);
+    let connecting = TlsConnector::from(identity.uplink(&[ALPN])?).connect(name, tcp);
     let late = || Err(io::Error::from(io::ErrorKind::TimedOut));
     let stream = timeout(TCP_WITHIN, connecting).await.unwrap_or_else(|_| late()).map_err(broken)?;
     Ok(Connected { stream: Box::pin(stream), transport: "tcp", quic: None })

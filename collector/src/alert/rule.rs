@@ -551,7 +551,7 @@ pub const RULES: &[Rule] = &[
         wait: NO_WAIT,
         kinds: &["certificate.issued", "agent.connected"],
         meaning: "less than a tenth of a certificate's life is left and it was not renewed: the workload is about to fall silent",
-        what_to_do: "read why renewing fails in the agent's log; a certificate that has ended can be renewed within the grace",
+        what_to_do: "read why renewing fails in the agent's log, or at the CA that is named; one of this collector's CA can still be renewed within the grace after its end",
         read: issued,
     },
     Rule {

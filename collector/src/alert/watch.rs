@@ -505,8 +505,9 @@ fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &A
             } else {
                 certificate.not_after.since(certificate.not_before)
             };
-            let due = certificate.not_after.minus(life / rule::share(severity));
-            raise(engine, name, rule::expiring(id, certificate.not_after, due), started);
+            let elsewhere = certificate.elsewhere;
+            let due = certificate.not_after.minus(life / rule::share(severity, elsewhere));
+            raise(engine, name, rule::expiring(id, certificate.not_after, due, elsewhere), started);
         }
     }
     if let Some(error) = &agent.renewal_failed {

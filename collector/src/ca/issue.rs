@@ -179,12 +179,15 @@ impl Issuer {
         let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("bad_request", e.to_string(), false))?;
         // Judged as of its last valid moment: that it has run out since is what the grace is for, and one that does not hold yet
         // was made by us while a clock was ahead.
-        let holds = (peer.not_before..=peer.not_after).contains(&now);
-        let at = if holds { now } else { peer.not_after };
-        let verified = tls::verify_chain(&chain, &self.authority.trust(), Usage::Client, at);
+        let verified = tls::verify_chain(&chain, &self.authority.trust(), Usage::Client, peer.not_after);
         verified.map_err(|e| refuse("bad_request", format!("the old certificate does not verify: {e}"), false))?;
         if peer.spki != spki {
             return Err(refuse("bad_request", "the request's key is not that of the old certificate", false));
+        }
+        // Nobody with a right clock asks here while it holds, and what is made now would not hold by the other clock.
+        if (peer.not_before..peer.not_after).contains(&now) {
+            let detail = format!("clock: the certificate holds by this collector's clock, {now}: set the clock right");
+            return Err(refuse("clock", detail, true));
         }
         if now > peer.not_after.plus(self.grace) {
             let detail = format!("the certificate ended {}: enrol with a new token", peer.not_after);

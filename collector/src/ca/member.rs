@@ -32,6 +32,8 @@ const MOST_ISSUED: usize = 1_000;
 const MOST_ELSEWHERE: i64 = 400_000;
 /// A certificate that ends later is none of an agent.
 const LONGEST_LIFE: Duration = Duration::from_secs(400 * 24 * 3600);
+/// The same of one that another CA has issued: more than any CA's own life.
+const LONGEST_OF_OTHERS: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 /// Longest serial number, in hex digits.
 const MAX_SERIAL: usize = 40;
 
@@ -237,7 +239,8 @@ impl Register {
     }
 
     /// Waits no more for a collector that is gone for good; whether there was one.
-    pub fn forget_member(&self, serial: &str) -> Result<bool, CaError> {
+    pub fn forget_member(&self, serial: &str, now: Timestamp) -> Result<bool, CaError> {
+        self.guests_elsewhere_left(now)?;
         let deleted = self.db.execute("DELETE FROM members WHERE serial = ?1", [serial]);
         deleted.map(|count| count > 0).map_err(|e| self.fault(e))
     }
@@ -292,12 +295,14 @@ impl Register {
         }
         let is_agents = |workload: &SpiffeId| workload.trust_domain() == *domain && !is_reserved(workload.path());
         let is_serial = |serial: &str| serial.len() <= MAX_SERIAL && serial.bytes().all(|b| b.is_ascii_hexdigit());
-        let ends = now.plus(LONGEST_LIFE);
-        let is_guest = |one: &&Guest| {
-            !is_reserved(one.agent.workload.path()) && is_serial(&one.serial) && (now..ends).contains(&one.not_after_us)
-        };
-        let guests: Vec<Guest> = report.guests.iter().filter(is_guest).cloned().collect();
+        let is_guest =
+            |one: &&Guest| !is_reserved(one.agent.workload.path()) && is_serial(&one.serial) && one.not_after_us > now;
+        // Other CAs issue for longer than we do; a number that is none must not overflow.
+        let ends = now.plus(LONGEST_OF_OTHERS);
+        let bounded = |one: &Guest| Guest { not_after_us: one.not_after_us.min(ends), ..one.clone() };
+        let guests: Vec<Guest> = report.guests.iter().filter(is_guest).map(bounded).collect();
         self.take_guests(&guests, now)?;
+        let ends = now.plus(LONGEST_LIFE);
         let counts = |one: &&Issued| {
             is_agents(&one.agent.workload) && is_serial(&one.serial) && (now..ends).contains(&one.not_after_us)
         };
@@ -544,7 +549,9 @@ mod tests {
         })
         .unwrap();
         let report = issuer.register().report(now).unwrap();
-        assert_eq!((report.issued.len(), report.confirmed.len(), report.guests.len()), (1, 2, 1));
+        let told = issuer.register().guest_holders(Sha256::ZERO, now).unwrap();
+        assert_eq!((report.issued.len(), report.confirmed.len(), told.len()), (1, 2, 1));
+        assert!(report.guests.is_empty(), "what others told is not told on");
     }
 
     #[test]

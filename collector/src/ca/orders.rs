@@ -166,7 +166,7 @@ pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Re
             Ok((chain, event)) => (Reply::Issued { pem: chain.iter().map(pem).collect() }, Some(event)),
             Err(error) => (refused(error), None),
         },
-        Order::ForgetMember { serial } => match issuer.register().forget_member(&serial)? {
+        Order::ForgetMember { serial } => match issuer.register().forget_member(&serial, now)? {
             true => (Reply::Done, None),
             false => (refused(format!("no issuing CA {serial} was signed for another collector")), None),
         },

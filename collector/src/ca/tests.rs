@@ -239,7 +239,12 @@ fn a_clock_that_jumps_a_day_spends_no_token_and_what_it_made_is_renewed_by_its_k
     assert!(holds(&enrol(&renewal, behind).unwrap(), behind));
     let late = enrol(&ask(&token, &key), behind).unwrap();
     assert!(holds(&late, behind) && !holds(&late, now.plus(DAY / 12)), "it ends with the wrong clock's day");
-    assert!(enrol(&renewal, now).is_ok(), "once the clock is right all is as before");
+    let refused = enrol(&renewal, now).unwrap_err();
+    assert_eq!(
+        (refused.reason.as_str(), refused.retry),
+        ("clock", true),
+        "it holds: whoever asks here has a wrong clock"
+    );
 }
 
 #[test]

@@ -35,7 +35,7 @@ const SCHEMA: &str = "
         not_after INTEGER NOT NULL, issued INTEGER NOT NULL, confirmed INTEGER NOT NULL DEFAULT 0, replaced_by BLOB);
     CREATE TABLE IF NOT EXISTS guests (workload TEXT NOT NULL, instance TEXT NOT NULL, spki BLOB NOT NULL,
         serial TEXT NOT NULL, not_before INTEGER NOT NULL, not_after INTEGER NOT NULL, left_at INTEGER,
-        PRIMARY KEY (workload, instance, spki)) WITHOUT ROWID;
+        elsewhere INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (workload, instance, spki, elsewhere)) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS guests_spki ON guests (spki);
     CREATE INDEX IF NOT EXISTS guests_ends ON guests (not_after);
     CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, text TEXT NOT NULL, reply TEXT);

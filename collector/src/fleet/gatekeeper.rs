@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use sidewarden_proto::directive::Directive;
 use sidewarden_proto::event::{Body, Event, GateStatus, QuarantineChanged, Severity};
+use sidewarden_proto::identity::AgentId;
 use sidewarden_proto::policy::{Applied, Policy};
 use sidewarden_proto::time::Timestamp;
 use tokio::sync::broadcast;
@@ -92,20 +93,30 @@ async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     if is_any { core.commits.flush().await } else { Ok(()) }
 }
 
-/// The decision. Only when somebody is quarantined is asked who has a key in common with whom. `None`: that could not be told,
-/// and is asked again.
+/// The decision. Of whoever it quarantines is asked who has a key in common with it, and then it is made again: what is true of a
+/// key is known of all of them before anybody is cut off. `None`: that could not be told, and is asked again.
 async fn decided(core: &Core, policy: &Policy, directive: &Directive, now: Timestamp) -> Option<Decided> {
-    let first = decide(policy, directive, &core.commits.state(), &Sharers::new(), now);
-    if first.quarantined.is_empty() {
-        return Some(first);
+    let mut sharers = Sharers::new();
+    loop {
+        let decided = decide(policy, directive, &core.commits.state(), &sharers, now);
+        let asked = |agent: &AgentId| sharers.contains_key(agent);
+        let open: Vec<AgentId> = decided.quarantined.iter().map(agent_of).filter(|agent| !asked(agent)).collect();
+        if open.is_empty() {
+            return Some(decided);
+        }
+        // Each round asks about somebody new, of whom there is an end.
+        sharers.extend(ask_sharers(core, open, now).await?);
     }
-    let (issuer, held) = (core.issuer.clone(), first.quarantined.iter().map(agent_of).collect::<Vec<_>>());
-    let sharers = move || {
+}
+
+async fn ask_sharers(core: &Core, agents: Vec<AgentId>, now: Timestamp) -> Option<Sharers> {
+    let issuer = core.issuer.clone();
+    let ask = move || {
         let register = issuer.register();
-        held.into_iter().map(|agent| register.sharers(&agent, now).map(|others| (agent, others))).collect()
+        agents.into_iter().map(|agent| register.sharers(&agent, now).map(|others| (agent, others))).collect()
     };
-    match tokio::task::spawn_blocking(sharers).await {
-        Ok(Ok(sharers)) => Some(decide(policy, directive, &core.commits.state(), &sharers, now)),
+    match tokio::task::spawn_blocking(ask).await {
+        Ok(Ok(sharers)) => Some(sharers),
         Ok(Err(error)) => {
             tracing::error!(%error, "nobody can be quarantined before it is known who has a key in common; it is tried again");
             None

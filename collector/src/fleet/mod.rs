@@ -44,7 +44,7 @@ pub struct Live {
     /// What it understands of directives; 0 for an agent that does not say.
     pub understands: Arc<AtomicU32>,
     /// See [`Coming::begins`].
-    begins: Option<Timestamp>,
+    pub begins: Option<Timestamp>,
     /// Ends it in favour of another.
     replaced: CancellationToken,
     number: u64,
@@ -110,7 +110,8 @@ impl Fleet {
     }
 
     /// Lets a session in: whoever looks at it afterwards sees what it has said. One that came back with the same key, or with
-    /// the key that follows it, takes over. Where keys are somebody else's to issue, the one with the newer certificate follows.
+    /// the key that follows it, takes over. Where keys are somebody else's to issue, the one with the newer certificate follows, and one that was enrolled here takes the
+    /// place of any such.
     pub fn enter(
         self: &Arc<Fleet>,
         agent: &Arc<AgentId>,
@@ -121,8 +122,13 @@ impl Fleet {
     ) -> Result<Place, SecondKey> {
         let mut live = self.lock();
         if let Some(other) = live.get(&**agent) {
-            let is_newer = matches!((other.begins, coming.begins), (Some(was), Some(is)) if is > was);
-            if other.spki != spki && !follows && !is_newer {
+            let takes_over = match (other.begins, coming.begins) {
+                (Some(was), Some(is)) => is > was,
+                // Which instance a guest is, is its own word.
+                (Some(_), None) => true,
+                (None, _) => false,
+            };
+            if other.spki != spki && !follows && !takes_over {
                 return Err(SecondKey { agent: (**agent).clone(), source_address: other.source.clone() });
             }
             other.replaced.cancel();
@@ -162,6 +168,11 @@ impl Fleet {
         self.lock().iter().map(|(agent, live)| (agent.clone(), confirmed(live))).collect()
     }
 
+    /// Those whose certificates somebody else's CA has issued.
+    pub fn guests(&self) -> Vec<AgentId> {
+        self.lock().iter().filter(|(_, live)| live.begins.is_some()).map(|(agent, _)| agent.clone()).collect()
+    }
+
     /// How many sessions are live, over QUIC and over TCP.
     pub fn counts(&self) -> (usize, usize) {
         let live = self.lock();
@@ -195,14 +206,14 @@ mod tests {
 
     /// An agent whose certificate is rotated by somebody else comes with a newer one; a copy of it comes back with the older.
     #[test]
-    fn of_keys_that_others_issue_the_newer_takes_over_and_never_from_one_that_was_issued_here() {
+    fn of_keys_that_others_issue_the_newer_takes_over_and_one_that_was_issued_here_keeps_its_place() {
         let at = |secs| Some(Timestamp::from_secs(secs));
         for (first, second, allowed) in [
             (at(10), at(20), true),
             (at(20), at(10), false),
             (at(10), at(10), false),
             (None, at(20), false),
-            (at(10), None, false),
+            (at(10), None, true),
         ] {
             let fleet = Arc::new(Fleet::default());
             let agent = Arc::new("spiffe://x/shop/web#c1".parse::<AgentId>().unwrap());

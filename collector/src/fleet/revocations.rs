@@ -9,7 +9,7 @@ use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Refused;
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256, Usage};
 use sidewarden_proto::time::Timestamp;
-use sidewarden_proto::tls::{self, Credential};
+use sidewarden_proto::tls::{self, Credential, Trust};
 
 use super::quarantine::agent_of;
 use super::{Directives, DirectivesError, Fleet};
@@ -286,6 +286,8 @@ struct Known {
     connected: usize,
     /// Other instances that have a key of it.
     sharers: Vec<AgentId>,
+    /// Whether it has its certificates from somebody else's CA.
+    is_guest: bool,
 }
 
 impl Known {
@@ -314,18 +316,26 @@ impl Known {
         };
         let connected = fleet.all().iter().filter(|(agent, _)| is_hit(agent)).count();
         let own = [Some(issuer.authority().own().borrow().clone()), directives.also_signs()];
-        let own = own.into_iter().flatten().map(|credential| shown_by(&credential)).collect();
-        let sharers = match instance_of(what) {
-            Some(agent) => issuer.register().sharers(&agent, now)?,
-            None => Vec::new(),
+        let directive = directives.now().directive.clone();
+        let own = own.into_iter().flatten().map(|credential| shown_by(&credential, &directive)).collect();
+        let (sharers, is_guest) = match instance_of(what) {
+            Some(agent) => {
+                let register = issuer.register();
+                (register.sharers(&agent, now)?, register.is_guest(&agent, now)?)
+            }
+            None => (Vec::new(), false),
         };
-        Ok(Known { own, holder, newest, keys, connected, sharers })
+        Ok(Known { own, holder, newest, keys, connected, sharers, is_guest })
     }
 }
 
-/// As agents see it.
-fn shown_by(credential: &Credential) -> Peer {
-    tls::peer_of(credential.chain(), Usage::Server).unwrap_or_else(|_| credential.peer().clone())
+/// As agents see it: a root that has signed it need not be shown.
+fn shown_by(credential: &Credential, directive: &Directive) -> Peer {
+    let domain = &directive.trust_domain;
+    let further = directive.foreign.domains.get(domain).into_iter().flatten();
+    let roots = directive.bundle.iter().chain(further).map(|root| root.0.clone().into()).collect();
+    let trust = Trust::single(domain.clone(), roots);
+    tls::peer_with(credential.chain(), &trust, Usage::Server).unwrap_or_else(|_| credential.peer().clone())
 }
 
 /// What has to be confirmed, and what is good to know.
@@ -341,6 +351,11 @@ fn consequences(what: &Target, known: &Known) -> Told {
     if let [one, rest @ ..] = &known.sharers[..] {
         let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
         told.confirm.push(format!("its key is also that of {}{more}, which is cut off with it", one.instance));
+    }
+    if known.is_guest {
+        let line = "its certificates are of another CA: the next one that it is given there is denied only once a collector has \
+                    seen it; end it there as well, or revoke the workload";
+        told.notes.push(line.into());
     }
     match what {
         Target::Workload { id } => {
@@ -443,6 +458,7 @@ mod tests {
                 keys: Vec::new(),
                 connected: 3,
                 sharers: Vec::new(),
+                is_guest: false,
             };
             let told = consequences(&what, &known);
             assert_eq!(told.confirm.len(), confirm, "{what}: {told:?}");
@@ -457,7 +473,15 @@ mod tests {
             (Some(holder(5)), Some(holder(6)), "revoke the instance"),
         ];
         for (holder, newest, wanted) in rows {
-            let known = Known { own: vec![own()], holder, newest, keys: Vec::new(), connected: 0, sharers: Vec::new() };
+            let known = Known {
+                own: vec![own()],
+                holder,
+                newest,
+                keys: Vec::new(),
+                connected: 0,
+                sharers: Vec::new(),
+                is_guest: false,
+            };
             let told = consequences(&Target::Serial { serial: "5".into() }, &known);
             assert!(told.notes[0].contains(wanted), "{told:?}");
         }

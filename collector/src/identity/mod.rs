@@ -15,7 +15,7 @@ use sidewarden_proto::directive::Directive;
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::event::CaCertificate;
 use sidewarden_proto::given::{Elsewhere, Offered};
-use sidewarden_proto::identity::{PeerName, TrustDomain, Usage, describe};
+use sidewarden_proto::identity::{PeerName, Sha256, TrustDomain, Usage, describe};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Floor, TlsError, Trust, Verifier};
 use tokio::sync::watch;
@@ -57,6 +57,11 @@ impl Front {
     /// Why nobody vouches any more for somebody who was let in.
     pub fn judge_again(&self, chain: &[CertificateDer<'_>], now: Timestamp) -> Result<(), rustls::Error> {
         tls::verify_chain(chain, &self.trust, Usage::Client, now).map(drop)
+    }
+
+    /// The roots that vouch for agents, by trust domain.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// The roots by which somebody of `domain`, whose certificate is not of our own CA, takes our word: for our own domain those
@@ -231,7 +236,7 @@ pub fn check(config: &Config, now: Timestamp) -> anyhow::Result<()> {
     if let Some(Elsewhere::Files(files)) = &config.identity {
         let follows = config.ca.leader.is_some();
         let judged = files.read().map_err(|fault| fault.to_string());
-        let judged = judged.and_then(|offered| judge(&offered, &config.trust_domain, follows, now));
+        let judged = judged.and_then(|offered| judge(&offered, &config.trust_domain, follows, &[], now));
         faults.extend(judged.err().map(|fault| format!("identity: {fault}")));
     }
     if let Some(pair) = &config.api.certificate {
@@ -242,7 +247,7 @@ pub fn check(config: &Config, now: Timestamp) -> anyhow::Result<()> {
 }
 
 /// Whether `offered` may be this collector's: its name is one of ours, and it can do what a collector must.
-fn judge(offered: &Offered, domain: &TrustDomain, follows: bool, now: Timestamp) -> Result<(), String> {
+fn judge(offered: &Offered, domain: &TrustDomain, follows: bool, own: &[Sha256], now: Timestamp) -> Result<(), String> {
     let (id, ours) = (&offered.workload, tls::collector_id(domain));
     if id.trust_domain() != *domain || !tls::is_collector(id) {
         return Err(format!(
@@ -261,6 +266,10 @@ fn judge(offered: &Offered, domain: &TrustDomain, follows: bool, now: Timestamp)
     }
     let verified = tls::verify_chain(offered.credential.chain(), &offered.trust, Usage::Server, now);
     verified.map_err(|error| format!("it does not verify with the roots it came with: {error}"))?;
+    let roots = offered.trust.domains.get(domain).into_iter().flatten();
+    if roots.filter_map(|root| tls::spki_of(root).ok()).any(|spki| own.contains(&spki)) {
+        return Err("its roots hold one of this collector's own CA, which would stay trusted when that is retired: leave it out".into());
+    }
     if !follows {
         let signed = offered.credential.sign(b"");
         signed.map_err(|_| "its key must be ECDSA P-256: it signs directives".to_owned())?;

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Identities;
-use super::given::{LOOK_AT_FILES, refused, tell};
+use super::given::{LOOK_AT_FILES, is_same_fault, refused, tell};
 use crate::app::Core;
 
 /// How it stands in events and alerts.
@@ -169,7 +169,7 @@ impl Keeper {
                 true
             }
             Err(error) => {
-                if self.told.as_ref() != Some(&error) {
+                if !self.told.as_ref().is_some_and(|told| is_same_fault(told, &error)) {
                     let shown = self.core.identities.page().borrow().clone();
                     let in_use = shown.from().map(|_| shown.credential().peer().not_after);
                     refused(&self.core, PAGE, &error, in_use).await;

@@ -56,7 +56,9 @@ async fn answer(shared: &Arc<Shared>, source: SocketAddr, request: Request) -> A
     let workload = request.workload.as_ref().map(ToString::to_string).unwrap_or_default();
     let decided = tokio::task::spawn_blocking(move || {
         check_directive(&issuer, &directives, &request, now)?;
-        let live = |agent: &AgentId| sessions.live(agent).map(|live| live.spki);
+        // A guest under this name gives way to whoever is enrolled under it.
+        let enrolled = |agent: &AgentId| sessions.live(agent).filter(|live| live.begins.is_none());
+        let live = |agent: &AgentId| enrolled(agent).map(|live| live.spki);
         let grant = issuer.enrol(&request, &directives.now().directive, &live, now)?;
         fleet::hand_out(&issuer, &directives, grant, now)
     })

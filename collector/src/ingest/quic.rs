@@ -61,6 +61,8 @@ fn server_config(front: &Front) -> Result<ServerConfig, IngestError> {
 /// Takes connections until the shutdown; a renewed certificate of ours serves from the next handshake on.
 pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>) {
     let mut front = shared.identities.front();
+    // It may have changed since the first configuration was made.
+    front.mark_changed();
     loop {
         tokio::select! {
             incoming = endpoint.accept() => match incoming {

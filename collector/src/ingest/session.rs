@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::Shared;
-use crate::ca::{KeyState, is_reserved};
+use crate::ca::{CaError, KeyState, is_reserved};
 use crate::commit::{Fault, Progress};
 use crate::fleet::{self, Coming, InForce, Place};
 use crate::identity::Front;
@@ -219,13 +219,19 @@ struct Admitted {
     peer: Peer,
     place: Place,
     cursor: Cursor,
-    /// The chain it has shown, if somebody else's CA has issued it.
-    guest: Option<Vec<CertificateDer<'static>>>,
+    /// See [`Session::guest`].
+    guest: Option<Vouched>,
 }
 
+/// Whose word counts for somebody whose certificate was issued elsewhere, and the chain that it has shown.
+type Vouched = (watch::Receiver<Arc<Front>>, Vec<CertificateDer<'static>>);
+
 async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admitted, NotAdmitted> {
-    let peer =
-        tls::peer_of(&come.chain, Usage::Client).map_err(|e| not_admitted("bad_certificate", e.to_string(), false))?;
+    // What is asked of it now is asked again whenever it changes.
+    let mut fronts = shared.identities.front();
+    let front = fronts.borrow_and_update().clone();
+    let peer = tls::peer_with(&come.chain, front.trust(), Usage::Client);
+    let peer = peer.map_err(|e| not_admitted("bad_certificate", e.to_string(), false))?;
     let PeerName::Spiffe(workload) = peer.name.clone() else {
         return Err(not_admitted("bad_certificate", "the certificate names no workload", false));
     };
@@ -236,15 +242,24 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
     if !shared.directives.is_there() {
         return Err(not_admitted("not_ready", super::NO_DIRECTIVE, true));
     }
-    let in_force = shared.directives.now();
-    if let Some(denied) = in_force.directive.revokes(&peer).or_else(|| in_force.directive.revokes_agent(&agent)) {
-        return Err(not_admitted("revoked", format!("{agent}: {denied}"), false));
+    let (in_force, now) = (shared.directives.now(), (shared.clock)());
+    let is_guest = !front.is_ours(&come.chain, now);
+    if is_guest {
+        // The handshake may have been a while ago, and with other roots.
+        let judged = front.judge_again(&come.chain, now);
+        judged.map_err(|e| not_admitted("unknown_ca", format!("{agent}: {e}"), true))?;
     }
-    let now = (shared.clock)();
-    let is_guest = !shared.identities.front().borrow().is_ours(&come.chain, now);
+    if let Some(denied) = in_force.directive.revokes(&peer).or_else(|| in_force.directive.revokes_agent(&agent)) {
+        let refused = not_admitted("revoked", format!("{agent}: {denied}"), false);
+        // Its peers know it by its keys, and this one may be new.
+        if is_guest {
+            note_guest(shared, &agent, &peer, now).await?;
+        }
+        return Err(refused);
+    }
     let follows = match is_guest {
         false => check_key(shared, &agent, &peer, &come.chain).await?,
-        true => check_guest(shared, &agent, &peer, hello).await.map(|()| false)?,
+        true => can_be_told(&front, &in_force, &agent, hello, now).map(|()| false)?,
     };
     let (source, transport) = (come.source.to_string(), come.transport);
     let begins = is_guest.then_some(peer.not_before);
@@ -254,26 +269,55 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
         critical: true,
         ..not_admitted("second_instance", second.to_string(), true)
     })?;
+    if is_guest {
+        note_guest(shared, &agent, &peer, now).await?;
+    }
     let cursor = cursor(shared, &agent, hello.epoch).await?;
-    let guest = is_guest.then(|| come.chain.clone());
+    let guest = is_guest.then(|| (fronts, come.chain.clone()));
     Ok(Admitted { agent, peer, place, cursor, guest })
 }
 
-/// Notes the key of somebody whose certificate was issued elsewhere. One without a directive must be able to take ours at once:
-/// without any it would know of no revocation.
-async fn check_guest(
+/// Whether somebody whose certificate was issued elsewhere can take the directive in force, if it has an older one or none: it would
+/// know of no revocation otherwise.
+fn can_be_told(
+    front: &Front,
+    in_force: &InForce,
+    agent: &AgentId,
+    hello: &Hello,
+    now: Timestamp,
+) -> Result<(), NotAdmitted> {
+    if hello.directive >= in_force.directive.version {
+        return Ok(());
+    }
+    let opened = in_force.signed.open(&front.roots_of_guest(&agent.workload.trust_domain()), now);
+    let why = |error| {
+        format!(
+            "the directive in force bears no signature that {agent} could take ({error}): the collector that makes them needs an \
+             `[identity]` of the same CA"
+        )
+    };
+    opened.map(drop).map_err(|error| not_admitted("not_ready", why(error), true))
+}
+
+/// Notes the key of somebody whose certificate was issued elsewhere; one that is revoked or quarantined is denied by it at once.
+async fn note_guest(
     shared: &Arc<Shared>,
     agent: &Arc<AgentId>,
     peer: &Peer,
-    hello: &Hello,
+    now: Timestamp,
 ) -> Result<(), NotAdmitted> {
-    let (issuer, guest, shown, now) = (shared.issuer.clone(), agent.clone(), peer.clone(), (shared.clock)());
-    let trust = shared.identities.front().borrow().roots_of_guest(&agent.workload.trust_domain());
-    if hello.directive == 0 && !shared.directives.is_fresh(&trust, now) {
-        return Err(not_admitted("not_ready", super::NO_DIRECTIVE, true));
-    }
-    let noted = tokio::task::spawn_blocking(move || issuer.register().guest_seen(&guest, &shown, now)).await;
-    match noted {
+    let (issuer, directives) = (shared.issuer.clone(), shared.directives.clone());
+    let (guest, shown) = (agent.clone(), peer.clone());
+    let noted = tokio::task::spawn_blocking(move || {
+        let noted = issuer.register().guest_seen(&guest, &shown, now)?;
+        let directive = directives.now().directive.clone();
+        let is_named = directive.revokes_agent(&guest).is_some() || directive.quarantines_agent(&guest).is_some();
+        if is_named && directive.denies(&shown).is_none() {
+            fleet::refresh(&issuer, &directives, now).map_err(|error| CaError::Request(error.to_string()))?;
+        }
+        Ok::<_, CaError>(noted)
+    });
+    match noted.await {
         Ok(Ok(Ok(()))) => Ok(()),
         Ok(Ok(Err(full))) => {
             Err(NotAdmitted { critical: true, ..not_admitted("limit_reached", format!("{agent}: {full}"), true) })
@@ -348,7 +392,6 @@ where
     };
     let summary = format!("{agent} connected from {} over {}", come.source, come.transport);
     tell(shared, Severity::Info, summary, connected.into()).await;
-    let is_guest = admitted.guest.is_some();
     let end = Session::new(shared, come.source, hello, admitted).drive(&mut wire).await;
     tracing::debug!(%agent, source = %come.source, %end, "session ended");
     if end.is_hostile() {
@@ -358,9 +401,6 @@ where
     // One that was replaced is still connected, on the connection that took over.
     if !matches!(end, End::Replaced) {
         tell_disconnected(shared, &agent, &end).await;
-        if is_guest {
-            note_left(shared, agent).await;
-        }
     }
     wire.close(end.refuse()).await;
 }
@@ -392,14 +432,6 @@ async fn tell_disconnected(shared: &Shared, agent: &AgentId, end: &End) {
     tell(shared, severity, format!("{agent} disconnected: {end}"), body.into()).await;
 }
 
-async fn note_left(shared: &Shared, agent: Arc<AgentId>) {
-    let (issuer, now) = (shared.issuer.clone(), (shared.clock)());
-    let noted = tokio::task::spawn_blocking(move || issuer.register().guest_left(&agent, now)).await;
-    if let Ok(Err(error)) = noted {
-        tracing::error!(%error, "that an agent has left could not be noted");
-    }
-}
-
 async fn tell(shared: &Shared, severity: Severity, summary: String, body: Body) {
     let event = Event::new((shared.clock)(), severity, summary, &body);
     if shared.commits.own(event).await.is_err() {
@@ -418,8 +450,8 @@ struct Session<'a> {
     welcome: Option<Frame>,
     progress: (watch::Sender<Progress>, watch::Receiver<Progress>),
     directive: watch::Receiver<Arc<InForce>>,
-    /// Whose word counts for it, and what it has shown: of one whose certificate was issued elsewhere.
-    guest: Option<(watch::Receiver<Arc<Front>>, Vec<CertificateDer<'static>>)>,
+    /// Of one whose certificate was issued elsewhere.
+    guest: Option<Vouched>,
     expires: tokio::time::Instant,
     pace: Pace,
     renewed: Option<Instant>,
@@ -434,7 +466,6 @@ fn now() -> Instant {
 impl<'a> Session<'a> {
     fn new(shared: &'a Arc<Shared>, source: SocketAddr, hello: &Hello, admitted: Admitted) -> Session<'a> {
         let Admitted { agent, peer, place, cursor, guest } = admitted;
-        let guest = guest.map(|chain| (shared.identities.front(), chain));
         let (receiver, mut welcome) = Receiver::new(hello, cursor, env!("CARGO_PKG_VERSION"), now());
         if let Frame::Welcome(welcome) = &mut welcome {
             welcome.keeps_gates = !shared.directives.is_following();
@@ -603,7 +634,7 @@ impl<'a> Session<'a> {
 }
 
 /// Waits until whose word counts for a guest has changed; for all others, and once that cannot change any more, for ever.
-async fn front_changed(guest: &mut Option<(watch::Receiver<Arc<Front>>, Vec<CertificateDer<'static>>)>) {
+async fn front_changed(guest: &mut Option<Vouched>) {
     let changed = match guest {
         Some((front, _)) => front.changed().await.is_ok(),
         None => false,

@@ -47,6 +47,8 @@ impl Configs {
 /// Takes connections until the shutdown.
 pub async fn serve(listener: TcpListener, configs: Configs, shared: Arc<Shared>) {
     let mut front = shared.identities.front();
+    // It may have changed since the first configuration was made.
+    front.mark_changed();
     let configs = watch::Sender::new(configs);
     loop {
         tokio::select! {

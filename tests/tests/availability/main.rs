@@ -453,6 +453,29 @@ async fn agents_of_somebody_elses_ca_fail_over_as_well_and_nothing_is_undone_by_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn agents_that_could_take_no_directive_are_not_let_in_and_it_is_said_what_is_missing() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), mint::Authority::root("the company"));
+    let world = World::start().await;
+    let at = world.dir.path().join("second");
+    join(&world.collector().core, &at).await;
+    let mut config = follower(&at, world.agents, SocketAddr::from(([127, 0, 0, 1], 0)));
+    let text = given(&dir.path().join("second"), &ca, "sidewarden/collector/second");
+    config.identity = config::read(&text, &|_| None).unwrap().identity;
+    let second = collector::start(config, Timestamp::now).await.unwrap();
+    follows(&world, &second).await;
+    let identity = given(&dir.path().join("web"), &ca, "shop/web");
+    let web = world::agent_in(world.dir.path(), &[second.agents], "web-1", &identity, None).await;
+    let refused = async || {
+        let query = Query { kinds: vec!["ingest.refused".into()], ..world::all() };
+        let events = second.core.index.query(query).await.unwrap().events;
+        events.iter().any(|record| record.body.get().contains("needs an `[identity]` of the same CA")).then_some(())
+    };
+    eventually(|| "it is let in, or not told why not".into(), refused).await;
+    assert!(second.core.fleet.live(&id("web-1")).is_none() && runs(&web) == 0);
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_nobody_signed_here_is_not_told_anything() {
     let world = World::start().await;
     let second = second(&world).await;

@@ -2,33 +2,45 @@
 
 use super::*;
 
-/// How much of a certificate's life is left when a rule is due: a third, and a tenth where it is critical.
-pub fn share(severity: Severity) -> u32 {
-    if severity == Severity::Critical { 10 } else { 3 }
+/// How much of a certificate's life is left when a rule is due: a tenth where it is critical, a third otherwise, and a quarter of one
+/// that is somebody else's to renew: many do so at a third, which is no fault yet.
+pub fn share(severity: Severity, elsewhere: bool) -> u32 {
+    match (severity, elsewhere) {
+        (Severity::Critical, _) => 10,
+        (_, true) => 4,
+        (_, false) => 3,
+    }
 }
 
 /// As it was issued here, or as an agent has shown it.
 pub(super) fn issued(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let mut elsewhere = false;
     let (whose, begins, ends, serial, by) = match seen.body {
         Some(Body::CertificateIssued(body)) => {
             (subject(&body.workload, &body.instance), seen.at, body.not_after_us, &body.serial, body.by.as_str())
         }
         Some(Body::AgentConnected(AgentConnected { workload, instance, certificate: Some(shown), .. })) => {
-            let by = if shown.elsewhere { "somebody else's CA" } else { "a collector" };
+            elsewhere = shown.elsewhere;
+            let by = if elsewhere { "somebody else's CA" } else { "a collector" };
             (subject(workload, instance), shown.not_before_us, shown.not_after_us, &shown.serial, by)
         }
         _ => return Vec::new(),
     };
-    let mut case = expiring(seen.agent, ends, ends.minus(ends.since(begins) / share(rule.severity)));
+    let due = ends.minus(ends.since(begins) / share(rule.severity, elsewhere));
+    let mut case = expiring(seen.agent, ends, due, elsewhere);
     case.subject = Some(whose);
     case.evidence = lines([("serial", serial), ("issued by", &by.to_owned())]);
     vec![Signal::Raise(case)]
 }
 
 /// The case of a certificate that ends at `not_after` and should have been renewed by `due`.
-pub fn expiring(agent: &AgentId, not_after: Timestamp, due: Timestamp) -> Case {
+pub fn expiring(agent: &AgentId, not_after: Timestamp, due: Timestamp, elsewhere: bool) -> Case {
     let what = format!("the certificate ends at {not_after} and was not renewed");
-    let mut case = about(agent, "read why renewing fails in the agent's log, or enrol it anew", what);
+    let then = match elsewhere {
+        true => "its certificates are of another CA: ask why that one, or what fetches them, gives no newer one",
+        false => "read why renewing fails in the agent's log, or enrol it anew",
+    };
+    let mut case = about(agent, then, what);
     case.due = Some(due);
     case
 }
@@ -103,7 +115,8 @@ pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 }
 
 fn due(one: &CaCertificate, severity: Severity) -> Timestamp {
-    one.not_after_us.minus(one.not_after_us.since(one.not_before_us) / share(severity))
+    let is_elsewhere = ["identity", "identity_root", "page"].contains(&one.what.as_str());
+    one.not_after_us.minus(one.not_after_us.since(one.not_before_us) / share(severity, is_elsewhere))
 }
 
 /// The case of an agent whose last renewal failed with `error`.
@@ -193,6 +206,7 @@ const ENROLMENT_REASONS: &[&str] = &[
     "bad_request",
     "revoked",
     "grace_over",
+    "clock",
     "second_instance",
     "internal",
 ];
