@@ -560,8 +560,8 @@ pub const RULES: &[Rule] = &[
         lasts: Lasts::UntilCleared,
         wait: RENEWAL,
         kinds: &["ca.certificates"],
-        meaning: "less than a third of the life of the root, the issuing CA or the collector's own certificate is left",
-        what_to_do: "the root: plan to replace it; the others renew by themselves, and the collector's log says why they do not",
+        meaning: "less than a third of the life of the root, the issuing CA or the collector's own certificate is left, or less than a quarter of one that somebody else keeps for it (identity, page)",
+        what_to_do: "the root: plan to replace it; issuing CA and collector renew by themselves, and its log says why they do not; the identity, its roots and the page: whoever issues them has given no newer one",
         read: ca_dates,
     },
     Rule {
@@ -570,8 +570,8 @@ pub const RULES: &[Rule] = &[
         lasts: Lasts::UntilCleared,
         wait: RENEWAL,
         kinds: &["ca.certificates"],
-        meaning: "less than a tenth of the life of the root, the issuing CA or the collector's own certificate is left",
-        what_to_do: "the root: replace it now, every agent falls silent with it; the others: the collector's log says why they are not renewed",
+        meaning: "less than a tenth of the life of the root, the issuing CA, the collector's own certificate or one that somebody else keeps for it is left",
+        what_to_do: "the root: replace it now, every agent falls silent with it; issuing CA and collector: its log says why they are not renewed; the identity: get a newer one to where `[identity]` points, or agents of that CA fall silent; the page: to where `api.cert` points",
         read: ca_dates,
     },
     Rule {

@@ -106,7 +106,13 @@ pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     };
     let raise = |one: CaCertificate| {
         let which = if one.name.is_empty() { String::new() } else { format!(" ({})", short(&one.name, 120)) };
-        let mut case = case(seen, rule, format!("the {} certificate{which} ends at {}", one.what, one.not_after_us));
+        let whose = match one.what.as_str() {
+            "identity" => "collector's certificate of another CA",
+            "identity_root" => "root of another CA",
+            "page" => "page's certificate",
+            what => &format!("{what} certificate"),
+        };
+        let mut case = case(seen, rule, format!("the {whose}{which} ends at {}", one.not_after_us));
         (case.subject, case.due) = (None, Some(due(&one, rule.severity)));
         case.apart = Some(("reason", known(&one.what, &whats)));
         Signal::Raise(case)
