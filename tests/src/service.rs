@@ -7,7 +7,7 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -21,15 +21,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Nobody's user and group, for servers that refuse to run as root.
 const NOBODY: u32 = 65_534;
 
-/// A free TCP address for a server that has to be told one.
+/// A loopback address of the caller's own, for what listens in a test.
 ///
-/// Not on 127.0.0.1, whose ports the kernel hands to every connection that goes out in the meantime: on a loopback
-/// address of the test's own the port is still free when the server comes to bind it.
+/// 127.0.0.1 is everybody's: the port of a listener that has ended is soon handed to another test's, and who still knocks
+/// for the old one, like an agent whose collector has stopped, is then counted there. Here he finds nobody.
+pub fn own_ip() -> Ipv4Addr {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    // Of 127.16.0.0/12 each process has 1024, which no other has unless 1024 processes were started in between.
+    let number = std::process::id() << 10 | NEXT.fetch_add(1, Relaxed) & 0x3ff;
+    Ipv4Addr::from_bits(Ipv4Addr::new(127, 16, 0, 0).to_bits() | number & 0xf_ffff)
+}
+
+/// A free TCP address for a server that has to be told one: on an address of its own its port is still free when the
+/// server comes to bind it, for the kernel hands ports of 127.0.0.1 to every connection that goes out in the meantime.
 pub fn free_address() -> Result<SocketAddr> {
-    static NEXT: AtomicU8 = AtomicU8::new(1);
-    let process = std::process::id().to_le_bytes()[0];
-    let ip = Ipv4Addr::new(127, 77, process, NEXT.fetch_add(1, Relaxed));
-    Ok(TcpListener::bind((ip, 0)).context("looking for a free port")?.local_addr()?)
+    Ok(TcpListener::bind((own_ip(), 0)).context("looking for a free port")?.local_addr()?)
 }
 
 /// A running server.
@@ -106,6 +112,6 @@ mod tests {
     fn addresses_differ_and_are_free() {
         let (one, two) = (free_address().unwrap(), free_address().unwrap());
         assert_ne!(one.ip(), two.ip());
-        assert!(one.ip().is_loopback() && TcpListener::bind(one).is_ok());
+        assert!(one.ip().is_loopback() && one.ip() != Ipv4Addr::LOCALHOST && TcpListener::bind(one).is_ok());
     }
 }

@@ -11,6 +11,8 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 
+use crate::service::own_ip;
+
 /// Of each direction this much is searched for plain words: looking through gigabytes would take longer than sending them.
 const SEARCHED: usize = 1 << 20;
 /// The largest record of TLS, RFC 8446 section 5.2 and RFC 5246 section 6.2.3.
@@ -61,7 +63,7 @@ pub struct Tap {
 impl Tap {
     /// Leads whoever connects to `to`, and looks for `words`.
     pub fn start(to: SocketAddr, words: &[&str]) -> Result<Tap> {
-        let listener = TcpListener::bind("127.0.0.1:0").context("binding the tap")?;
+        let listener = TcpListener::bind((own_ip(), 0)).context("binding the tap")?;
         let address = listener.local_addr()?;
         let (seen, stop) = (Arc::<Mutex<Seen>>::default(), Arc::<AtomicBool>::default());
         let words: Arc<[String]> = words.iter().map(|word| (*word).to_owned()).collect();

@@ -38,6 +38,16 @@ async fn all_are_counted(gate: &Gate) {
     eventually(|| format!("{} of {CROWD} are counted", counted()), all).await;
 }
 
+/// Listeners of other tests come and go on 127.0.0.1 with the same port, and so do those who still knock for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_knocks_for_somebody_else_is_not_counted() {
+    let gate = Gate::open().await;
+    // It may even find one of them.
+    drop(tokio::net::TcpStream::connect((home(), gate.address().port())).await);
+    gate.is_open().await;
+    assert_eq!(gate.refused("handshake_failed"), 0);
+}
+
 /// The crowd keeps coming while good clients do: from one machine, which may not take the room of the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn five_thousand_stalled_handshakes_of_one_machine_keep_no_good_client_out() {

@@ -167,19 +167,9 @@ async fn testssl_agrees_on_versions_ciphers_and_no_resumption() {
         return;
     }
     let (gate, dir) = stage().await;
-    let args = [
-        "--quiet",
-        "--color",
-        "0",
-        "--warnings",
-        "batch",
-        "--nodns",
-        "none",
-        "--jsonfile",
-        "out.json",
-        "--ip",
-        "127.0.0.1",
-    ];
+    let ip = gate.address().ip().to_string();
+    let args =
+        ["--quiet", "--color", "0", "--warnings", "batch", "--nodns", "none", "--jsonfile", "out.json", "--ip", &ip];
     finish(run("testssl", args).args(["-p", "-s", "-S", "-R", &gate.address().to_string()]), dir.path());
     let found: Vec<serde_json::Value> =
         serde_json::from_str(&std::fs::read_to_string(dir.path().join("out.json")).unwrap()).unwrap();

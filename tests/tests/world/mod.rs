@@ -1,4 +1,5 @@
-//! A collector and agents in this process: real sockets on free ports, a real CA, real disks in a temporary folder.
+//! A collector and agents in this process: real sockets on free ports of addresses that nobody else has, a real CA, real
+//! disks in a temporary folder.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use sidewarden_proto::backoff;
 use sidewarden_proto::event::Mode;
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
+use sidewarden_tests::service::own_ip;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -40,7 +42,7 @@ impl World {
     /// With more settings of the collector.
     pub async fn start_with(extra: &str) -> World {
         let dir = TempDir::new().unwrap();
-        let free = SocketAddr::from(([127, 0, 0, 1], 0));
+        let free = SocketAddr::from((own_ip(), 0));
         let app = start_collector(dir.path(), free, extra).await;
         World { dir, agents: app.agents, others: Vec::new(), collector: Some(app), extra: extra.to_owned() }
     }
@@ -50,7 +52,7 @@ impl World {
     pub async fn start_apart(extra: &'static str) -> (World, Runtime) {
         let apart = Runtime::new().unwrap();
         let dir = TempDir::new().unwrap();
-        let (path, free) = (dir.path().to_owned(), SocketAddr::from(([127, 0, 0, 1], 0)));
+        let (path, free) = (dir.path().to_owned(), SocketAddr::from((own_ip(), 0)));
         let app = apart.spawn(async move { start_collector(&path, free, extra).await }).await.unwrap();
         let (agents, extra) = (app.agents, extra.to_owned());
         (World { dir, agents, others: Vec::new(), collector: Some(app), extra }, apart)
@@ -236,12 +238,13 @@ pub async fn echo() -> SocketAddr {
 
 pub fn inbound(to: SocketAddr, allow: &str) -> String {
     format!(
-        "[[inbound]]\nlisten = '127.0.0.1:0'\nto = '{to}'\nallow = ['spiffe://sidewarden.internal/{allow}']\nhold_service_port = false\n"
+        "[[inbound]]\nlisten = '{}:0'\nto = '{to}'\nallow = ['spiffe://sidewarden.internal/{allow}']\nhold_service_port = false\n",
+        own_ip()
     )
 }
 
 pub fn outbound(to: SocketAddr, peer: &str) -> String {
-    format!("[[outbound]]\nlisten = '127.0.0.1:0'\nto = '{to}'\npeer = 'spiffe://sidewarden.internal/{peer}'\n")
+    format!("[[outbound]]\nlisten = '{}:0'\nto = '{to}'\npeer = 'spiffe://sidewarden.internal/{peer}'\n", own_ip())
 }
 
 /// Sends `text` and waits for it to come back.
