@@ -61,7 +61,7 @@ async fn a_gibibyte_up_and_down_is_the_same_bytes() {
 async fn a_thousand_connections_at_once_all_get_through() {
     const AT_ONCE: u64 = 1_000;
     room_for_descriptors(AT_ONCE);
-    let pair = Pair::patient(echo().await).await;
+    let pair = Pair::before(echo().await, &[]).await;
     let door = pair.door();
     let visitors: Vec<_> = (0..AT_ONCE).map(|_| tokio::spawn(stay(door))).collect();
     let mut open = Vec::new();

@@ -20,6 +20,9 @@ pub const CANARY: &str = "canary-in-plain-words-4711";
 /// How long a client may take, load tools included.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Time for more connections than this machine can make at once, and for a machine that stands still for a while.
+const TIMEOUTS: &str = "timeouts.connect = '30s'\ntimeouts.handshake = '30s'\n";
+
 /// What both agents counted.
 #[derive(Debug, PartialEq)]
 pub struct Counted {
@@ -42,20 +45,11 @@ pub struct Pair {
 impl Pair {
     /// In front of `server`. Besides the canary, none of `words` may be seen on the wire.
     pub async fn before(server: SocketAddr, words: &[&str]) -> Pair {
-        Pair::with("", server, words).await
-    }
-
-    /// The same, with time for more than this machine can do at once.
-    pub async fn patient(server: SocketAddr) -> Pair {
-        Pair::with("timeouts.connect = '30s'\ntimeouts.handshake = '30s'\n", server, &[]).await
-    }
-
-    async fn with(more: &str, server: SocketAddr, words: &[&str]) -> Pair {
         let world = World::start().await;
-        let rules = format!("{more}{}", inbound(server, "shop/web"));
+        let rules = format!("{TIMEOUTS}{}", inbound(server, "shop/web"));
         let orders = world.agent("orders-1", "shop/orders", &rules).await;
         let tap = Tap::start(orders.inbound(), &[&[CANARY], words].concat()).unwrap();
-        let rules = format!("{more}{}", outbound(tap.address, "shop/orders"));
+        let rules = format!("{TIMEOUTS}{}", outbound(tap.address, "shop/orders"));
         let web = world.agent("web-1", "shop/web", &rules).await;
         orders.enrolled().await;
         web.enrolled().await;

@@ -42,7 +42,8 @@ fn curl(args: &[&str], url: &str) -> String {
 
 /// wrk's own summary: nothing but good answers. It closes its connections in the middle of answers, as it does always.
 fn wrk(url: &str, connections: &str) {
-    let said = talk(client("wrk", &["--threads", "1", "--connections", connections, "--duration", "2s", url]));
+    let options = ["--threads", "1", "--connections", connections, "--duration", "2s", "--timeout", "60s", url];
+    let said = talk(client("wrk", &options));
     assert!(said.contains(" requests in ") && !said.contains("Non-2xx") && !said.contains("Socket errors"), "{said}");
 }
 
@@ -94,6 +95,13 @@ async fn nginx_over_h2c() {
     assert!(counted.down > 4000 * CANARY.len() as u64, "{counted:?}");
 }
 
+/// How long Tomcat waits on a connection of HTTP/2: as long as the clients do.
+///
+/// By itself it gives each of its threads 5 s for a turn to write an answer (`writeTimeout`). When one has not got it by
+/// then, which is so where the machine stood still that long, Tomcat ends the connection with all its streams.
+const TOMCATS_PATIENCE: &str = r#"readTimeout="120000" writeTimeout="120000" keepAliveTimeout="120000"
+             streamReadTimeout="120000" streamWriteTimeout="120000""#;
+
 fn tomcat(dir: &Path) -> (Service, SocketAddr) {
     let address = free_address().unwrap();
     for part in ["conf", "logs", "temp", "work", "webapps/ROOT/WEB-INF"] {
@@ -101,7 +109,7 @@ fn tomcat(dir: &Path) -> (Service, SocketAddr) {
     }
     let connector = format!(
         r#"<Connector address="{}" port="{}" protocol="HTTP/1.1" maxKeepAliveRequests="-1">
-             <UpgradeProtocol className="org.apache.coyote.http2.Http2Protocol"/></Connector>"#,
+             <UpgradeProtocol className="org.apache.coyote.http2.Http2Protocol" {TOMCATS_PATIENCE}/></Connector>"#,
         address.ip(),
         address.port()
     );
