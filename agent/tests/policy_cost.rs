@@ -48,7 +48,7 @@ fn directive(revoked: u32) -> Directive {
 /// With so many lines, one in a hundred of which is about `shop/orders`.
 fn policy(lines: usize) -> Policy {
     let line = |number: usize| {
-        let to = if number % 100 == 0 { "shop/orders".to_owned() } else { format!("shop/service-{number}") };
+        let to = if number.is_multiple_of(100) { "shop/orders".to_owned() } else { format!("shop/service-{number}") };
         format!("[[allow]]\nfrom = ['shop/client-{number}']\nto = ['{to}']\n")
     };
     Policy::parse(&(0..lines).map(line).collect::<String>()).unwrap()

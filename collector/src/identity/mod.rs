@@ -15,7 +15,7 @@ use sidewarden_proto::directive::Directive;
 use sidewarden_proto::enrol::Der;
 use sidewarden_proto::event::CaCertificate;
 use sidewarden_proto::given::{Elsewhere, Offered};
-use sidewarden_proto::identity::{PeerName, Sha256, TrustDomain, Usage, describe};
+use sidewarden_proto::identity::{Sha256, TrustDomain, Usage, describe};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, Credential, Floor, TlsError, Trust, Verifier};
 use tokio::sync::watch;
@@ -274,6 +274,5 @@ fn judge(offered: &Offered, domain: &TrustDomain, follows: bool, own: &[Sha256],
         let signed = offered.credential.sign(b"");
         signed.map_err(|_| "its key must be ECDSA P-256: it signs directives".to_owned())?;
     }
-    debug_assert!(matches!(offered.credential.peer().name, PeerName::Spiffe(_)));
     Ok(())
 }
