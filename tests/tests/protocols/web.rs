@@ -95,21 +95,20 @@ async fn nginx_over_h2c() {
     assert!(counted.down > 4000 * CANARY.len() as u64, "{counted:?}");
 }
 
-/// How long Tomcat waits on a connection of HTTP/2: as long as the clients do.
+/// Tomcat with one page, on HTTP/1.1 and h2c. Left to itself it ends connections of h2c where the processor is busy:
 ///
-/// By itself it gives each of its threads 5 s for a turn to write an answer (`writeTimeout`). When one has not got it by
-/// then, which is so where the machine stood still that long, Tomcat ends the connection with all its streams.
-const TOMCATS_PATIENCE: &str = r#"readTimeout="120000" writeTimeout="120000" keepAliveTimeout="120000"
-             streamReadTimeout="120000" streamWriteTimeout="120000""#;
-
+/// - It reads a connection that has just begun with two threads. When the one with the earlier frames has to wait, the
+///   later ones overtake them, and the earlier have an old stream's number then. `useAsyncIO="false"`: with one.
+/// - A thread that has no turn to write its answer within 5 s gives the connection up, with all its streams.
 fn tomcat(dir: &Path) -> (Service, SocketAddr) {
     let address = free_address().unwrap();
     for part in ["conf", "logs", "temp", "work", "webapps/ROOT/WEB-INF"] {
         std::fs::create_dir_all(dir.join(part)).unwrap();
     }
     let connector = format!(
-        r#"<Connector address="{}" port="{}" protocol="HTTP/1.1" maxKeepAliveRequests="-1">
-             <UpgradeProtocol className="org.apache.coyote.http2.Http2Protocol" {TOMCATS_PATIENCE}/></Connector>"#,
+        r#"<Connector address="{}" port="{}" protocol="HTTP/1.1" maxKeepAliveRequests="-1" useAsyncIO="false">
+             <UpgradeProtocol className="org.apache.coyote.http2.Http2Protocol"
+              readTimeout="120000" writeTimeout="120000"/></Connector>"#,
         address.ip(),
         address.port()
     );
