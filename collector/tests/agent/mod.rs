@@ -62,13 +62,20 @@ pub fn request(token: &Token, workload: &str, instance: &str, key: &KeyPair) -> 
     }
 }
 
+/// Without a delay for small writes, as agents connect.
+async fn connected(collector: SocketAddr) -> TcpStream {
+    let tcp = TcpStream::connect(collector).await.unwrap();
+    tcp.set_nodelay(true).unwrap();
+    tcp
+}
+
 pub async fn enrol(
     collector: SocketAddr,
     pin: sidewarden_proto::identity::Sha256,
     request: &Request,
 ) -> Result<Issued, Refused> {
     let config = tls::pinned_client_config(pin, &[ALPN_ENROL]).unwrap();
-    let tcp = TcpStream::connect(collector).await.unwrap();
+    let tcp = connected(collector).await;
     let name = ServerName::try_from("collector").unwrap();
     let mut stream = TlsConnector::from(config).connect(name, tcp).await.unwrap();
     stream.write_all(&to_message(request)).await.unwrap();
@@ -162,7 +169,7 @@ impl Agent {
     }
 
     pub async fn tcp(&self, collector: SocketAddr) -> Connection {
-        let tcp = TcpStream::connect(collector).await.unwrap();
+        let tcp = connected(collector).await;
         let name = ServerName::try_from("collector").unwrap();
         let stream = TlsConnector::from(self.client_config()).connect(name, tcp).await.unwrap();
         let (reader, writer) = tokio::io::split(stream);
