@@ -153,6 +153,11 @@ pub struct Revocation {
 }
 
 impl Revocation {
+    /// Whether a list that foreign peers need has ended after `then`, and by `now`.
+    pub fn ran_out(&self, then: Timestamp, now: Timestamp) -> bool {
+        self.strict && self.lists.iter().any(|list| then < list.ends && list.ends <= now)
+    }
+
     fn demands_list(&self, name: &PeerName) -> bool {
         let is_exempt = matches!(name, PeerName::Spiffe(id) if self.exempt.contains(&id.trust_domain()));
         self.strict && !is_exempt
@@ -169,7 +174,9 @@ impl Revocation {
     ) -> Result<(), PeerFault> {
         let demands = self.demands_list(name);
         let latest = Timestamp::from_secs(i64::try_from(now.as_secs()).unwrap_or(i64::MAX)).plus(LEEWAY);
-        let lists: Vec<_> = self.lists.iter().filter(|list| list.begins <= latest).map(|list| &*list.parsed).collect();
+        // One that has not begun clears nobody. Whom it names is revoked all the same: this machine's clock may be behind.
+        let counts = |list: &&Crl| !demands || list.begins <= latest;
+        let lists: Vec<_> = self.lists.iter().filter(counts).map(|list| &*list.parsed).collect();
         let Ok(options) = RevocationOptionsBuilder::new(&lists) else {
             return if demands { Err(PeerFault::NoRevocationList) } else { Ok(()) };
         };
@@ -344,6 +351,12 @@ mod tests {
             (vec![other.list(&[7])], Some(RevocationUnknown), None, "the list of another CA"),
             (vec![ended.clone()], Some(RevocationUnknown), None, "a list that has ended"),
             (vec![early], Some(RevocationUnknown), None, "a list that has not begun"),
+            (
+                vec![root.list_of(&[7], 1, NOW.plus(HOUR), NOW.plus(HOUR * 2))],
+                Some(RevocationUnknown),
+                Some(Revoked),
+                "listed in a list that has not begun",
+            ),
             (vec![twin.list(&[])], Some(RevocationUnknown), Some(RevocationUnknown), "a forged list"),
             (
                 vec![root.list_of(&[7], 1, NOW.minus(HOUR * 2), NOW.minus(HOUR))],
@@ -358,6 +371,20 @@ mod tests {
         let said = |lists| judge(&chain, &trust(&root, true, lists, &[])).unwrap().1;
         assert!(said(vec![]).contains("no revocation list"), "{}", said(vec![]));
         assert!(said(vec![ended.clone()]).contains("ended"), "{}", said(vec![ended]));
+    }
+
+    #[test]
+    fn a_list_that_runs_out_is_noticed_where_lists_are_needed() {
+        let (before, end) = (NOW.minus(HOUR), NOW);
+        let root = Ca::new("root");
+        let revocation = |strict| Revocation {
+            lists: [root.list_of(&[], 1, NOW.minus(HOUR * 2), end)].into(),
+            strict,
+            exempt: BTreeSet::new(),
+        };
+        assert!(revocation(true).ran_out(before, end) && !revocation(false).ran_out(before, end));
+        assert!(!revocation(true).ran_out(end, end.plus(HOUR)), "that was told before");
+        assert!(!revocation(true).ran_out(before.minus(HOUR), before), "it still holds");
     }
 
     #[test]
