@@ -323,6 +323,14 @@ impl Directive {
         self.released.iter().any(|release| is_it(release) && now < release.until_us)
     }
 
+    /// Why every instance of `workload` is denied, if they are.
+    pub fn denies_workload(&self, workload: &SpiffeId) -> Option<Denied<'_>> {
+        let is_it = |what: &Target| matches!(what, Target::Workload { id } if id == workload);
+        let revoked = self.revoked.iter().find(|revocation| is_it(&revocation.what));
+        let revoked = revoked.map(|found| Denied::Revoked { noun: found.what.noun(), why: &found.why });
+        revoked.or_else(|| self.deny.iter().find_map(|deny| deny.meets_workload(workload)))
+    }
+
     /// Why `agent` is revoked whatever its key, if it is. Only its collector knows instances by name.
     pub fn revokes_agent(&self, agent: &AgentId) -> Option<Denied<'_>> {
         let is_it = |what: &Target| match what {

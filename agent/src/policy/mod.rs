@@ -72,7 +72,7 @@ pub fn decide(rules: &Rules, peer: &Peer, central: Central<'_>, now: Timestamp) 
     if peer.not_after <= now {
         return Decision::Refuse(RefusalReason::Expired, format!("its certificate ended at {}", peer.not_after));
     }
-    if let Some(denied) = central.directive.and_then(|directive| directive.denies(peer)) {
+    if let Some(denied) = central.directive.and_then(|directive| denied(rules, peer, directive)) {
         let reason = match denied {
             Denied::Revoked { .. } => RefusalReason::Revoked,
             Denied::Quarantined { .. } => RefusalReason::Quarantined,
@@ -83,6 +83,15 @@ pub fn decide(rules: &Rules, peer: &Peer, central: Central<'_>, now: Timestamp) 
         Decision::Allow => by_policy(rules, peer, central.policy),
         refused => refused,
     }
+}
+
+/// Who answers where every certificate is accepted has proven nothing: whom the route was made for is asked about as well.
+fn denied<'a>(rules: &Rules, peer: &Peer, directive: &'a Directive) -> Option<Denied<'a>> {
+    let asked = || match rules {
+        Rules::Anybody(asked) if let Rules::OutboundTo(id) = &**asked => directive.denies_workload(id),
+        _ => None,
+    };
+    directive.denies(peer).or_else(asked)
 }
 
 fn by_settings(rules: &Rules, peer: &Peer) -> Decision {
@@ -296,6 +305,24 @@ mod tests {
             let name = dns(&["unverified:05"]);
             let decision = decide(&rules, &peer(name), central(&directive(vec![]), &extract), NOW);
             assert_eq!(decision == Decision::Allow, may, "{rules:?}: {decision:?}");
+        }
+    }
+
+    #[test]
+    fn a_route_that_takes_whoever_answers_leads_to_no_revoked_workload() {
+        let db: SpiffeId = "spiffe://td/shop/db".parse().unwrap();
+        let deny = vec![Deny::Workload { id: db.clone(), why: "stolen".into() }];
+        let what = Target::Workload { id: db };
+        let told = Revocation { id: "1".into(), what, why: "stolen".into(), at_us: NOW, keys: Vec::new() };
+        let anybody =
+            |path: &str| Rules::Anybody(Box::new(Rules::OutboundTo(format!("spiffe://td/{path}").parse().unwrap())));
+        for directive in [directive(deny), Directive { revoked: vec![told], ..directive(vec![]) }] {
+            let judged = |path| {
+                let peer = peer(dns(&["unverified:05"]));
+                decide(&anybody(path), &peer, Central { directive: Some(&directive), ..Central::silent() }, NOW)
+            };
+            assert!(matches!(judged("shop/db"), Decision::Refuse(RefusalReason::Revoked, _)));
+            assert_eq!(judged("shop/web"), Decision::Allow);
         }
     }
 
