@@ -78,6 +78,8 @@ pub struct Identity {
     pub policy: Result<Extract, String>,
     /// The collector's trust domain.
     pub home: TrustDomain,
+    /// Whether in our own domain, or the collector's, the collector's own CA alone vouches for peers.
+    is_closed: bool,
     /// Judges the chains of live connections again.
     verifier: Verifier,
     groups: Vec<Group>,
@@ -137,16 +139,19 @@ impl Identity {
         {
             trust.domains.insert(home.clone(), certificates(&directive.bundle));
         }
+        let own = workload.trust_domain();
+        let of_collector = [trust.domains.get(&own).cloned(), trust.domains.get(&home).cloned()];
         trust.add(&terms.foreign.domains);
         trust.dns_roots.clone_from(&terms.foreign.dns_roots);
         let by_collector = collectors(&trust, &home);
         if let Some(directive) = &directive {
-            let own = workload.trust_domain();
             let settled = [Some(&own).filter(|own| **own != home), Some(&home).filter(|_| home_is_settled)];
             add_imported(&mut trust, &directive.foreign, &settled.into_iter().flatten().collect::<Vec<_>>());
         }
         // Whoever was enrolled has a collector by its own CA: another CA of the domain speaks for peers, and not for collectors.
         let collectors = if from == Given::ByCollector { by_collector } else { collectors(&trust, &home) };
+        let is_closed = from == Given::ByCollector
+            && [trust.domains.get(&own).cloned(), trust.domains.get(&home).cloned()] == of_collector;
         trust.revocation = terms.foreign.crls.as_ref().map(|crls| Revocation {
             lists: crls.lists.clone(),
             strict: crls.strict,
@@ -167,6 +172,7 @@ impl Identity {
             directive,
             policy,
             home,
+            is_closed,
             verifier,
             groups,
         })
@@ -193,12 +199,18 @@ impl Identity {
         tls::insecure_client_config(&self.groups, &self.credential)
     }
 
-    /// Whether the chain of a live connection with `peer` may have to be judged again: a foreign root can be taken away,
-    /// and revocation lists change. Who is no longer welcome in our own domain is told by the directive.
+    /// Whether the chain of a live connection with `peer` may have to be judged again: a root of another CA can be taken
+    /// away, and revocation lists change. Whom the collector's own CA no longer vouches for is told by the directive.
     pub fn may_judge_again(&self, peer: &Peer) -> bool {
         let is_ours = |id: &SpiffeId| [&self.workload.trust_domain(), &self.home].contains(&&id.trust_domain());
-        let is_foreign = !matches!(&peer.name, PeerName::Spiffe(id) if is_ours(id));
-        is_foreign || self.trust.revocation.is_some()
+        let is_told = self.is_closed && matches!(&peer.name, PeerName::Spiffe(id) if is_ours(id));
+        !is_told || self.trust.revocation.is_some()
+    }
+
+    /// Whether somebody who was trusted at `then`, by `before`, may not be trusted at `now`.
+    pub fn may_trust_less(&self, before: &Trust, (then, now): (Timestamp, Timestamp)) -> bool {
+        let lists = self.trust.revocation.as_ref();
+        self.trust != *before || lists.is_some_and(|lists| lists.ran_out(then, now))
     }
 
     /// Whether we still trust the chain of a live connection.
@@ -435,6 +447,25 @@ mod tests {
         assert_eq!(build(&elsewhere, Given::ByApi, &own), [theirs.clone(), theirs]);
         let abroad = Terms { home: Some(domain("td")), ..Terms::default() };
         assert_eq!(build(&partner, Given::InFiles, &abroad), [both.clone(), both]);
+    }
+
+    #[test]
+    fn chains_are_kept_only_where_another_ca_or_a_list_can_take_trust_away() {
+        let (ca, elsewhere, partner) = (Ca::new("td"), Ca::new("td"), Ca::new("partner"));
+        let peer = |of: &Ca| of.issue("shop/web").check().unwrap().credential.peer().clone();
+        let keeps = |from, directive: Option<&Directive>, peer: &Peer| {
+            let checked = Checked { from, ..ca.issue("shop/web").check().unwrap() };
+            let directive = directive.map(|directive| Arc::new(directive.clone()));
+            Identity::build(checked, directive, &Terms::default()).unwrap().may_judge_again(peer)
+        };
+        let now = Timestamp::now();
+        let alone = ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap();
+        let domains = [("td".parse().unwrap(), vec![Der(elsewhere.root.to_vec())])].into();
+        let beside = Directive { foreign: ForeignRoots { domains, dns: vec![] }, ..alone.clone() };
+        assert!(!keeps(Given::ByCollector, Some(&alone), &peer(&ca)), "the directive tells of those");
+        assert!(keeps(Given::ByCollector, Some(&alone), &peer(&partner)));
+        assert!(keeps(Given::ByCollector, Some(&beside), &peer(&ca)));
+        assert!(keeps(Given::InFiles, None, &peer(&ca)) && keeps(Given::ByApi, Some(&alone), &peer(&ca)));
     }
 
     #[test]

@@ -41,7 +41,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sidewarden_proto::backoff::{Backoff, Random};
@@ -50,6 +50,7 @@ use sidewarden_proto::identity::Peer;
 use sidewarden_proto::policy::Extract;
 use sidewarden_proto::policy::party::Who;
 use sidewarden_proto::time::Timestamp;
+use sidewarden_proto::tls::Trust;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
@@ -113,8 +114,8 @@ pub struct Shared {
     pub begun: CancellationToken,
     /// Where every certificate is accepted.
     insecure: Vec<Arc<Insecure>>,
-    /// The identity that live connections were last judged with.
-    reviewed: Mutex<Weak<Identity>>,
+    /// Whom we trusted when chains of live connections were last looked at.
+    reviewed: Mutex<Option<(Trust, Timestamp)>>,
     /// Nothing is accepted any more.
     pub stop: CancellationToken,
     /// Everything live ends.
@@ -523,23 +524,32 @@ impl Shared {
         self.unproven.review(|live| self.may(live).map_err(|(reason, _)| reason));
         let identity = self.identity.borrow().clone();
         let now = Timestamp::now();
-        // A chain is judged again only when whom we trust may have changed: that costs as much as a handshake.
-        let trust_changed = identity.as_ref().filter(|identity| {
-            let mut last = self.reviewed.lock().unwrap_or_else(PoisonError::into_inner);
-            let before = std::mem::replace(&mut *last, Arc::downgrade(identity));
-            !std::ptr::eq(before.as_ptr(), Arc::as_ptr(identity))
-        });
+        // A chain is judged again only when it may be trusted less: that costs as much as a handshake.
+        let judges_chains = identity.as_ref().filter(|identity| self.may_trust_less(identity, now));
         let held = self.held();
         self.registry.review(|live| {
             let central = identity.as_ref().map_or(Central::silent(), |identity| identity.central());
             match (&held, policy::decide(&live.rules, &live.peer, central, now)) {
                 (Err((reason, detail)), _) => Decision::Refuse(*reason, detail.clone()),
                 (Ok(()), Decision::Allow) => {
-                    trust_changed.map_or(Decision::Allow, |identity| identity.judge_again(live, now))
+                    judges_chains.map_or(Decision::Allow, |identity| identity.judge_again(live, now))
                 }
                 (Ok(()), refused) => refused,
             }
         });
+    }
+
+    /// Whether whom we trust has changed since the last time this was asked, or a revocation list has run out.
+    fn may_trust_less(&self, identity: &Identity, now: Timestamp) -> bool {
+        let mut last = self.reviewed.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who shook hands right before the last time may have come too late for it.
+        let since = |at: Timestamp| at.minus(self.timeouts.handshake);
+        let less = last.as_ref().is_none_or(|(trust, at)| identity.may_trust_less(trust, (since(*at), now)));
+        match &mut *last {
+            Some((trust, at)) if *trust == identity.trust => *at = now,
+            last => *last = Some((identity.trust.clone(), now)),
+        }
+        less
     }
 
     /// Asks policy about a connection that has registered, with the newest directive; and judges its chain again if

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::crl::{self, Crl};
 use sidewarden_proto::identity::TrustDomain;
+use sidewarden_proto::tls::Trust;
 
 use super::*;
 use crate::identity::foreign::{Crls, Foreign};
-use crate::identity::{Checked, Issued};
+use crate::identity::{Checked, Given, Issued};
 
 const PARTNER: &str = "spiffe://partner.example/shop/web";
 
@@ -128,4 +129,36 @@ async fn our_own_domain_needs_no_list() {
     let web = Agent::start(Some(ours.identity("shop/web")), outbound_config(orders.inbound[0], ORDERS)).await;
     let mut client = call(&web).await;
     still_talks(&mut client).await;
+}
+
+/// Our own domain, whose roots are somebody else's: the bundle of a Workload API, or files.
+#[tokio::test]
+async fn a_workload_of_our_own_domain_goes_when_its_root_leaves_the_bundle_of_another_ca() {
+    let (old, next) = (Ca::new("td"), Ca::new("td"));
+    let orders_issued = next.issue("shop/orders");
+    let given = |cas: &[&Ca]| {
+        let trust = Trust::single("td".parse().unwrap(), cas.iter().map(|ca| ca.root.clone()).collect());
+        let checked = Checked { from: Given::ByApi, trust, ..orders_issued.check().unwrap() };
+        Arc::new(Identity::build(checked, None, &Terms::default()).unwrap())
+    };
+    let orders = Agent::start(Some(given(&[&old, &next])), inbound_config(echo().await, WEB)).await;
+    let mut web = old.issue("shop/web").check().unwrap();
+    web.trust = Trust::single("td".parse().unwrap(), vec![next.root.clone()]);
+    let web = Arc::new(Identity::build(web, None, &Terms::default()).unwrap());
+    let web = Agent::start(Some(web), outbound_config(orders.inbound[0], ORDERS)).await;
+    let mut client = call(&web).await;
+    still_talks(&mut client).await;
+    orders.identity.send_replace(Some(given(&[&next, &old])));
+    still_talks(&mut client).await;
+    orders.identity.send_replace(Some(given(&[&next])));
+    assert!(is_cut(&mut client).await, "nobody vouches for it any more");
+}
+
+#[tokio::test]
+async fn a_list_that_runs_out_ends_what_it_let_in() {
+    let ends = Timestamp::now().plus(Duration::from_secs(3));
+    let pair = Pair::new(|theirs| Some((vec![theirs.list_until(&[], 1, ends)], true))).await;
+    let mut client = pair.talk().await;
+    assert!(is_cut(&mut client).await, "no list speaks for it any more");
+    assert!(Timestamp::now() >= ends);
 }
