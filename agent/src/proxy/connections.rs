@@ -4,16 +4,19 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use sidewarden_proto::event::{Direction, RefusalReason};
-use sidewarden_proto::identity::{Peer, PeerName};
+use sidewarden_proto::identity::{Peer, PeerName, Sha256};
 use sidewarden_proto::time::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::policy::{Decision, Rules};
+
+/// What a peer showed, leaf first.
+type Chain = [CertificateDer<'static>];
 
 /// What is known of one of them.
 #[derive(Debug)]
@@ -22,8 +25,8 @@ pub struct Live {
     pub direction: Direction,
     /// The other side.
     pub peer: Peer,
-    /// The chain that it showed, leaf first, where that may have to be judged again: revocation lists change.
-    pub shown: Option<Arc<[CertificateDer<'static>]>>,
+    /// The chain that it showed, where that may have to be judged again: revocation lists change.
+    pub shown: Option<Arc<Chain>>,
     /// What it is judged by.
     pub rules: Arc<Rules>,
     /// Ends it.
@@ -49,6 +52,8 @@ pub struct Registry {
     live: Mutex<HashMap<u64, Arc<Live>>>,
     /// When the certificate ends that each peer was last seen with.
     ends: Mutex<HashMap<PeerName, Timestamp>>,
+    /// The chains that are kept, by the leaf's key: the connections of one peer share one.
+    chains: Mutex<HashMap<Sha256, Weak<Chain>>>,
     next: AtomicU64,
 }
 
@@ -66,7 +71,7 @@ impl Registry {
         self: &Arc<Registry>,
         direction: Direction,
         peer: Peer,
-        shown: Option<Arc<[CertificateDer<'static>]>>,
+        shown: Option<Arc<Chain>>,
         rules: Arc<Rules>,
         parent: &CancellationToken,
     ) -> Registered {
@@ -74,11 +79,23 @@ impl Registry {
         if !matches!(*rules, Rules::Anybody(_)) {
             self.remember(&peer);
         }
+        let shown = shown.map(|chain| self.share(peer.spki, chain));
         let (cancel, ended_for) = (parent.child_token(), OnceLock::new());
         let live = Arc::new(Live { direction, peer, shown, rules, cancel, ended_for });
         let id = self.next.fetch_add(1, Relaxed);
         self.lock().insert(id, live.clone());
         Registered { registry: self.clone(), id, live }
+    }
+
+    fn share(&self, spki: Sha256, chain: Arc<Chain>) -> Arc<Chain> {
+        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        match chains.get(&spki).and_then(Weak::upgrade) {
+            Some(known) if known == chain => known,
+            _ => {
+                chains.insert(spki, Arc::downgrade(&chain));
+                chain
+            }
+        }
     }
 
     /// Once there are too many, only those that are known are kept up to date.
@@ -102,6 +119,9 @@ impl Registry {
 
     /// Asks `decide` about every connection and ends those that are no longer allowed.
     pub fn review(&self, decide: impl Fn(&Live) -> Decision) {
+        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        chains.retain(|_, chain| chain.strong_count() > 0);
+        drop(chains);
         for live in self.lock().values() {
             if let Decision::Refuse(reason, _) = decide(live) {
                 live.ended_for.get_or_init(|| reason);
@@ -145,8 +165,6 @@ impl Drop for Registered {
 
 #[cfg(test)]
 mod tests {
-    use sidewarden_proto::identity::Sha256;
-
     use super::*;
 
     fn peer(key: u8) -> Peer {
@@ -169,6 +187,24 @@ mod tests {
         assert!(!stays.cancel.is_cancelled() && stays.ended_for().is_none());
         drop(goes);
         assert_eq!(registry.len(), 1);
+    }
+
+    #[test]
+    fn the_connections_of_one_peer_share_the_chain_that_it_showed() {
+        let (registry, root) = (Arc::new(Registry::default()), CancellationToken::new());
+        let rules = Arc::new(Rules::OutboundToDns("x".into()));
+        let register = |key, chain: &[u8]| {
+            let shown = Some(Arc::from([CertificateDer::from(chain.to_vec())]));
+            registry.register(Direction::Inbound, peer(key), shown, rules.clone(), &root)
+        };
+        let is_one = |a: &Registered, b: &Registered| Arc::ptr_eq(a.shown.as_ref().unwrap(), b.shown.as_ref().unwrap());
+        let (first, second) = (register(1, b"chain"), register(1, b"chain"));
+        let (renewed, other) = (register(1, b"renewed"), register(2, b"chain"));
+        assert!(is_one(&first, &second) && !is_one(&first, &renewed) && !is_one(&first, &other));
+        assert_eq!(renewed.shown.as_deref().unwrap()[0].as_ref(), b"renewed");
+        drop((first, second, renewed, other));
+        registry.review(|_| Decision::Allow);
+        assert!(registry.chains.lock().unwrap().is_empty(), "what nobody holds is forgotten");
     }
 
     #[test]
