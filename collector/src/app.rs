@@ -86,6 +86,7 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let config = Arc::new(config);
     let dir = config.data_dir.clone();
     let lock = prepare(&dir)?;
+    ca::backup::check_restored(&dir)?;
     let now = clock();
     let (authority, first) = open_authority(&config, now)?;
     let register = Register::open(&dir.join("ca.db"))?;

@@ -136,7 +136,9 @@ fn what_keeps_it_from_starting_is_said_in_one_line() {
     foreign.env("SIDEWARDEN_TRUST_DOMAIN", "other.example");
     drop(Server::start(&dir.path().join("lost")));
     std::fs::remove_dir_all(dir.path().join("lost/ca")).unwrap();
+    std::fs::create_dir_all(dir.path().join("half/restore.part")).unwrap();
     let rows = [
+        (serve(&dir.path().join("half")), "restore the backup again"),
         (serve(&dir.path().join("lost")), "restore ca/ from a backup"),
         (busy, "another program has it"),
         (foreign, "of trust domain `sidewarden.internal`"),

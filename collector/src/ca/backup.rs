@@ -20,6 +20,8 @@ use super::seal::{self, Cost, SealFault};
 use super::{CaError, files};
 
 const PURPOSE: &str = "backup";
+/// Where a restore gathers what it puts in place; it is there for as long as not everything is.
+const PART: &str = "restore.part";
 /// Most bytes of a backup that is made, or read.
 const MAX_BACKUP: u64 = 1 << 30;
 /// Deepest path in a backup.
@@ -64,6 +66,9 @@ pub enum BackupError {
     /// There is something already.
     #[error("{0} is there already: restore into an empty data_dir, nothing is overwritten")]
     Occupied(PathBuf),
+    /// A restore ended in the middle.
+    #[error("{0} shows that a restore was not finished: empty data_dir, and restore the backup again")]
+    Unfinished(PathBuf),
     /// More than anybody needs.
     #[error(
         "the backup is over the limit of {MAX_BACKUP} bytes: data_dir holds more than a CA and its register; move out of it what is none of the collector's"
@@ -180,7 +185,7 @@ pub fn restore(data_dir: &Path, sealed: &[u8], passphrase: &Secret, now: Timesta
             return Err(BackupError::Occupied(data_dir.join(top)));
         }
     }
-    let part = data_dir.join("restore.part");
+    let part = data_dir.join(PART);
     let _ = fs::remove_dir_all(&part);
     for (path, file) in paths.iter().zip(&backup.files) {
         let to = part.join(path);
@@ -192,8 +197,15 @@ pub fn restore(data_dir: &Path, sealed: &[u8], passphrase: &Secret, now: Timesta
     for top in &tops {
         fs::rename(part.join(top), data_dir.join(top)).map_err(files::access(&data_dir.join(top)))?;
     }
-    let _ = fs::remove_dir_all(&part);
+    files::sync_dir(data_dir)?;
+    fs::remove_dir_all(&part).map_err(files::access(&part))?;
     Ok(Restored { made: backup.made_us, files: backup.files.len() })
+}
+
+/// Refuses to begin with half of a backup: without the directive nobody would be revoked.
+pub fn check_restored(data_dir: &Path) -> Result<(), BackupError> {
+    let part = data_dir.join(PART);
+    if part.exists() { Err(BackupError::Unfinished(part)) } else { Ok(()) }
 }
 
 /// A path below the data directory, and nowhere else.
@@ -307,6 +319,18 @@ mod tests {
         restore(to.path(), &sealed, &passphrase(), Timestamp(5)).unwrap();
         let error = restore(to.path(), &sealed, &passphrase(), Timestamp(5)).unwrap_err().to_string();
         assert!(error.contains("nothing is overwritten"), "{error}");
+    }
+
+    #[test]
+    fn half_a_restore_is_no_start() {
+        let (from, to) = (filled(), tempfile::tempdir().unwrap());
+        restore(to.path(), &backup(from.path()), &passphrase(), Timestamp(5)).unwrap();
+        check_restored(to.path()).unwrap();
+        // As a crash leaves it.
+        files::make_dir(&to.path().join(PART)).unwrap();
+        fs::rename(to.path().join("directive.json"), to.path().join(PART).join("directive.json")).unwrap();
+        let error = check_restored(to.path()).unwrap_err().to_string();
+        assert!(error.contains("restore the backup again"), "{error}");
     }
 
     #[test]

@@ -45,6 +45,11 @@ pub(super) fn replace_dir(from: &Path, to: &Path) -> Result<(), CaError> {
     replace().map_err(access(to))
 }
 
+/// Brings what was renamed or removed in `dir` to disk.
+pub(super) fn sync_dir(dir: &Path) -> Result<(), CaError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(access(dir))
+}
+
 /// Where `path` lies, also if it is a bare name.
 fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))

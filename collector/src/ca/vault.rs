@@ -112,6 +112,7 @@ impl Vault {
         self.write_sealed(dir, &pem, passphrase)?;
         self.read(dir)?;
         std::fs::remove_file(plain(dir)).map_err(files::access(&plain(dir)))?;
+        files::sync_dir(dir)?;
         Ok(true)
     }
 
@@ -122,6 +123,7 @@ impl Vault {
         }
         files::write_secret(&plain(dir), &self.pem(dir)?)?;
         std::fs::remove_file(sealed(dir)).map_err(files::access(&sealed(dir)))?;
+        files::sync_dir(dir)?;
         Ok(true)
     }
 
