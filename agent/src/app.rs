@@ -46,8 +46,6 @@ const SPOOL_MEMORY: u64 = 4 << 20;
 const SPOOL_LINKS: usize = 32_768;
 /// How often the whole posture is told, changed or not; less a part, so that a fleet does not tell it as one.
 const BASELINE_EVERY: Duration = Duration::from_secs(24 * 3600);
-/// Directives that wait to be looked at.
-const DIRECTIVES: usize = 4;
 
 /// What to start.
 pub struct Setup {
@@ -176,7 +174,7 @@ pub async fn start(setup: Setup) -> Result<App, StartError> {
     let view = watching.as_ref().map(|watch| watch.view.clone());
 
     let (stop_talking, stop_rest) = (CancellationToken::new(), CancellationToken::new());
-    let (directives, incoming_directives) = mpsc::channel(DIRECTIVES);
+    let (directives, incoming_directives) = watch::channel(Vec::new());
     let uplink_status = SharedStatus::default();
     let responding = respond::Parts {
         instance: instance.clone(),

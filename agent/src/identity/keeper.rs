@@ -45,6 +45,8 @@ const LONGEST_SPREAD: Duration = Duration::from_secs(3600);
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// The same for the clock, which may be set.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(5);
+/// At the agent's end, a directive that waits for the disk gets this long.
+const KEEP_WITHIN: Duration = Duration::from_secs(3);
 /// How often files are looked at.
 const LOOK_AT_FILES: Duration = Duration::from_secs(1);
 /// With less than this part of its life left, a certificate that could not be renewed is worth an alarm.
@@ -163,6 +165,7 @@ impl Source {
 }
 
 /// What the keeper needs from others.
+#[derive(Clone)]
 pub struct Parts {
     /// From where certificates come.
     pub source: Source,
@@ -203,6 +206,8 @@ pub struct Keeper {
     /// For which identity, and when, that was looked at.
     looked_at_crls: Option<(usize, Instant)>,
     directive: Option<Arc<Directive>>,
+    /// The same, for whoever writes it to disk.
+    to_keep: watch::Sender<Option<Arc<Proven>>>,
     /// Made once, so that a request whose answer was lost is repeated with the same key.
     key: Option<KeyPair>,
     /// A renewal that is under way.
@@ -214,6 +219,14 @@ pub struct Keeper {
     /// When a renewal is due that the directive asks for.
     asked: Option<Timestamp>,
     failing: bool,
+}
+
+/// A directive, with what it was proven by and when.
+struct Proven {
+    signed: Signed,
+    version: u64,
+    roots: Vec<CertificateDer<'static>>,
+    at: Timestamp,
 }
 
 /// A renewal over the session.
@@ -301,6 +314,7 @@ impl Keeper {
             told_crls: None,
             looked_at_crls: None,
             directive,
+            to_keep: watch::Sender::default(),
             key: None,
             pending: None,
             refused: None,
@@ -369,7 +383,7 @@ impl Keeper {
     }
 
     /// Does what is due until `shutdown`.
-    pub async fn run(mut self, mut directives: mpsc::Receiver<Vec<u8>>, shutdown: CancellationToken) {
+    pub async fn run(mut self, mut directives: watch::Receiver<Vec<u8>>, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), self.parts.random);
         let mut retry_at = Instant::now();
         let (tell, mut told) = mpsc::channel(1);
@@ -380,7 +394,8 @@ impl Keeper {
             }
             std::future::pending::<()>().await
         };
-        tokio::pin!(asking);
+        let keeping = keep_directives(self.store.clone(), self.to_keep.subscribe());
+        tokio::pin!(asking, keeping);
         loop {
             self.tell_trust();
             let step = self.next_step();
@@ -398,10 +413,11 @@ impl Keeper {
                 }
             };
             let result = tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = &mut asking => return,
-                Some(bytes) = directives.recv() => {
-                    self.take_directive(&bytes).await;
+                () = shutdown.cancelled() => break,
+                () = &mut asking => break,
+                () = &mut keeping => break,
+                Ok(()) = directives.changed() => {
+                    self.take_directive(&directives.borrow_and_update());
                     continue;
                 }
                 Some(answer) = told.recv() => self.take_answer(answer),
@@ -429,6 +445,11 @@ impl Keeper {
                     self.tell_failure(&error, pause);
                 }
             }
+        }
+        // Without a sender it ends, with the last one written.
+        drop(self);
+        if timeout(KEEP_WITHIN, keeping).await.is_err() {
+            tracing::error!("the disk is too slow to keep the directive: after a restart an older one is in force");
         }
     }
 
@@ -673,7 +694,7 @@ impl Keeper {
         }
         let trust = self.publish.borrow().as_ref().map(|identity| identity.collectors.clone());
         if let Some((signed, trust)) = directive.zip(trust) {
-            self.take_signed(signed, &trust).await;
+            self.take_signed(signed, &trust);
         }
         Ok(())
     }
@@ -743,21 +764,21 @@ impl Keeper {
             tracing::info!(workload = %identity.workload, %until, "this agent has its first certificate");
         }
         if let Some(signed) = answer.directive {
-            self.take_signed(signed, &trust).await;
+            self.take_signed(signed, &trust);
         }
         Ok(())
     }
 
-    async fn take_directive(&mut self, bytes: &[u8]) {
+    fn take_directive(&mut self, bytes: &[u8]) {
         let Some(trust) = self.publish.borrow().as_ref().map(|identity| identity.collectors.clone()) else { return };
         match Signed::from_bytes(bytes) {
-            Ok(signed) => self.take_signed(signed, &trust).await,
+            Ok(signed) => self.take_signed(signed, &trust),
             Err(error) => tracing::warn!(%error, "a directive was not taken"),
         }
     }
 
     /// Takes a directive that is proven and newer than the one in force.
-    async fn take_signed(&mut self, signed: Signed, trust: &tls::Trust) {
+    fn take_signed(&mut self, signed: Signed, trust: &tls::Trust) {
         let now = Timestamp::now();
         let (directive, signers) = match signed.prove(trust, now) {
             Ok(proven) => proven,
@@ -791,14 +812,7 @@ impl Keeper {
         }
         tracing::info!(version, denied, "a new directive is in force");
         // In force before it is kept, and even if it cannot be: neither a slow disk nor a full one keeps a revoked peer in.
-        let store = self.store.clone();
-        match tokio::task::spawn_blocking(move || store.save_directive(signed, &roots, version, now)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
-            }
-            Err(error) => tracing::error!(%error, "keeping the directive ended by a panic"),
-        }
+        self.to_keep.send_replace(Some(Arc::new(Proven { signed, version, roots, at: now })));
     }
 
     /// Why the word of none of the signers counts any more, by the directive in force: a collector's key may have been stolen.
@@ -828,6 +842,30 @@ impl Keeper {
 
     fn emit(&self, severity: Severity, summary: String, body: impl Into<sidewarden_proto::event::Body>) {
         (self.parts.emit)(Event::new(Timestamp::now(), severity, summary, &body.into()));
+    }
+}
+
+/// Writes the newest directive to disk, and again when there is a newer one, until nobody has any.
+async fn keep_directives(store: Store, mut newest: watch::Receiver<Option<Arc<Proven>>>) {
+    loop {
+        let proven = newest.borrow_and_update().clone();
+        if let Some(proven) = proven {
+            keep_directive(store.clone(), proven).await;
+        }
+        if newest.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn keep_directive(store: Store, proven: Arc<Proven>) {
+    let save = move || store.save_directive(&proven.signed, &proven.roots, proven.version, proven.at);
+    match tokio::task::spawn_blocking(save).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
+        }
+        Err(error) => tracing::error!(%error, "keeping the directive ended by a panic"),
     }
 }
 
@@ -948,14 +986,13 @@ mod tests {
             policy: None,
         };
         let asks = directive(1, Renew { roots: roots.clone(), within_secs: 0 });
-        world.keeper.take_directive(&Signed::sign(&asks, &ca.collector()).unwrap().to_bytes()).await;
+        world.keeper.take_directive(&Signed::sign(&asks, &ca.collector()).unwrap().to_bytes());
         assert_eq!(world.keeper.next_step(), Step::Renew);
 
         // The next directive is signed under the new root, and still counts after a restart.
         let newer = directive(2, Renew { roots, within_secs: 0 });
-        world.keeper.take_directive(&Signed::sign(&newer, &next.collector()).unwrap().to_bytes()).await;
-        let parts = Parts { source: world.keeper.parts.source.clone(), ..world.keeper.parts };
-        let (mut keeper, current) = Keeper::load(world.keeper.store, parts).unwrap();
+        world.keeper.take_directive(&Signed::sign(&newer, &next.collector()).unwrap().to_bytes());
+        let (mut keeper, current) = restarted(world.keeper).await;
         assert_eq!(current.borrow().as_ref().unwrap().directive_version(), 2);
         assert_eq!(keeper.next_step(), Step::Renew);
 
@@ -979,11 +1016,11 @@ mod tests {
         let domains = [("td".parse().unwrap(), vec![Der(other.root.to_vec())])].into();
         let foreign = sidewarden_proto::directive::ForeignRoots { domains, dns: vec![] };
         let told = Directive { foreign, ..signed.as_kept().unwrap() };
-        world.keeper.take_directive(&Signed::sign(&told, &ca.collector()).unwrap().to_bytes()).await;
+        world.keeper.take_directive(&Signed::sign(&told, &ca.collector()).unwrap().to_bytes());
         let identity = world.current.borrow().clone().unwrap();
         assert_eq!((identity.directive_version(), identity.trust.domains[&"td".parse().unwrap()].len()), (1, 2));
         let forged = Directive { version: 2, ..told };
-        world.keeper.take_directive(&Signed::sign(&forged, &other.collector()).unwrap().to_bytes()).await;
+        world.keeper.take_directive(&Signed::sign(&forged, &other.collector()).unwrap().to_bytes());
         assert_eq!(world.current.borrow().as_ref().unwrap().directive_version(), 1);
         assert_eq!(world.keeper.root_pins(), [tls::spki_of(&ca.root).unwrap()]);
 
@@ -1402,12 +1439,42 @@ mod tests {
             (b"garbage".to_vec(), 2),
             (ca.directive(3, deny("newer"), now).to_bytes(), 3),
         ] {
-            world.keeper.take_directive(&bytes).await;
+            world.keeper.take_directive(&bytes);
             assert_eq!(version(&world), expected);
         }
-        let source = world.keeper.parts.source.clone();
-        let parts = Parts { source, ..world.keeper.parts };
-        let (_, current) = Keeper::load(world.keeper.store, parts).unwrap();
+        let (_, current) = restarted(world.keeper).await;
         assert_eq!(current.borrow().as_ref().unwrap().directive_version(), 3, "it is there after a restart");
+    }
+
+    #[tokio::test]
+    async fn a_directive_is_in_force_though_the_one_before_still_waits_for_the_disk() {
+        let ca = Arc::new(Ca::new("td"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let World { dir, keeper, mut current, .. } = World::new(ca.clone(), nobody, Some(ca.issue("shop/web")));
+        let (store, parts) = (keeper.store.clone(), keeper.parts.clone());
+        let stalled = store.stall();
+        let (directives, incoming) = watch::channel(Vec::new());
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(keeper.run(incoming, stop.clone()));
+        for version in [2, 3, 4] {
+            directives.send_replace(ca.directive(version, vec![], Timestamp::now()).to_bytes());
+            let in_force = current.wait_for(|now| now.as_ref().is_some_and(|now| now.directive_version() == version));
+            assert!(timeout(HOUR / 360, in_force).await.is_ok(), "version {version}");
+        }
+        drop(stalled);
+        stop.cancel();
+        running.await.unwrap();
+        let (_, current) = Keeper::load(store, parts).unwrap();
+        assert_eq!(current.borrow().as_ref().unwrap().directive_version(), 4, "the newest is what is kept");
+        drop(dir);
+    }
+
+    /// After all that waits for the disk was written.
+    async fn restarted(keeper: Keeper) -> (Keeper, Current) {
+        let Keeper { store, parts, to_keep, .. } = keeper;
+        let newest = to_keep.subscribe();
+        drop(to_keep);
+        keep_directives(store.clone(), newest).await;
+        Keeper::load(store, parts).unwrap()
     }
 }

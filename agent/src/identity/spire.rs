@@ -11,7 +11,7 @@ use sidewarden_proto::directive::Deny;
 use sidewarden_proto::event::{Body, Event};
 use sidewarden_proto::given::Elsewhere;
 use sidewarden_proto::time::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -42,7 +42,7 @@ struct World {
     current: Current,
     trouble: tokio::sync::watch::Receiver<Option<String>>,
     events: Arc<Mutex<Vec<Event>>>,
-    directives: mpsc::Sender<Vec<u8>>,
+    directives: watch::Sender<Vec<u8>>,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
@@ -75,7 +75,7 @@ impl World {
         };
         let (keeper, current) = Keeper::load(store, parts).unwrap();
         let (trouble, stop) = (keeper.trouble(), CancellationToken::new());
-        let (directives, incoming) = mpsc::channel(1);
+        let (directives, incoming) = watch::channel(Vec::new());
         let running = tokio::spawn(keeper.run(incoming, stop.clone()));
         World { dir, current, trouble, events, directives, stop, running }
     }
@@ -198,7 +198,7 @@ async fn the_directive_on_disk_is_in_force_with_the_first_identity() {
     let mut world = World::new(&socket);
     world.identity("the first", |_| true).await;
     let deny = vec![Deny::Workload { id: "spiffe://td/shop/db".parse().unwrap(), why: "test".into() }];
-    world.directives.send(ca.directive(7, deny, Timestamp::now()).to_bytes()).await.unwrap();
+    world.directives.send_replace(ca.directive(7, deny, Timestamp::now()).to_bytes());
     world.identity("the directive", |now| now.directive_version() == 7).await;
     let kept = world.stop().await;
     spire.say(Ok(answer(&newer, &[])));

@@ -192,7 +192,7 @@ impl Store {
     /// Replaces the directive by one of this version, which was proven with `roots`, unless a newer one was kept meanwhile.
     pub fn save_directive(
         &self,
-        signed: Signed,
+        signed: &Signed,
         roots: &[CertificateDer<'static>],
         version: u64,
         accepted_us: Timestamp,
@@ -202,10 +202,26 @@ impl Store {
             return Ok(());
         }
         let roots = roots.iter().map(|root| Der(root.to_vec())).collect();
+        let signed = signed.clone();
         let bytes = serde_json::to_vec(&Kept { accepted_us, signed, roots }).unwrap_or_default();
         self.replace(DIRECTIVE, &bytes)?;
         *kept = version;
         Ok(())
+    }
+
+    /// Writes nothing while this is held, as on a disk that stalls.
+    #[cfg(test)]
+    pub fn stall(&self) -> std::sync::mpsc::Sender<()> {
+        let (release, released) = std::sync::mpsc::channel();
+        let (tell, told) = std::sync::mpsc::channel();
+        let kept = self.kept.clone();
+        std::thread::spawn(move || {
+            let _stalled = kept.lock().unwrap();
+            tell.send(()).unwrap();
+            let _ = released.recv();
+        });
+        told.recv().unwrap();
+        release
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
@@ -280,12 +296,12 @@ mod tests {
         let signed = ca.directive(3, deny, Timestamp::now());
         let domain: TrustDomain = "td".parse().unwrap();
         let foreign = Ca::new("td");
-        store.save_directive(signed.clone(), &[], 3, Timestamp::now()).unwrap();
-        store.save_directive(ca.directive(2, vec![], Timestamp::now()), &[], 2, Timestamp::now()).unwrap();
+        store.save_directive(&signed, &[], 3, Timestamp::now()).unwrap();
+        store.save_directive(&ca.directive(2, vec![], Timestamp::now()), &[], 2, Timestamp::now()).unwrap();
         let loaded = store.load_directive(&ca.trust(), &domain).unwrap().unwrap();
         assert_eq!((loaded.version, loaded.deny.len()), (3, 1));
         assert!(store.load_directive(&foreign.trust(), &domain).is_err());
-        store.save_directive(signed, std::slice::from_ref(&ca.root), 3, Timestamp::now()).unwrap();
+        store.save_directive(&signed, std::slice::from_ref(&ca.root), 3, Timestamp::now()).unwrap();
         let loaded = store.load_directive(&foreign.trust(), &domain).unwrap().unwrap();
         assert_eq!(loaded.version, 3, "its root has been replaced since");
     }

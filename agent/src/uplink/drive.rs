@@ -14,7 +14,7 @@ use sidewarden_proto::session::{FromCollector, Sender, SessionError};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::wire::{Decoder, Frame, Hello, Welcome, WireError};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -77,7 +77,7 @@ pub struct Session<'a> {
     /// Requests for certificates.
     pub renewals: &'a mut mpsc::Receiver<Renewal>,
     /// Takes directives.
-    pub directives: &'a mpsc::Sender<Vec<u8>>,
+    pub directives: &'a watch::Sender<Vec<u8>>,
     /// Counts.
     pub metrics: &'a Metrics,
     /// For a new epoch.
@@ -195,7 +195,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
         match self.sender.handle(frame, now())? {
             None => {}
             Some(FromCollector::Acked(cursor)) => self.acknowledged(cursor),
-            Some(FromCollector::Directive(bytes)) => self.hand_on(bytes),
+            Some(FromCollector::Directive(bytes)) => drop(self.session.directives.send_replace(bytes)),
             Some(FromCollector::Renewed(answer)) => match self.waiting.take().map(|waiting| waiting.send(answer)) {
                 Some(Ok(())) => {}
                 _ => tracing::debug!("an answer that nobody waits for any more"),
@@ -203,13 +203,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<'_, S> {
             Some(FromCollector::Welcomed(welcome)) => return self.welcome(&welcome).await,
         }
         Ok(None)
-    }
-
-    /// The keeper looks at directives at once; one that finds no room comes again with the next session.
-    fn hand_on(&self, directive: Vec<u8>) {
-        if let Err(error) = self.session.directives.try_send(directive) {
-            tracing::warn!(%error, "a directive came while others were still being looked at");
-        }
     }
 
     /// A collector with another history than ours: we go on in a new epoch, and it keeps what it has.

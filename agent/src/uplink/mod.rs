@@ -18,7 +18,7 @@ use sidewarden_proto::event::Mode;
 use sidewarden_proto::identity::InstanceId;
 use sidewarden_proto::session::SessionError;
 use sidewarden_proto::time::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -70,8 +70,8 @@ pub struct Uplink {
     pub resolver: Resolver,
     /// Requests for certificates.
     pub renewals: mpsc::Receiver<Renewal>,
-    /// Takes directives.
-    pub directives: mpsc::Sender<Vec<u8>>,
+    /// Takes directives; each is a whole document, so that the newest stands for all that nobody has looked at yet.
+    pub directives: watch::Sender<Vec<u8>>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// Randomness.

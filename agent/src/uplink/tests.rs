@@ -13,7 +13,8 @@ use sidewarden_proto::tls::{Floor, server_config};
 use sidewarden_proto::wire::{ALPN, Decoder, Frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::*;
 use crate::identity::Terms;
@@ -40,14 +41,14 @@ struct Collector {
     ca: Arc<Ca>,
     log: Mutex<Log>,
     /// Sent to the agent right after the welcome.
-    directive: Option<Vec<u8>>,
+    directives: Vec<Vec<u8>>,
     /// Cuts each session after this many links, without acknowledging the last.
     cut_after: Option<usize>,
 }
 
 impl Collector {
     fn new() -> Collector {
-        Collector { ca: Arc::new(Ca::new("td")), log: Mutex::default(), directive: None, cut_after: None }
+        Collector { ca: Arc::new(Ca::new("td")), log: Mutex::default(), directives: vec![], cut_after: None }
     }
 
     /// Serves QUIC and TCP on one port; `quic` can be left out.
@@ -108,8 +109,8 @@ impl Collector {
                             Receiver::new(&hello, log.cursor(), "test", now)
                         };
                         receiver = Some(made);
-                        let directive = self.directive.clone().map(Frame::Directive);
-                        [Some(welcome), directive].into_iter().flatten().collect()
+                        let directives = self.directives.iter().cloned().map(Frame::Directive);
+                        [welcome].into_iter().chain(directives).collect()
                     }
                     (Some(receiver), frame) => {
                         let told = receiver.handle(frame, now).unwrap();
@@ -170,7 +171,7 @@ struct Agent {
     _dir: tempfile::TempDir,
     identity: watch::Sender<Option<Arc<Identity>>>,
     renewals: mpsc::Sender<Renewal>,
-    directives: mpsc::Receiver<Vec<u8>>,
+    directives: watch::Receiver<Vec<u8>>,
     status: SharedStatus,
     shutdown: CancellationToken,
     running: tokio::task::JoinHandle<()>,
@@ -184,7 +185,7 @@ impl Agent {
             Spool::open(dir.path(), limits, sidewarden_proto::backoff::random, Timestamp::now).unwrap();
         let (publish, current) = watch::channel(Some(identity));
         let (renewals, renewal_requests) = mpsc::channel(1);
-        let (directive_sender, directives) = mpsc::channel(4);
+        let (directive_sender, directives) = watch::channel(Vec::new());
         let (status, shutdown) = (SharedStatus::default(), CancellationToken::new());
         let uplink = Uplink {
             collectors,
@@ -325,17 +326,32 @@ async fn a_collector_with_another_history_gets_everything_in_a_new_epoch() {
 async fn directives_go_down_and_their_version_comes_back() {
     let mut collector = Collector::new();
     let signed = collector.ca.directive(7, vec![], Timestamp::now());
-    collector.directive = Some(signed.to_bytes());
+    collector.directives = vec![signed.to_bytes()];
     let collector = Arc::new(collector);
     let at = collector.listen(true).await;
     let issued = collector.ca.issue("shop/web");
     let identity = Arc::new(Identity::build(issued.check().unwrap(), None, &Terms::default()).unwrap());
     let mut agent = Agent::start(identity, vec![at]);
-    assert_eq!(agent.directives.recv().await.unwrap(), signed.to_bytes());
+    agent.directives.changed().await.unwrap();
+    assert_eq!(*agent.directives.borrow(), signed.to_bytes());
     let directive = Arc::new(signed.open(&collector.ca.trust(), Timestamp::now()).unwrap());
     let with = Identity::build(issued.check().unwrap(), Some(directive), &Terms::default()).unwrap();
     agent.identity.send_replace(Some(Arc::new(with)));
     assert_eq!(collector.wait("the version", |log| log.applied.first().copied()).await, 7);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn of_directives_that_nobody_has_looked_at_yet_the_newest_is_there() {
+    let mut collector = Collector::new();
+    let signed = |version| collector.ca.directive(version, vec![], Timestamp::now()).to_bytes();
+    let directives: Vec<_> = (1..=8).map(signed).collect();
+    collector.directives = directives.clone();
+    let collector = Arc::new(collector);
+    let at = collector.listen(true).await;
+    let mut agent = Agent::start(collector.ca.identity("shop/web"), vec![at]);
+    let newest = agent.directives.wait_for(|bytes| *bytes == directives[7]);
+    assert!(timeout(Duration::from_secs(10), newest).await.is_ok());
     agent.stop().await;
 }
 
