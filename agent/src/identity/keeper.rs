@@ -28,6 +28,7 @@ use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, TlsError, Trust};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -45,8 +46,8 @@ const LONGEST_SPREAD: Duration = Duration::from_secs(3600);
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// The same for the clock, which may be set.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(5);
-/// At the agent's end, a directive that waits for the disk gets this long.
-const KEEP_WITHIN: Duration = Duration::from_secs(3);
+/// The disk gets this long for what is to be kept.
+const KEEP_WITHIN: Duration = Duration::from_secs(5);
 /// How often files are looked at.
 const LOOK_AT_FILES: Duration = Duration::from_secs(1);
 /// With less than this part of its life left, a certificate that could not be renewed is worth an alarm.
@@ -115,6 +116,12 @@ pub enum KeeperError {
     /// It cannot be kept.
     #[error("keeping the identity: {0}")]
     Store(#[from] StoreError),
+    /// Nor is it known that it cannot.
+    #[error("keeping the identity: the disk has not taken it within {KEEP_WITHIN:?}")]
+    NotYetKept,
+    /// Our own fault.
+    #[error("keeping the identity ended by a panic: {0}")]
+    Panic(#[from] JoinError),
     /// The files hold none.
     #[error(transparent)]
     Files(#[from] FilesError),
@@ -212,6 +219,8 @@ pub struct Keeper {
     key: Option<KeyPair>,
     /// A renewal that is under way.
     pending: Option<Pending>,
+    /// What was issued, on its way to disk and into use.
+    adopting: Option<Adopting>,
     /// The token that was refused for good.
     refused: Option<Sha256>,
     /// Where within its span the renewal of this certificate lies.
@@ -255,6 +264,29 @@ impl Pending {
     }
 }
 
+/// An identity that was issued and is not in use yet.
+struct Adopting {
+    issued: Issued,
+    checked: Checked,
+    directive: Option<Signed>,
+    /// The token that it was issued for.
+    token: Option<PathBuf>,
+    saving: Option<JoinHandle<Result<(), StoreError>>>,
+}
+
+impl Adopting {
+    /// Writes it to disk; may be cancelled and called again.
+    async fn keep(&mut self, store: &Store) -> Result<(), KeeperError> {
+        let saving = self.saving.get_or_insert_with(|| {
+            let (store, issued) = (store.clone(), self.issued.clone());
+            spawn_blocking(move || store.save(&issued))
+        });
+        let saved = timeout(KEEP_WITHIN, saving).await.map_err(|_| KeeperError::NotYetKept)?;
+        self.saving = None;
+        Ok(saved??)
+    }
+}
+
 /// What is due.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
@@ -262,6 +294,7 @@ enum Step {
     Renew,
     RenewEnded,
     RenewNotYet,
+    Keep,
     LookAtFiles,
     LookAtApi,
     Wait(Duration),
@@ -317,6 +350,7 @@ impl Keeper {
             to_keep: watch::Sender::default(),
             key: None,
             pending: None,
+            adopting: None,
             refused: None,
             jitter,
             asked: None,
@@ -469,6 +503,8 @@ impl Keeper {
         match self.parts.source.elsewhere {
             Some(Elsewhere::Files(_)) => Step::LookAtFiles,
             Some(Elsewhere::WorkloadApi(_)) => Step::LookAtApi,
+            // It is there, and only the disk has not taken it: another one would be made for nothing.
+            None if self.adopting.is_some() => Step::Keep,
             None => plan(self.dates(), self.jitter, self.asked, Timestamp::now()),
         }
     }
@@ -481,6 +517,7 @@ impl Keeper {
                 Some(fault) => Err(KeeperError::StillNone(fault.clone())),
                 None => self.look_at_dates(),
             },
+            Step::Keep => self.finish_adopting().await,
             Step::Enrol => self.enrol().await,
             Step::Renew => self.renew().await,
             Step::RenewNotYet => self.renew_by_its_key().await,
@@ -682,21 +719,7 @@ impl Keeper {
         if matches!(&answer, Err(error) if !error.may_pass()) {
             self.refused = Some(hash);
         }
-        let mut answer = answer?;
-        // The session begins as soon as there is an identity, and the directive that comes with it may interrupt whatever
-        // waits here: nothing does before the token is gone.
-        let directive = answer.directive.take();
-        self.adopt(&der, answer).await?;
-        self.key = None;
-        match std::fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) => tracing::warn!(path = %path.display(), %error, "the used token cannot be removed"),
-        }
-        let trust = self.publish.borrow().as_ref().map(|identity| identity.collectors.clone());
-        if let Some((signed, trust)) = directive.zip(trust) {
-            self.take_signed(signed, &trust);
-        }
-        Ok(())
+        self.adopt(&der, answer?, Some(path)).await
     }
 
     /// Over the session, with a new key. A directive may come first: then this is called again, and goes on waiting for the
@@ -738,7 +761,7 @@ impl Keeper {
         if !self.held.as_ref().is_none_or(is_ours) {
             return Err(KeeperError::Unusable(format!("it is for {named}, and this agent is another workload's")));
         }
-        self.adopt(key, answer).await
+        self.adopt(key, answer, None).await
     }
 
     fn root_pins(&self) -> Vec<Sha256> {
@@ -747,26 +770,58 @@ impl Keeper {
         identity.collectors.domains.values().flatten().filter_map(|root| tls::spki_of(root).ok()).collect()
     }
 
-    /// Takes what was issued: it must hold together and hold now. On disk first, then in use.
-    async fn adopt(&mut self, key: &[u8], answer: wire::Issued) -> Result<(), KeeperError> {
+    /// Takes what was issued, for a `token` if there was one: it must hold together and hold now.
+    async fn adopt(&mut self, key: &[u8], answer: wire::Issued, token: Option<PathBuf>) -> Result<(), KeeperError> {
         let issued = Issued::new(key, answer.chain, answer.bundle);
         let checked = issued.check()?;
-        let (renewed, trust) = (self.issued.is_some(), checked.trust.clone());
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         judge_clock(&identity, Timestamp::now())?;
-        self.store.save(&issued)?;
+        self.adopting = Some(Adopting { issued, checked, directive: answer.directive, token, saving: None });
+        self.finish_adopting().await
+    }
+
+    /// On disk first, then in use; but no disk keeps us with a certificate that is about to end. A directive may come
+    /// first: then this is called again.
+    async fn finish_adopting(&mut self) -> Result<(), KeeperError> {
+        let store = self.store.clone();
+        let Some(adopting) = &mut self.adopting else { return Ok(()) };
+        let unkept = match adopting.keep(&store).await {
+            Err(error) if !self.is_urgent() => return Err(error),
+            kept => kept.err(),
+        };
+        let Some(Adopting { issued, checked, directive, token, .. }) = self.adopting.take() else { return Ok(()) };
+        let (is_first, trust) = (self.issued.is_none(), checked.trust.clone());
         (self.issued, self.held) = (Some(issued), Some(checked));
         self.publish_current()?;
-        if renewed {
-            self.tell_renewed(&identity);
-        } else {
-            let until = identity.credential.peer().not_after;
-            tracing::info!(workload = %identity.workload, %until, "this agent has its first certificate");
+        if let Some(path) = token {
+            self.use_up(&path);
         }
-        if let Some(signed) = answer.directive {
+        self.tell_adopted(is_first, unkept);
+        if let Some(signed) = directive {
             self.take_signed(signed, &trust);
         }
         Ok(())
+    }
+
+    fn use_up(&mut self, token: &std::path::Path) {
+        self.key = None;
+        if let Err(error) = std::fs::remove_file(token) {
+            tracing::warn!(path = %token.display(), %error, "the used token cannot be removed");
+        }
+    }
+
+    fn tell_adopted(&self, is_first: bool, unkept: Option<KeeperError>) {
+        let Some(identity) = self.publish.borrow().clone() else { return };
+        let not_after_us = identity.credential.peer().not_after;
+        if is_first {
+            tracing::info!(workload = %identity.workload, until = %not_after_us, "this agent has its first certificate");
+        } else {
+            self.tell_renewed(&identity);
+        }
+        if let Some(error) = unkept {
+            let error = format!("the new certificate is in use but not kept, and a restart needs a token: {error}");
+            self.emit(Severity::Warning, error.clone(), IdentityRenewalFailed { error, not_after_us });
+        }
     }
 
     fn take_directive(&mut self, bytes: &[u8]) {
@@ -822,14 +877,19 @@ impl Keeper {
         denied?.first().map(|denied| denied.to_string())
     }
 
+    /// Whether the certificate in use ends soon, or does not hold now.
+    fn is_urgent(&self) -> bool {
+        let now = Timestamp::now();
+        self.dates().is_some_and(|(from, until)| now < from || until.since(now) < until.since(from) / ALARM_SHARE)
+    }
+
     fn tell_failure(&mut self, error: &KeeperError, pause: Duration) {
         // That the same token was refused before says less than why.
         if !matches!(error, KeeperError::SameToken(_)) {
             self.trouble.send_replace(Some(error.to_string()));
         }
         let dates = self.dates();
-        let urgent = dates.is_some_and(|(from, until)| until.since(Timestamp::now()) < until.since(from) / ALARM_SHARE);
-        if self.failing && !urgent {
+        if self.failing && !self.is_urgent() {
             return tracing::debug!(%error, ?pause, "still no certificate");
         }
         tracing::warn!(%error, ?pause, "no certificate; trying again");
@@ -860,7 +920,7 @@ async fn keep_directives(store: Store, mut newest: watch::Receiver<Option<Arc<Pr
 
 async fn keep_directive(store: Store, proven: Arc<Proven>) {
     let save = move || store.save_directive(&proven.signed, &proven.roots, proven.version, proven.at);
-    match tokio::task::spawn_blocking(save).await {
+    match spawn_blocking(save).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
@@ -998,11 +1058,11 @@ mod tests {
 
         // A collector that goes on issuing by the old root is not asked again at once.
         let (key, answer) = renewed(&ca);
-        keeper.adopt(&key, answer).await.unwrap();
+        keeper.adopt(&key, answer, None).await.unwrap();
         assert!(matches!(keeper.next_step(), Step::Wait(_)));
         assert!(keeper.asked.is_some_and(|at| at > Timestamp::now().plus(Duration::from_secs(30))));
         let (key, answer) = renewed(&next);
-        keeper.adopt(&key, answer).await.unwrap();
+        keeper.adopt(&key, answer, None).await.unwrap();
         assert_eq!(keeper.asked, None);
     }
 
@@ -1236,6 +1296,54 @@ mod tests {
         assert!(requests.try_recv().is_err(), "there is no second request");
     }
 
+    /// A disk that takes nothing: what it writes to is a directory.
+    fn fill_disk(world: &World) -> PathBuf {
+        let in_the_way = world.dir.path().join("identity.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        in_the_way
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_cannot_be_kept_waits_for_the_disk_and_is_asked_for_once() {
+        let ca = Arc::new(Ca::new("td"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut world = World::new(ca.clone(), nobody, Some(ca.issue("shop/web")));
+        let (before, in_the_way) = (world.serial(), fill_disk(&world));
+        let (key, answer) = renewed(&ca);
+        let error = world.keeper.adopt(&key, answer, None).await.unwrap_err().to_string();
+        assert!(error.contains("identity.json"), "{error}");
+        assert_eq!((world.serial(), world.keeper.next_step()), (before.clone(), Step::Keep));
+        std::fs::remove_dir(in_the_way).unwrap();
+
+        // A directive interrupts while the disk stalls.
+        let stalled = world.keeper.store.stall();
+        assert!(timeout(Duration::from_millis(50), world.keeper.act(Step::Keep)).await.is_err());
+        assert_eq!((world.serial(), world.keeper.next_step()), (before.clone(), Step::Keep));
+        drop(stalled);
+        world.keeper.act(Step::Keep).await.unwrap();
+        assert_ne!(world.serial(), before);
+        let kept = world.keeper.store.load().unwrap().unwrap().check().unwrap();
+        assert_eq!(kept.credential.peer().serial, world.serial());
+        assert!(matches!(world.keeper.next_step(), Step::Wait(_)));
+    }
+
+    #[tokio::test]
+    async fn a_certificate_about_to_end_is_replaced_though_the_new_one_cannot_be_kept() {
+        let ca = Arc::new(Ca::new("td"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut params = ca.params("shop/web");
+        let now = Timestamp::now();
+        validity(&mut params, now.minus(HOUR * 4), now.plus(HOUR));
+        let mut world = World::new(ca.clone(), nobody, Some(ca.issue_with(&params)));
+        let (before, _) = (world.serial(), fill_disk(&world));
+        let (key, answer) = renewed(&ca);
+        world.keeper.adopt(&key, answer, None).await.unwrap();
+        assert_ne!(world.serial(), before);
+        let events = world.events.lock().unwrap();
+        let told: Vec<_> = events.iter().map(|event| (event.kind.as_ref(), event.summary.contains("token"))).collect();
+        assert_eq!(told, [("identity.renewed", false), ("identity.renewal_failed", true)]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_failed_renewal_leaves_what_holds_and_is_told_once() {
         let ca = Arc::new(Ca::new("td"));
@@ -1276,7 +1384,7 @@ mod tests {
         let mut keeper = world.keeper;
         let (ours, other) = (enrol::new_key().unwrap(), enrol::new_key().unwrap());
         let foreign = ca.sign_request("shop/web", &enrol::certificate_request(&other).unwrap().0);
-        let error = keeper.adopt(&ours.serialize_der(), foreign).await.unwrap_err().to_string();
+        let error = keeper.adopt(&ours.serialize_der(), foreign, None).await.unwrap_err().to_string();
         assert!(error.contains("does not belong"), "{error}");
         assert!(world.current.borrow().is_none() && keeper.store.load().unwrap().is_none());
     }

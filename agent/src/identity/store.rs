@@ -133,7 +133,7 @@ struct Kept {
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: Option<PathBuf>,
-    /// Version of the directive that was kept last; held while one is written.
+    /// Version of the directive that was kept last; held while something is written.
     kept: Arc<Mutex<u64>>,
 }
 
@@ -168,6 +168,8 @@ impl Store {
     /// Replaces the identity.
     pub fn save(&self, issued: &Issued) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(issued).unwrap_or_default();
+        // One that a slow disk still writes is older, and must not end up in its place.
+        let _one = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         self.replace(IDENTITY, &bytes)
     }
 
