@@ -233,7 +233,6 @@ pub struct Keeper {
 /// A directive, with what it was proven by and when.
 struct Proven {
     signed: Signed,
-    version: u64,
     roots: Vec<CertificateDer<'static>>,
     at: Timestamp,
 }
@@ -579,16 +578,16 @@ impl Keeper {
         self.take_checked(Checked { credential, workload, trust, from: Given::ByApi })
     }
 
-    /// Takes an identity that somebody else keeps for us. With the first one comes the directive that is on disk: until
-    /// now nobody could say whether it is our collector's.
+    /// Takes an identity that somebody else keeps for us. With the first one, and with one of another domain, comes the
+    /// directive that is on disk: until now nobody could say whether it is our collector's.
     fn take_checked(&mut self, checked: Checked) -> Result<(), KeeperError> {
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
+        let home = |held: &Checked| self.parts.terms.home_of(&held.workload);
+        let moves = self.held.as_ref().is_none_or(|held| home(held) != identity.home);
         let before = self.held.replace(checked);
-        if before.is_none()
-            && let Err(error) = self.load_directive()
-        {
-            self.held = None;
+        if moves && let Err(error) = self.load_directive() {
+            self.held = before;
             return Err(error);
         }
         self.publish_current()?;
@@ -867,7 +866,7 @@ impl Keeper {
         }
         tracing::info!(version, denied, "a new directive is in force");
         // In force before it is kept, and even if it cannot be: neither a slow disk nor a full one keeps a revoked peer in.
-        self.to_keep.send_replace(Some(Arc::new(Proven { signed, version, roots, at: now })));
+        self.to_keep.send_replace(Some(Arc::new(Proven { signed, roots, at: now })));
     }
 
     /// Why the word of none of the signers counts any more, by the directive in force: a collector's key may have been stolen.
@@ -919,7 +918,7 @@ async fn keep_directives(store: Store, mut newest: watch::Receiver<Option<Arc<Pr
 }
 
 async fn keep_directive(store: Store, proven: Arc<Proven>) {
-    let save = move || store.save_directive(&proven.signed, &proven.roots, proven.version, proven.at);
+    let save = move || store.save_directive(&proven.signed, &proven.roots, proven.at);
     match spawn_blocking(save).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
@@ -1387,6 +1386,21 @@ mod tests {
         let error = keeper.adopt(&ours.serialize_der(), foreign, None).await.unwrap_err().to_string();
         assert!(error.contains("does not belong"), "{error}");
         assert!(world.current.borrow().is_none() && keeper.store.load().unwrap().is_none());
+    }
+
+    #[test]
+    fn an_identity_of_another_trust_domain_comes_without_the_old_domains_directive() {
+        let (dir, a, b) = (tempfile::tempdir().unwrap(), Ca::new("a"), Ca::new("b"));
+        let mut world = OverFiles::new(made_up::write(dir.path(), &a, "shop/web"));
+        world.keeper.take_directive(&a.directive(9, vec![], Timestamp::now()).to_bytes());
+        let version = |world: &OverFiles| world.current.borrow().as_ref().unwrap().directive_version();
+        assert_eq!(version(&world), 9);
+        made_up::write(dir.path(), &b, "shop/web");
+        world.look().unwrap();
+        world.look().unwrap();
+        assert_eq!((world.workload().as_deref(), version(&world)), (Some("spiffe://b/shop/web"), 0));
+        world.keeper.take_directive(&b.directive(3, vec![], Timestamp::now()).to_bytes());
+        assert_eq!(version(&world), 3, "its collector counts anew");
     }
 
     /// A keeper over files, and its looks one after the other.

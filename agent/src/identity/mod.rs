@@ -132,6 +132,8 @@ impl Identity {
     pub fn build(checked: Checked, directive: Option<Arc<Directive>>, terms: &Terms) -> Result<Identity, TlsError> {
         let Checked { credential, workload, mut trust, from } = checked;
         let home = terms.home_of(&workload);
+        // One of the domain that we were in before says nothing about this one.
+        let directive = directive.filter(|directive| directive.trust_domain == home);
         // Whoever gave us roots of the collector's domain has the say there; of our own domain the collector never has it.
         let home_is_settled = from == Given::ByApi && trust.domains.contains_key(&home);
         if let Some(directive) = directive.as_ref().filter(|directive| !directive.bundle.is_empty())
@@ -469,6 +471,15 @@ mod tests {
     }
 
     #[test]
+    fn a_directive_of_another_domain_says_nothing() {
+        let (ca, other, now) = (Ca::new("b"), Ca::new("td"), Timestamp::now());
+        let directive = other.directive(9, vec![], now).open(&other.trust(), now).unwrap();
+        let checked = ca.issue("shop/web").check().unwrap();
+        let identity = Identity::build(checked, Some(Arc::new(directive)), &Terms::default()).unwrap();
+        assert_eq!((identity.directive_version(), identity.trust.domains), (0, ca.trust().domains));
+    }
+
+    #[test]
     fn imported_roots_are_for_others_than_our_own_domain() {
         let (ca, partner, host) = (Ca::new("td"), Ca::new("partner.example"), Ca::new("host"));
         let der = |ca: &Ca| Der(ca.root.to_vec());
@@ -480,7 +491,7 @@ mod tests {
         }
         let now = Timestamp::now();
         let signed = ca.directive(1, vec![], now).open(&ca.trust(), now).unwrap();
-        let directive = Some(Arc::new(Directive { foreign, ..signed }));
+        let directive = Some(Arc::new(Directive { foreign, trust_domain: domain("ops"), ..signed }));
         let terms = Terms { home: Some(domain("ops")), ..Terms::default() };
         let identity = Identity::build(ca.issue("shop/web").check().unwrap(), directive, &terms).unwrap();
         assert_eq!(identity.trust.domains[&domain("td")], std::slice::from_ref(&ca.root));

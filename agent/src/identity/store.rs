@@ -133,20 +133,20 @@ struct Kept {
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: Option<PathBuf>,
-    /// Version of the directive that was kept last; held while something is written.
-    kept: Arc<Mutex<u64>>,
+    /// Held while something is written.
+    writing: Arc<Mutex<()>>,
 }
 
 impl Store {
     /// In `dir`, which is made if it is not there.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
         fs::create_dir_all(dir).map_err(|error| StoreError::File { path: dir.to_owned(), error })?;
-        Ok(Store { dir: Some(dir.to_owned()), kept: Arc::default() })
+        Ok(Store { dir: Some(dir.to_owned()), writing: Arc::default() })
     }
 
     /// Keeps nothing: what is published is all there is.
     pub fn in_memory() -> Store {
-        Store { dir: None, kept: Arc::default() }
+        Store { dir: None, writing: Arc::default() }
     }
 
     fn path(&self, name: &str) -> Option<PathBuf> {
@@ -169,7 +169,7 @@ impl Store {
     pub fn save(&self, issued: &Issued) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(issued).unwrap_or_default();
         // One that a slow disk still writes is older, and must not end up in its place.
-        let _one = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         self.replace(IDENTITY, &bytes)
     }
 
@@ -179,11 +179,14 @@ impl Store {
         let Some(bytes) = read(&path)? else { return Ok(None) };
         let damaged = |detail: String| StoreError::Damaged { path: path.clone(), detail };
         let kept: Kept = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        // Its signer is another domain's, too, and nobody we know.
+        if kept.signed.as_kept().map_err(|e| damaged(e.to_string()))?.trust_domain != *domain {
+            return Ok(None);
+        }
         let then = Trust::single(domain.clone(), certificates(&kept.roots));
         let opened = kept.signed.open(trust, kept.accepted_us);
         let opened = opened.or_else(|error| kept.signed.open(&then, kept.accepted_us).map_err(|_| error));
-        let directive = opened.map_err(|e| damaged(e.to_string()))?;
-        Ok(Some(directive).filter(|directive| directive.trust_domain == *domain))
+        opened.map(Some).map_err(|e| damaged(e.to_string()))
     }
 
     /// Whether a directive is kept, readable or not; if in doubt, one is.
@@ -191,24 +194,19 @@ impl Store {
         self.path(DIRECTIVE).is_some_and(|path| path.try_exists().unwrap_or(true))
     }
 
-    /// Replaces the directive by one of this version, which was proven with `roots`, unless a newer one was kept meanwhile.
+    /// Replaces the directive by one that was proven with `roots`. Which one is newer only its taker knows: versions of
+    /// different trust domains do not compare.
     pub fn save_directive(
         &self,
         signed: &Signed,
         roots: &[CertificateDer<'static>],
-        version: u64,
         accepted_us: Timestamp,
     ) -> Result<(), StoreError> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if version < *kept {
-            return Ok(());
-        }
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let roots = roots.iter().map(|root| Der(root.to_vec())).collect();
         let signed = signed.clone();
         let bytes = serde_json::to_vec(&Kept { accepted_us, signed, roots }).unwrap_or_default();
-        self.replace(DIRECTIVE, &bytes)?;
-        *kept = version;
-        Ok(())
+        self.replace(DIRECTIVE, &bytes)
     }
 
     /// Writes nothing while this is held, as on a disk that stalls.
@@ -216,9 +214,9 @@ impl Store {
     pub fn stall(&self) -> std::sync::mpsc::Sender<()> {
         let (release, released) = std::sync::mpsc::channel();
         let (tell, told) = std::sync::mpsc::channel();
-        let kept = self.kept.clone();
+        let writing = self.writing.clone();
         std::thread::spawn(move || {
-            let _stalled = kept.lock().unwrap();
+            let _stalled = writing.lock().unwrap();
             tell.send(()).unwrap();
             let _ = released.recv();
         });
@@ -298,13 +296,14 @@ mod tests {
         let signed = ca.directive(3, deny, Timestamp::now());
         let domain: TrustDomain = "td".parse().unwrap();
         let foreign = Ca::new("td");
-        store.save_directive(&signed, &[], 3, Timestamp::now()).unwrap();
-        store.save_directive(&ca.directive(2, vec![], Timestamp::now()), &[], 2, Timestamp::now()).unwrap();
+        store.save_directive(&signed, &[], Timestamp::now()).unwrap();
         let loaded = store.load_directive(&ca.trust(), &domain).unwrap().unwrap();
         assert_eq!((loaded.version, loaded.deny.len()), (3, 1));
         assert!(store.load_directive(&foreign.trust(), &domain).is_err());
-        store.save_directive(&signed, std::slice::from_ref(&ca.root), 3, Timestamp::now()).unwrap();
+        store.save_directive(&signed, std::slice::from_ref(&ca.root), Timestamp::now()).unwrap();
         let loaded = store.load_directive(&foreign.trust(), &domain).unwrap().unwrap();
         assert_eq!(loaded.version, 3, "its root has been replaced since");
+        let elsewhere = Ca::new("b");
+        assert!(store.load_directive(&elsewhere.trust(), &"b".parse().unwrap()).unwrap().is_none(), "it is td's");
     }
 }
