@@ -355,8 +355,9 @@ impl Keeper {
             asked: None,
             failing: false,
         };
-        keeper.parts.terms.foreign = keeper.parts.source.foreign.read()?;
+        // Before they are read: what changes meanwhile is read again.
         keeper.foreign = Steady::taken(keeper.parts.source.foreign.stamp());
+        keeper.parts.terms.foreign = keeper.parts.source.foreign.read()?;
         keeper.first_look()?;
         keeper.load_directive()?;
         keeper.publish_current()?;
@@ -1514,6 +1515,34 @@ mod tests {
         look(&mut world);
         look(&mut world);
         assert_eq!(world.kinds().last().unwrap(), "trust.changed", "which ends the alert");
+    }
+
+    #[test]
+    fn trust_files_that_change_while_they_are_read_at_the_start_are_read_again() {
+        let (dir, ca, partner) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("partner.example"));
+        let OverFiles { keeper, .. } = OverFiles::new(made_up::write(dir.path(), &ca, "shop/web"));
+        let (bundles, dns) = (dir.path().join("bundles"), dir.path().join("dns.pem"));
+        std::fs::create_dir(&bundles).unwrap();
+        let foreign =
+            ForeignFiles { bundles: Some(bundles.clone()), dns_roots: Some(dns.clone()), ..Default::default() };
+        let root = made_up::pem("CERTIFICATE", &partner.root);
+        assert!(std::process::Command::new("mkfifo").arg(&dns).status().unwrap().success());
+        let writing = std::thread::spawn(move || {
+            // Until it is read, and the bundles were.
+            let mut pipe = std::fs::OpenOptions::new().write(true).open(&dns).unwrap();
+            std::fs::write(bundles.join("partner.example.pem"), &root).unwrap();
+            std::fs::write(bundles.join("dns"), &root).unwrap();
+            std::fs::rename(bundles.join("dns"), dns).unwrap();
+            std::io::Write::write_all(&mut pipe, root.as_bytes()).unwrap();
+        });
+        let source = Source { foreign, ..keeper.parts.source.clone() };
+        let (mut keeper, current) = Keeper::load(keeper.store, Parts { source, ..keeper.parts }).unwrap();
+        writing.join().unwrap();
+        let domains = || current.borrow().as_ref().unwrap().trust.domains.len();
+        assert_eq!(domains(), 1);
+        keeper.look_at_foreign();
+        keeper.look_at_foreign();
+        assert_eq!(domains(), 2);
     }
 
     #[test]
