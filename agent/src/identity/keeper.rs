@@ -663,6 +663,8 @@ impl Keeper {
         let names = body.domains.keys().map(TrustDomain::as_str).collect::<Vec<_>>().join(", ");
         self.emit(Severity::Info, format!("this agent trusts {count} CAs, of {names}"), body);
         self.told_trust = Some(identity.trust.clone());
+        // What was told ends the alert about files, which may still be broken.
+        self.foreign_fault = None;
     }
 
     /// Tells how revocation lists stand when that has changed, as it does when one ends.
@@ -1543,6 +1545,42 @@ mod tests {
         keeper.look_at_foreign();
         keeper.look_at_foreign();
         assert_eq!(domains(), 2);
+    }
+
+    /// A keeper over files that trusts others by the bundles in a folder.
+    fn with_bundles(dir: &std::path::Path, ca: &Ca) -> (OverFiles, PathBuf) {
+        let bundles = dir.join("bundles");
+        std::fs::create_dir(dir.join("good")).unwrap();
+        std::os::unix::fs::symlink(dir.join("good"), &bundles).unwrap();
+        let OverFiles { keeper, events, .. } = OverFiles::new(made_up::write(dir, ca, "shop/web"));
+        let foreign = ForeignFiles { bundles: Some(bundles.clone()), ..ForeignFiles::default() };
+        let source = Source { foreign, ..keeper.parts.source.clone() };
+        let (mut keeper, current) = Keeper::load(keeper.store, Parts { source, ..keeper.parts }).unwrap();
+        keeper.tell_trust();
+        (OverFiles { keeper, current, events }, bundles)
+    }
+
+    fn look_at_trust(world: &mut OverFiles) {
+        for _ in 0..3 {
+            world.keeper.look_at_foreign();
+            world.keeper.tell_trust();
+        }
+    }
+
+    #[test]
+    fn trust_files_that_are_still_broken_are_told_again_after_a_change_that_ends_the_alert() {
+        let (dir, ca, partner) = (tempfile::tempdir().unwrap(), Ca::new("td"), Ca::new("partner.example"));
+        let (mut world, bundles) = with_bundles(dir.path(), &ca);
+        std::fs::write(bundles.join("broken.example.pem"), "").unwrap();
+        look_at_trust(&mut world);
+        let domains = [("partner.example".parse().unwrap(), vec![Der(partner.root.to_vec())])].into();
+        let foreign = sidewarden_proto::directive::ForeignRoots { domains, dns: vec![] };
+        let told = ca.directive(1, vec![], Timestamp::now()).as_kept().unwrap();
+        let directive = Signed::sign(&Directive { foreign, ..told }, &ca.collector()).unwrap();
+        world.keeper.take_directive(&directive.to_bytes());
+        world.keeper.tell_trust();
+        look_at_trust(&mut world);
+        assert_eq!(world.kinds(), ["trust.changed", "trust.files_refused", "trust.changed", "trust.files_refused"]);
     }
 
     #[test]
