@@ -227,6 +227,7 @@ pub struct Keeper {
     jitter: Duration,
     /// When a renewal is due that the directive asks for.
     asked: Option<Timestamp>,
+    /// That there is no (newer) certificate was told, and not yet that there is, or that none is due.
     failing: bool,
 }
 
@@ -466,7 +467,7 @@ impl Keeper {
             match result {
                 Ok(()) => {
                     backoff.reset();
-                    (retry_at, self.failing) = (Instant::now(), false);
+                    retry_at = Instant::now();
                     self.trouble.send_replace(None);
                 }
                 Err(error) => {
@@ -511,7 +512,10 @@ impl Keeper {
 
     async fn act(&mut self, step: Step) -> Result<(), KeeperError> {
         match step {
-            Step::Wait(_) => Ok(()),
+            Step::Wait(_) => {
+                self.tell_well();
+                Ok(())
+            }
             Step::LookAtFiles => self.look_at_files(),
             Step::LookAtApi => match &self.api_fault {
                 Some(fault) => Err(KeeperError::StillNone(fault.clone())),
@@ -574,7 +578,7 @@ impl Keeper {
         let Offered { credential, workload, trust } = offered?;
         let same = |held: &Checked| held.credential.chain() == credential.chain() && held.trust == trust;
         if self.held.as_ref().is_some_and(same) {
-            return Ok(());
+            return self.look_at_dates();
         }
         self.take_checked(Checked { credential, workload, trust, from: Given::ByApi })
     }
@@ -598,17 +602,17 @@ impl Keeper {
 
     /// Takes the foreign roots, when their files have changed and have stood still since the last look.
     fn look_at_foreign(&mut self) {
-        if self.foreign.look(self.parts.source.foreign.stamp()) != Look::New {
-            return;
+        let taken = match self.foreign.look(self.parts.source.foreign.stamp()) {
+            Look::Moves => return,
+            Look::Same => Ok(()),
+            Look::New => self.take_foreign(),
+        };
+        if let Err(error) = taken {
+            return self.tell_foreign_fault(&error);
         }
-        match self.take_foreign() {
-            Ok(()) => {
-                self.foreign.take();
-                if self.foreign_fault.take().is_some() {
-                    self.told_trust = None;
-                }
-            }
-            Err(error) => self.tell_foreign_fault(&error),
+        self.foreign.take();
+        if self.foreign_fault.take().is_some() {
+            self.told_trust = None;
         }
     }
 
@@ -638,12 +642,15 @@ impl Keeper {
     }
 
     /// The files are somebody else's to renew: all we can do is to say in time that nobody did.
-    fn look_at_dates(&self) -> Result<(), KeeperError> {
+    fn look_at_dates(&mut self) -> Result<(), KeeperError> {
         match self.dates() {
             Some((from, until)) if until.since(Timestamp::now()) < until.since(from) / ALARM_SHARE => {
                 Err(KeeperError::NotReplaced(until))
             }
-            _ => Ok(()),
+            _ => {
+                self.tell_well();
+                Ok(())
+            }
         }
     }
 
@@ -689,7 +696,17 @@ impl Keeper {
         self.emit(severity, summary, body);
     }
 
-    fn tell_renewed(&self, identity: &Identity) {
+    /// That the present certificate is good, to whoever was told that there is no other.
+    fn tell_well(&mut self) {
+        let Some(identity) = self.publish.borrow().clone().filter(|_| self.failing) else { return };
+        let (serial, not_after_us) = (identity.credential.peer().serial.clone(), identity.credential.peer().not_after);
+        let summary = format!("the present certificate is good until {not_after_us}, and no other is due");
+        self.emit(Severity::Info, summary, IdentityRenewed { serial, not_after_us });
+        self.failing = false;
+    }
+
+    fn tell_renewed(&mut self, identity: &Identity) {
+        self.failing = false;
         let (serial, not_after_us) = (identity.credential.peer().serial.clone(), identity.credential.peer().not_after);
         tracing::info!(workload = %identity.workload, serial, until = %not_after_us, "this agent has a certificate");
         let summary = format!("the certificate was renewed and holds until {not_after_us}");
@@ -812,10 +829,11 @@ impl Keeper {
         }
     }
 
-    fn tell_adopted(&self, is_first: bool, unkept: Option<KeeperError>) {
+    fn tell_adopted(&mut self, is_first: bool, unkept: Option<KeeperError>) {
         let Some(identity) = self.publish.borrow().clone() else { return };
         let not_after_us = identity.credential.peer().not_after;
         if is_first {
+            self.failing = false;
             tracing::info!(workload = %identity.workload, until = %not_after_us, "this agent has its first certificate");
         } else {
             self.tell_renewed(&identity);
@@ -1581,6 +1599,39 @@ mod tests {
         world.keeper.tell_trust();
         look_at_trust(&mut world);
         assert_eq!(world.kinds(), ["trust.changed", "trust.files_refused", "trust.changed", "trust.files_refused"]);
+    }
+
+    #[test]
+    fn trust_files_that_are_again_those_that_were_taken_end_the_alert() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let (mut world, bundles) = with_bundles(dir.path(), &ca);
+        std::fs::rename(&bundles, dir.path().join("away")).unwrap();
+        look_at_trust(&mut world);
+        std::fs::rename(dir.path().join("away"), &bundles).unwrap();
+        look_at_trust(&mut world);
+        assert_eq!(world.kinds(), ["trust.changed", "trust.files_refused", "trust.changed"]);
+    }
+
+    #[test]
+    fn an_identity_that_is_again_the_one_in_use_ends_the_alert() {
+        let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+        let (good, bad, live) = (dir.path().join("good"), dir.path().join("bad"), dir.path().join("live"));
+        let point_at = |at: &PathBuf| {
+            let _ = std::fs::remove_file(&live);
+            std::os::unix::fs::symlink(at, &live).unwrap();
+        };
+        std::fs::create_dir(&good).unwrap();
+        point_at(&good);
+        let mut world = OverFiles::new(made_up::write(&live, &ca, "shop/web"));
+        point_at(&bad);
+        world.look().unwrap();
+        assert!(world.look().is_err());
+        point_at(&good);
+        world.look().unwrap();
+        assert_eq!(world.kinds(), ["identity.renewal_failed"], "they have just moved");
+        world.look().unwrap();
+        world.look().unwrap();
+        assert_eq!(world.kinds(), ["identity.renewal_failed", "identity.renewed"]);
     }
 
     #[test]

@@ -163,10 +163,16 @@ async fn the_same_answer_again_changes_nothing() {
     let serving = spire.serve(&socket);
     let mut world = World::new(&socket);
     let first = world.identity("the first", |_| true).await;
-    spire.say(Ok(same));
+    spire.say(Ok(same.clone()));
     spire.say(Err(Status::unavailable("a restart")));
     world.trouble("unavailable: a restart").await;
+    spire.say(Ok(same));
+    let over = world.trouble.wait_for(Option::is_none);
+    drop(timeout(Duration::from_secs(60), over).await.expect("it is back").unwrap());
     assert!(Arc::ptr_eq(world.current.borrow().as_ref().unwrap(), &first), "warm connections stay");
+    let kinds: Vec<_> = world.events.lock().unwrap().iter().map(|event| event.kind.to_string()).collect();
+    let expected = ["identity.renewed", "trust.changed", "identity.renewal_failed", "identity.renewed"];
+    assert_eq!(kinds, expected, "the alert ends");
     world.stop().await;
     serving.abort();
 }
