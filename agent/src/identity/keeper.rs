@@ -378,11 +378,17 @@ impl Keeper {
     /// A directive that cannot be read any more is an error: without it the deny list would be forgotten.
     fn load_directive(&mut self) -> Result<(), KeeperError> {
         let Some(held) = &self.held else { return Ok(()) };
-        let mut trust = held.trust.clone();
-        trust.add(&self.parts.terms.foreign.domains);
-        let loaded = self.store.load_directive(&trust, &self.parts.terms.home_of(&held.workload))?;
+        let (trust, home) = self.judges_of_directives(held);
+        let loaded = self.store.load_directive(&trust, &home)?;
         self.directive = loaded.map(Arc::new);
         Ok(())
+    }
+
+    /// Who vouches for directives, and of which domain they are.
+    fn judges_of_directives(&self, held: &Checked) -> (Trust, TrustDomain) {
+        let mut trust = held.trust.clone();
+        trust.add(&self.parts.terms.foreign.domains);
+        (trust, self.parts.terms.home_of(&held.workload))
     }
 
     fn publish_current(&mut self) -> Result<(), KeeperError> {
@@ -793,6 +799,11 @@ impl Keeper {
     async fn adopt(&mut self, key: &[u8], answer: wire::Issued, token: Option<PathBuf>) -> Result<(), KeeperError> {
         let issued = Issued::new(key, answer.chain, answer.bundle);
         let checked = issued.check()?;
+        // Of whoever was here before, or of ourselves, when only the identity was lost: none that is older counts.
+        if self.held.is_none() {
+            let (trust, home) = self.judges_of_directives(&checked);
+            self.directive = self.store.directive_proven_by(&trust, &home)?.map(Arc::new);
+        }
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         judge_clock(&identity, Timestamp::now())?;
         self.adopting = Some(Adopting { issued, checked, directive: answer.directive, token, saving: None });
@@ -1223,6 +1234,21 @@ mod tests {
         let kept = world.keeper.store.load().unwrap().unwrap().check().unwrap();
         assert_eq!(kept.credential.peer().serial, world.serial());
         assert_eq!(asked.lock().unwrap()[0].instance.as_str(), "c1");
+    }
+
+    #[tokio::test]
+    async fn whoever_enrols_goes_by_the_directive_that_is_kept_if_it_is_its_own_cas() {
+        let (ca, before, now) = (Arc::new(Ca::new("td")), Ca::new("td"), Timestamp::now());
+        for (kept_by, in_force) in [(&*ca, 9), (&before, 3)] {
+            let (collector, _) = enrolment_port(&ca, vec![None]).await;
+            let mut world = World::new(ca.clone(), collector, None);
+            let kept = kept_by.directive(9, vec![], now);
+            world.keeper.store.save_directive(&kept, std::slice::from_ref(&kept_by.root), now).unwrap();
+            world.put_token(world.pin());
+            world.keeper.act(Step::Enrol).await.unwrap();
+            world.keeper.take_directive(&ca.directive(3, vec![], now).to_bytes());
+            assert_eq!(world.current.borrow().as_ref().unwrap().directive_version(), in_force);
+        }
     }
 
     #[tokio::test]

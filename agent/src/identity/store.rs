@@ -175,18 +175,30 @@ impl Store {
 
     /// The directive for `domain`, if there is one.
     pub fn load_directive(&self, trust: &Trust, domain: &TrustDomain) -> Result<Option<Directive>, StoreError> {
+        let Some((path, kept)) = self.kept_for(domain)? else { return Ok(None) };
+        let then = Trust::single(domain.clone(), certificates(&kept.roots));
+        let opened = kept.signed.open(trust, kept.accepted_us);
+        let opened = opened.or_else(|error| kept.signed.open(&then, kept.accepted_us).map_err(|_| error));
+        opened.map(Some).map_err(|error| StoreError::Damaged { path, detail: error.to_string() })
+    }
+
+    /// The same for whoever has just enrolled: the roots it was proven with then say nothing, for they may be of a CA that
+    /// is no more.
+    pub fn directive_proven_by(&self, trust: &Trust, domain: &TrustDomain) -> Result<Option<Directive>, StoreError> {
+        let Some((_, kept)) = self.kept_for(domain)? else { return Ok(None) };
+        let opened = kept.signed.open(trust, kept.accepted_us);
+        let refused = |error| tracing::warn!(%error, "the directive on disk is of another CA, and does not count");
+        Ok(opened.map_err(refused).ok())
+    }
+
+    fn kept_for(&self, domain: &TrustDomain) -> Result<Option<(PathBuf, Kept)>, StoreError> {
         let Some(path) = self.path(DIRECTIVE) else { return Ok(None) };
         let Some(bytes) = read(&path)? else { return Ok(None) };
         let damaged = |detail: String| StoreError::Damaged { path: path.clone(), detail };
         let kept: Kept = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
-        // Its signer is another domain's, too, and nobody we know.
-        if kept.signed.as_kept().map_err(|e| damaged(e.to_string()))?.trust_domain != *domain {
-            return Ok(None);
-        }
-        let then = Trust::single(domain.clone(), certificates(&kept.roots));
-        let opened = kept.signed.open(trust, kept.accepted_us);
-        let opened = opened.or_else(|error| kept.signed.open(&then, kept.accepted_us).map_err(|_| error));
-        opened.map(Some).map_err(|e| damaged(e.to_string()))
+        let of = kept.signed.as_kept().map_err(|e| damaged(e.to_string()))?.trust_domain;
+        // The signer of another domain's is nobody we know.
+        Ok(Some((path, kept)).filter(|_| of == *domain))
     }
 
     /// Whether a directive is kept, readable or not; if in doubt, one is.
