@@ -92,14 +92,7 @@ impl Responder {
             self.policy = Policy::parse(text).map(Arc::new).map_err(|faults| faults.to_string());
             self.of = applied.cloned();
         }
-        let policy = match &self.policy {
-            Ok(policy) => policy.clone(),
-            // Half of a policy is none: what it forbids would be allowed here.
-            Err(error) => {
-                let why = format!("this agent cannot read the policy and must be updated: {error}");
-                return Some(Held { gate: "policy".into(), why });
-            }
-        };
+        let Ok(policy) = self.policy.clone() else { return self.unread() };
         // By its name, too: a key that somebody else's CA has just given us is known to nobody yet.
         let by_key = input.directive.and_then(|directive| directive.quarantines(input.spki));
         let by_name = || input.directive.and_then(|directive| directive.quarantines_agent(input.agent));
@@ -108,6 +101,18 @@ impl Responder {
         }
         self.alone = self.decide_alone(&policy, input);
         self.alone.clone()
+    }
+
+    /// Half of a policy is none: what it forbids would be allowed here.
+    fn unread(&self) -> Option<Held> {
+        let error = self.policy.as_ref().err()?;
+        let why = format!("this agent cannot read the policy and must be updated: {error}");
+        Some(Held { gate: "policy".into(), why })
+    }
+
+    /// What no collector knows of until this agent tells it.
+    fn own(&self) -> [Option<Held>; 2] {
+        [self.alone.clone(), self.unread()]
     }
 
     fn decide_alone(&self, policy: &Policy, input: &Input<'_>) -> Option<Held> {
@@ -170,7 +175,7 @@ impl Parts {
         }
         let Some(identity) = self.identity.borrow_and_update().clone() else { return };
         let agent = AgentId { workload: identity.workload.clone(), instance: self.instance.clone() };
-        let was_alone = responder.alone.clone();
+        let before = responder.own();
         let held = responder.decide(&Input {
             directive: identity.directive.as_deref(),
             agent: &agent,
@@ -190,13 +195,15 @@ impl Parts {
                 None => tracing::warn!("this workload is quarantined no longer"),
             }
         }
-        self.tell(was_alone, &responder.alone);
+        for (before, now) in before.into_iter().zip(responder.own()) {
+            self.tell(before, now);
+        }
     }
 
     /// The collector tells of its own decisions; ours are told by us.
-    fn tell(&self, before: Option<Held>, now: &Option<Held>) {
+    fn tell(&self, before: Option<Held>, now: Option<Held>) {
         let (on, Held { gate, why }) = match (before, now) {
-            (None, Some(held)) => (true, held.clone()),
+            (None, Some(held)) => (true, held),
             (Some(held), None) => (false, held),
             _ => return,
         };
@@ -284,6 +291,35 @@ mod tests {
     fn a_policy_that_cannot_be_read_lets_nothing_through() {
         let directive = directive("newer = 'than this agent'");
         assert!(ask(&mut Responder::new(), &directive, &known(Seen::Kept, 1), Duration::ZERO));
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_is_told_once_and_again_when_one_can() {
+        let ca = crate::identity::made_up::Ca::new("td");
+        let (publish, identity) = watch::channel(None);
+        let events: Arc<Mutex<Vec<Event>>> = Arc::default();
+        let told = events.clone();
+        let mut parts = Parts {
+            instance: "1".parse().unwrap(),
+            identity,
+            uplink: SharedStatus::default(),
+            observed: Observed::default(),
+            emit: Arc::new(move |event| told.lock().unwrap().push(event)),
+            holding: watch::Sender::default(),
+        };
+        let (mut responder, mut in_reach) = (Responder::new(), tokio::time::Instant::now());
+        for gate in ["newer = 'than this agent'", "enforce = true"] {
+            let checked = ca.issue("shop/web").check().unwrap();
+            let directive = Some(Arc::new(directive(gate)));
+            let identity = crate::identity::Identity::build(checked, directive, &Default::default()).unwrap();
+            publish.send_replace(Some(Arc::new(identity)));
+            parts.look(&mut responder, &mut in_reach);
+            parts.look(&mut responder, &mut in_reach);
+        }
+        let events = events.lock().unwrap();
+        let told: Vec<_> = events.iter().map(|event| (event.kind.as_ref(), event.severity)).collect();
+        assert_eq!(told, [("quarantine.alone", Severity::Critical), ("quarantine.alone", Severity::Notice)]);
+        assert!(events[0].summary.contains("must be updated"), "{}", events[0].summary);
     }
 
     #[test]
