@@ -206,6 +206,8 @@ pub struct Keeper {
     foreign_fault: Option<String>,
     /// Why the Workload API gives nothing, since its last answer.
     api_fault: Option<String>,
+    /// Its last answer, if that could not be taken: the fault may be ours, and pass.
+    untaken: Option<ApiAnswer>,
     /// Whom we trust, as it was last told.
     told_trust: Option<Trust>,
     /// The same of revocation lists.
@@ -297,6 +299,7 @@ enum Step {
     Keep,
     LookAtFiles,
     LookAtApi,
+    TakeAgain,
     Wait(Duration),
 }
 
@@ -343,6 +346,7 @@ impl Keeper {
             foreign: Default::default(),
             foreign_fault: None,
             api_fault: None,
+            untaken: None,
             told_trust: None,
             told_crls: None,
             looked_at_crls: None,
@@ -509,6 +513,7 @@ impl Keeper {
     fn next_step(&self) -> Step {
         match self.parts.source.elsewhere {
             Some(Elsewhere::Files(_)) => Step::LookAtFiles,
+            Some(Elsewhere::WorkloadApi(_)) if self.untaken.is_some() => Step::TakeAgain,
             Some(Elsewhere::WorkloadApi(_)) => Step::LookAtApi,
             // It is there, and only the disk has not taken it: another one would be made for nothing.
             None if self.adopting.is_some() => Step::Keep,
@@ -527,6 +532,7 @@ impl Keeper {
                 Some(fault) => Err(KeeperError::StillNone(fault.clone())),
                 None => self.look_at_dates(),
             },
+            Step::TakeAgain => self.untaken.take().map_or(Ok(()), |answer| self.take_answer(Ok(answer))),
             Step::Keep => self.finish_adopting().await,
             Step::Enrol => self.enrol().await,
             Step::Renew => self.renew().await,
@@ -578,10 +584,17 @@ impl Keeper {
 
     /// What the Workload API says, or why it says nothing.
     fn take_answer(&mut self, answer: Result<ApiAnswer, WorkloadApiError>) -> Result<(), KeeperError> {
-        let wanted = self.parts.source.workload.clone();
-        let offered = answer.and_then(|answer| Ok(answer.choose(wanted.as_ref(), Timestamp::now())?));
-        self.api_fault = offered.as_ref().err().map(ToString::to_string);
-        let Offered { credential, workload, trust } = offered?;
+        self.api_fault = answer.as_ref().err().map(ToString::to_string);
+        self.untaken = None;
+        let answer = answer?;
+        let taken = self.take_offered(&answer);
+        self.untaken = taken.is_err().then_some(answer);
+        taken
+    }
+
+    fn take_offered(&mut self, answer: &ApiAnswer) -> Result<(), KeeperError> {
+        let chosen = answer.choose(self.parts.source.workload.as_ref(), Timestamp::now());
+        let Offered { credential, workload, trust } = chosen.map_err(WorkloadApiError::from)?;
         let same = |held: &Checked| held.credential.chain() == credential.chain() && held.trust == trust;
         if self.held.as_ref().is_some_and(same) {
             return self.look_at_dates();

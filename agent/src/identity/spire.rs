@@ -193,6 +193,25 @@ async fn an_identity_that_does_not_hold_now_is_not_taken() {
     serving.abort();
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_we_cannot_use_yet_is_tried_again_and_why_is_said_meanwhile() {
+    let (dir, ca) = (tempfile::tempdir().unwrap(), Ca::new("td"));
+    let socket = dir.path().join("agent.sock");
+    let spire = Spire::new(Ok(answer(&ca, &[])));
+    let serving = spire.serve(&socket);
+    let kept = tempfile::tempdir().unwrap();
+    let directive = kept.path().join("directive.json");
+    std::fs::write(&directive, "garbage").unwrap();
+    let mut world = World::in_dir(kept, &socket);
+    world.trouble("directive.json is damaged").await;
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert!(world.trouble.borrow().is_some());
+    std::fs::remove_file(&directive).unwrap();
+    world.identity("the identity", |_| true).await;
+    world.stop().await;
+    serving.abort();
+}
+
 /// The deny list must be there before the first connection, also when who we are comes later than the agent, and also
 /// when the roots that it was signed under have gone meanwhile.
 #[tokio::test]

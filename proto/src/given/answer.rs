@@ -158,22 +158,22 @@ impl Answer {
     }
 
     /// The identity called `wanted`, or the first; it holds at `now` and its own bundle vouches for it.
-    pub fn choose(self, wanted: Option<&SpiffeId>, now: Timestamp) -> Result<Offered, AnswerFault> {
+    pub fn choose(&self, wanted: Option<&SpiffeId>, now: Timestamp) -> Result<Offered, AnswerFault> {
         let found = self.svids.iter().map(|svid| svid.id.as_str()).collect::<Vec<_>>().join(", ");
-        let svid = self.svids.into_iter().find(|svid| wanted.is_none_or(|wanted| svid.id == *wanted));
+        let svid = self.svids.iter().find(|svid| wanted.is_none_or(|wanted| svid.id == *wanted));
         let not_offered = |wanted: &SpiffeId| AnswerFault::NotOffered { wanted: wanted.clone(), found };
         let Svid { id, chain, key, bundle } = svid.ok_or_else(|| wanted.map_or(AnswerFault::Empty, not_offered))?;
-        let mut trust = Trust::single(id.trust_domain(), bundle);
-        let verified = verify_chain(&chain, &trust, Usage::Client, now);
+        let mut trust = Trust::single(id.trust_domain(), bundle.clone());
+        let verified = verify_chain(chain, &trust, Usage::Client, now);
         verified.map_err(|error| AnswerFault::Unverified(id.clone(), error.to_string()))?;
-        let credential = Credential::from_der(chain, key)?;
+        let credential = Credential::from_der(chain.clone(), key.clone_key())?;
         if credential.peer().name != PeerName::Spiffe(id.clone()) {
-            return Err(AnswerFault::OtherName { certificate: credential.peer().name.to_string(), answer: id });
+            return Err(AnswerFault::OtherName { certificate: credential.peer().name.to_string(), answer: id.clone() });
         }
-        for (domain, roots) in self.foreign {
+        for (domain, roots) in self.foreign.clone() {
             trust.domains.entry(domain).or_insert(roots);
         }
-        Ok(Offered { credential, workload: id, trust })
+        Ok(Offered { credential, workload: id.clone(), trust })
     }
 }
 
