@@ -503,11 +503,15 @@ impl Keeper {
         let end = Instant::now() + wait;
         while !self.parts.source.foreign.is_empty() && end.saturating_duration_since(Instant::now()) > LOOK_AT_FILES {
             sleep(LOOK_AT_FILES).await;
-            self.look_at_foreign();
-            self.tell_trust();
+            self.look_at_trust();
         }
         sleep_until(end).await;
         self.look_at_foreign();
+    }
+
+    fn look_at_trust(&mut self) {
+        self.look_at_foreign();
+        self.tell_trust();
     }
 
     fn next_step(&self) -> Step {
@@ -763,12 +767,10 @@ impl Keeper {
     /// Over the session, with a new key. A directive may come first: then this is called again, and goes on waiting for the
     /// same answer. Another request would be one too many for the collector.
     async fn renew(&mut self) -> Result<(), KeeperError> {
-        let renewals = self.parts.renewals.clone();
         if self.pending.is_none() {
             self.pending = Some(Pending::new()?);
         }
-        let Some(pending) = &mut self.pending else { return Ok(()) };
-        let payload = timeout(RENEW_WITHIN, pending.answer(&renewals)).await.ok().flatten();
+        let payload = self.renewal_answer().await;
         let Some(Pending { key, .. }) = self.pending.take() else { return Ok(()) };
         let payload = payload.ok_or(KeeperError::NoSession)?;
         let unusable = |e: wire::EnrolError| KeeperError::Unusable(e.to_string());
@@ -776,6 +778,19 @@ impl Keeper {
             Answer::Issued(issued) => self.adopt_next(&key.serialize_der(), issued).await,
             Answer::Refused(refused) => Err(EnrolError::Refused(refused).into()),
         }
+    }
+
+    /// What a collector answers, if it does in time; the trust files are looked at meanwhile.
+    async fn renewal_answer(&mut self) -> Option<Vec<u8>> {
+        let (renewals, end) = (self.parts.renewals.clone(), Instant::now() + RENEW_WITHIN);
+        while Instant::now() < end {
+            let answer = self.pending.as_mut()?.answer(&renewals);
+            match timeout(LOOK_AT_FILES, answer).await {
+                Ok(answer) => return answer,
+                Err(_) => self.look_at_trust(),
+            }
+        }
+        None
     }
 
     /// Over the enrolment port, with the key of a certificate that does not hold now.
@@ -1355,6 +1370,20 @@ mod tests {
         assert!(requests.try_recv().is_err(), "there is no second request");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn trust_files_are_looked_at_while_a_renewal_waits_for_its_collector() {
+        let (ca, partner) = (Arc::new(Ca::new("td")), Ca::new("partner.example"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut world = World::new(ca.clone(), nobody, Some(ca.issue("shop/web")));
+        let bundles = world.dir.path().join("bundles");
+        std::fs::create_dir(&bundles).unwrap();
+        std::fs::write(bundles.join("partner.example.pem"), made_up::pem("CERTIFICATE", &partner.root)).unwrap();
+        world.keeper.parts.source.foreign = ForeignFiles { bundles: Some(bundles), ..ForeignFiles::default() };
+        assert!(timeout(Duration::from_secs(5), world.keeper.act(Step::Renew)).await.is_err());
+        assert_eq!(world.current.borrow().as_ref().unwrap().trust.domains.len(), 2);
+        assert!(world.events.lock().unwrap().iter().any(|event| event.kind == "trust.changed"));
+    }
+
     /// A disk that takes nothing: what it writes to is a directory.
     fn fill_disk(world: &World) -> PathBuf {
         let in_the_way = world.dir.path().join("identity.new");
@@ -1415,7 +1444,10 @@ mod tests {
         }
         assert_eq!(world.serial(), before);
         let events = world.events.lock().unwrap();
-        assert_eq!(events.iter().map(|e| e.kind.as_ref()).collect::<Vec<_>>(), ["identity.renewal_failed"]);
+        assert_eq!(
+            events.iter().map(|e| e.kind.as_ref()).collect::<Vec<_>>(),
+            ["trust.changed", "identity.renewal_failed"]
+        );
     }
 
     #[tokio::test]
