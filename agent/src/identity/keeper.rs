@@ -388,6 +388,11 @@ impl Keeper {
         Ok(())
     }
 
+    /// The trust domain whose collector is listened to.
+    fn home(&self) -> Option<TrustDomain> {
+        self.held.as_ref().map(|held| self.parts.terms.home_of(&held.workload))
+    }
+
     /// Who vouches for directives, and of which domain they are.
     fn judges_of_directives(&self, held: &Checked) -> (Trust, TrustDomain) {
         let mut trust = held.trust.clone();
@@ -460,7 +465,7 @@ impl Keeper {
             let result = tokio::select! {
                 () = shutdown.cancelled() => break,
                 () = &mut asking => break,
-                () = &mut keeping => break,
+                () = &mut keeping => return,
                 Ok(()) = directives.changed() => {
                     self.take_directive(&directives.borrow_and_update());
                     continue;
@@ -611,8 +616,7 @@ impl Keeper {
     fn take_checked(&mut self, checked: Checked) -> Result<(), KeeperError> {
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         identity.usable(Timestamp::now()).map_err(|e| KeeperError::Unusable(e.to_string()))?;
-        let home = |held: &Checked| self.parts.terms.home_of(&held.workload);
-        let moves = self.held.as_ref().is_none_or(|held| home(held) != identity.home);
+        let moves = self.home().as_ref() != Some(&identity.home);
         let before = self.held.replace(checked);
         if moves && let Err(error) = self.load_directive() {
             self.held = before;
@@ -827,11 +831,6 @@ impl Keeper {
     async fn adopt(&mut self, key: &[u8], answer: wire::Issued, token: Option<PathBuf>) -> Result<(), KeeperError> {
         let issued = Issued::new(key, answer.chain, answer.bundle);
         let checked = issued.check()?;
-        // Of whoever was here before, or of ourselves, when only the identity was lost: none that is older counts.
-        if self.held.is_none() {
-            let (trust, home) = self.judges_of_directives(&checked);
-            self.directive = self.store.directive_proven_by(&trust, &home)?.map(Arc::new);
-        }
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         judge_clock(&identity, Timestamp::now())?;
         self.adopting = Some(Adopting { issued, checked, directive: answer.directive, token, saving: None });
@@ -847,6 +846,8 @@ impl Keeper {
             Err(error) if !self.is_urgent() => return Err(error),
             kept => kept.err(),
         };
+        let Some(adopting) = &self.adopting else { return Ok(()) };
+        self.directive = self.directive_for(&adopting.checked)?;
         let Some(Adopting { issued, checked, directive, token, .. }) = self.adopting.take() else { return Ok(()) };
         let (is_first, trust) = (self.issued.is_none(), checked.trust.clone());
         (self.issued, self.held) = (Some(issued), Some(checked));
@@ -859,6 +860,16 @@ impl Keeper {
             self.take_signed(signed, &trust);
         }
         Ok(())
+    }
+
+    /// The directive that goes with what was issued. Where the agent was in no domain, or in another one, it is the one on
+    /// disk, of whoever was here before or of ourselves: none that is older counts.
+    fn directive_for(&self, checked: &Checked) -> Result<Option<Arc<Directive>>, KeeperError> {
+        let (trust, home) = self.judges_of_directives(checked);
+        if self.home().as_ref() == Some(&home) {
+            return Ok(self.directive.clone());
+        }
+        Ok(self.store.directive_proven_by(&trust, &home)?.map(Arc::new))
     }
 
     fn use_up(&mut self, token: &std::path::Path) {
@@ -878,7 +889,7 @@ impl Keeper {
             self.tell_renewed(&identity);
         }
         if let Some(error) = unkept {
-            let error = format!("the new certificate is in use but not kept, and a restart needs a token: {error}");
+            let error = format!("the new certificate is in use but not kept, and a restart may need a token: {error}");
             self.emit(Severity::Warning, error.clone(), IdentityRenewalFailed { error, not_after_us });
         }
     }
@@ -902,7 +913,7 @@ impl Keeper {
             return tracing::warn!(why, "a directive of a collector that was revoked was not taken");
         }
         let have = self.directive.as_ref().map_or(0, |directive| directive.version);
-        let home = self.held.as_ref().map(|held| self.parts.terms.home_of(&held.workload));
+        let home = self.home();
         // A foreign domain that we trust has collectors, too: they vouch for their own.
         let ours = home.as_ref() == Some(&directive.trust_domain);
         if ours && directive.version < have {
@@ -1493,6 +1504,18 @@ mod tests {
         assert_eq!((world.workload().as_deref(), version(&world)), (Some("spiffe://b/shop/web"), 0));
         world.keeper.take_directive(&b.directive(3, vec![], Timestamp::now()).to_bytes());
         assert_eq!(version(&world), 3, "its collector counts anew");
+    }
+
+    #[tokio::test]
+    async fn whoever_enrols_into_another_trust_domain_leaves_the_old_domains_directive_behind() {
+        let (a, b) = (Arc::new(Ca::new("a")), Ca::new("b"));
+        let nobody = HostPort { host: "127.0.0.1".into(), port: 1 };
+        let mut world = World::new(a.clone(), nobody, Some(a.issue("shop/web")));
+        world.keeper.take_directive(&a.directive(9, vec![], Timestamp::now()).to_bytes());
+        let (key, answer) = renewed(&b);
+        world.keeper.adopt(&key, answer, None).await.unwrap();
+        world.keeper.take_directive(&b.directive(3, vec![], Timestamp::now()).to_bytes());
+        assert_eq!(world.current.borrow().as_ref().unwrap().directive_version(), 3);
     }
 
     /// A keeper over files, and its looks one after the other.
