@@ -118,7 +118,7 @@ mod tests {
             count: 1,
         };
         engine.raise(by_name("PlaintextRefused").unwrap(), case, Timestamp::from_secs(100));
-        engine.settle(Timestamp::from_secs(if ended { 1000 } else { 101 }));
+        engine.settle(Timestamp::from_secs(if ended { 1000 } else { 101 }), |_| true);
         engine.alerts().next().unwrap().clone()
     }
 

@@ -2,7 +2,7 @@
 //!
 //! An alert fires once and stays one alert however often its condition is seen; it ends when its rule says so or, for
 //! what has no end of its own, some minutes after it was last seen. Nothing is kept on disk: after a restart the same
-//! alerts come out of the state and of the last events of the log, and what was told before is not told again.
+//! alerts come out of the state, of the last events of the log, and of what was told before, which is not told again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -245,10 +245,11 @@ impl Engine {
         }
     }
 
-    /// Takes one committed event in.
-    pub fn observe(&mut self, mut seen: Seen<'_>) {
+    /// Takes one committed event in, for the rules whose conditions last so; of the past, in the order of the log.
+    pub fn observe(&mut self, mut seen: Seen<'_>, of: &[Lasts]) {
         seen.last_tick = self.last_tick;
-        for rule in RULES.iter().filter(|rule| rule.reads(seen.kind, seen.forged)) {
+        let hears = |rule: &&Rule| of.contains(&rule.lasts) && rule.reads(seen.kind, seen.forged);
+        for rule in RULES.iter().filter(hears) {
             for signal in rule.read(&seen) {
                 self.apply(rule, signal, seen.received);
             }
@@ -262,9 +263,11 @@ impl Engine {
             (Some(Body::ClockTick(_)), _) => self.last_tick = Some(seen.at),
             (Some(Body::AlertFiring(alert)), Some(told)) => {
                 told.insert(alert.0.labels.clone(), alert.0.since_us);
+                self.stand(&alert.0.labels, alert.0.since_us);
             }
             (Some(Body::AlertResolved(alert)), Some(told)) => {
                 told.remove(&alert.0.labels);
+                self.fall(&alert.0.labels);
             }
             _ => {}
         }
@@ -275,9 +278,33 @@ impl Engine {
         self.apply(rule, Signal::Raise(case), at);
     }
 
+    /// What only events know was told: it fires, though its beginning may be too long ago to be read again.
+    fn stand(&mut self, labels: &Labels, since: Timestamp) {
+        let Some((rule, case)) = lasting(labels, "it was told before the collector's restart, and nothing ended it")
+        else {
+            return;
+        };
+        let key = Key::of(rule, &case);
+        let alert = self.alerts.entry(key).or_insert_with(|| Alert::new(rule, &case, since));
+        if alert.count == 0 {
+            alert.seen(case, since);
+        }
+        (alert.status, alert.ended) = (Status::Firing, None);
+    }
+
+    /// What only events know was called off. What ended it need not be told to us: a clean goodbye ends everything.
+    fn fall(&mut self, labels: &Labels) {
+        if let Some((rule, case)) = lasting(labels, "") {
+            self.alerts.remove(&Key::of(rule, &case));
+        }
+    }
+
     /// Ends the reading of the past: from now on changes are told. What was told before the restart and still fires is
-    /// not told again; what was told and does not fire any more is called off.
-    pub fn settle(&mut self, now: Timestamp) {
+    /// not told again; what was told and does not fire any more is called off. Of who is not here nothing holds any more.
+    pub fn settle(&mut self, now: Timestamp, is_here: impl Fn(&Subject) -> bool) {
+        let holds =
+            |alert: &Alert| !lasts(alert.rule, Lasts::UntilCleared) || alert.subject.as_ref().is_none_or(&is_here);
+        self.alerts.retain(|_, alert| holds(alert));
         self.pass(now);
         self.changes.clear();
         let mut told = self.told.take().unwrap_or_default();
@@ -319,9 +346,7 @@ impl Engine {
             Signal::Only(subject, kept) => self.end(Some(subject), at, |key| {
                 key.rule == rule.name && !key.apart.as_ref().is_some_and(|apart| kept.contains(apart))
             }),
-            Signal::Gone(subject) => self.end(Some(subject), at, |key| {
-                rule::by_name(key.rule).is_some_and(|rule| rule.lasts == Lasts::UntilCleared)
-            }),
+            Signal::Gone(subject) => self.end(Some(subject), at, |key| !lasts(key.rule, Lasts::Moment)),
         }
     }
 
@@ -438,8 +463,7 @@ fn fire(alert: &mut Alert, now: Timestamp, silent: bool) -> Option<Change> {
 
 /// Ends the alert if it has no end of its own and was not seen for long enough.
 fn let_go(alert: &mut Alert, now: Timestamp, hold: Duration) -> Option<Change> {
-    let moment = rule::by_name(alert.rule).is_some_and(|rule| rule.lasts == Lasts::Moment);
-    if !moment || alert.status == Status::Resolved || now < alert.last.plus(hold) {
+    if !lasts(alert.rule, Lasts::Moment) || alert.status == Status::Resolved || now < alert.last.plus(hold) {
         return None;
     }
     let told = alert.status == Status::Firing;
@@ -454,8 +478,25 @@ fn resolved(mut alert: Alert, at: Timestamp) -> Alert {
     alert
 }
 
+fn lasts(rule: &str, how: Lasts) -> bool {
+    rule::by_name(rule).is_some_and(|rule| rule.lasts == how)
+}
+
 /// The alert that was told with `labels` before a restart, and has ended since; `None` if its rule is gone.
 fn ended_meanwhile(labels: &Labels, since: Timestamp, now: Timestamp) -> Option<Alert> {
+    let (rule, case) = told_case(labels, "it ended while the collector was not running")?;
+    let mut alert = Alert::new(rule, &case, since);
+    alert.seen(case, since);
+    Some(resolved(alert, now))
+}
+
+/// The case that was told with `labels`, where only events know whether it holds.
+fn lasting(labels: &Labels, what: &str) -> Option<(&'static Rule, Case)> {
+    told_case(labels, what).filter(|(rule, _)| rule.lasts == Lasts::UntilCleared)
+}
+
+/// The case that was told with `labels`; `None` if its rule is gone.
+fn told_case(labels: &Labels, what: &str) -> Option<(&'static Rule, Case)> {
     let rule = rule::by_name(labels.get("alertname")?)?;
     let subject = labels.get("workload").zip(labels.get("instance"));
     let apart = ["check", "reason"].into_iter().find_map(|name| Some((name, labels.get(name)?.clone())));
@@ -464,15 +505,13 @@ fn ended_meanwhile(labels: &Labels, since: Timestamp, now: Timestamp) -> Option<
         apart,
         severity: labels.get("severity").and_then(|word| word.parse().ok()),
         due: None,
-        what: "it ended while the collector was not running".to_owned(),
+        what: what.to_owned(),
         source: String::new(),
         evidence: Vec::new(),
         what_to_do: rule.what_to_do.to_owned(),
         count: 1,
     };
-    let mut alert = Alert::new(rule, &case, since);
-    alert.seen(case, since);
-    Some(resolved(alert, now))
+    Some((rule, case))
 }
 
 #[cfg(test)]
@@ -541,7 +580,7 @@ mod tests {
 
     fn see(engine: &mut Engine, seconds: i64, body: &Body) {
         let agent = orders();
-        engine.observe(Seen {
+        let seen = Seen {
             agent: &agent,
             at: at(seconds),
             received: at(seconds),
@@ -551,12 +590,13 @@ mod tests {
             body: Some(body),
             last_tick: None,
             forged: false,
-        });
+        };
+        engine.observe(seen, &Lasts::ALL);
     }
 
     fn live() -> Engine {
         let mut engine = Engine::new(Settings::default());
-        engine.settle(at(0));
+        engine.settle(at(0), |_| true);
         engine
     }
 
@@ -655,7 +695,7 @@ mod tests {
         see(&mut after, 40, &told(true, labels, 1));
         let case = rule::not_back(&orders(), at(100));
         after.raise(rule::by_name(SILENT).unwrap(), case, at(1));
-        after.settle(at(101));
+        after.settle(at(101), |_| true);
         assert!(after.advance(at(101)).is_empty());
         assert_eq!(after.alerts().next().unwrap().status, Status::Firing);
         see(&mut after, 102, &connected());
@@ -747,7 +787,7 @@ mod tests {
         see(&mut after, 1, &plaintext("172.18.0.1:1"));
         labels.iter().for_each(|labels| see(&mut after, 1, &told(true, labels.clone(), 1)));
         see(&mut after, 5000, &changed("capabilities", Verdict::Fail));
-        after.settle(at(5001));
+        after.settle(at(5001), |_| true);
         let mut changes = names(&after.advance(at(5001)));
         changes.sort();
         assert_eq!(changes, ["+CheckFailed", "-PlaintextRefused"]);
@@ -759,8 +799,94 @@ mod tests {
         let labels = Labels::from([("alertname".into(), "PlaintextRefused".into())]);
         see(&mut engine, 1, &told(true, labels.clone(), 1));
         see(&mut engine, 2, &told(false, labels, 1));
-        engine.settle(at(3));
+        engine.settle(at(3), |_| true);
         assert!(engine.advance(at(3)).is_empty());
+    }
+
+    fn engine_lost() -> Body {
+        EngineLost { why: "connection refused".into() }.into()
+    }
+
+    /// What an engine makes of a past that is told by `bodies`, one each second, and of what it told of them.
+    fn after_restart(bodies: &[Body], is_here: bool) -> Engine {
+        let (mut before, mut after) = (live(), Engine::new(Settings::default()));
+        for (seconds, body) in (1..).zip(bodies) {
+            see(&mut before, seconds, body);
+            see(&mut after, seconds, body);
+            for change in before.advance(at(seconds)) {
+                let firing = matches!(change, Change::Firing(_));
+                see(&mut after, seconds, &told(firing, change.alert().labels(), seconds));
+            }
+        }
+        after.settle(at(90_000), |_| is_here);
+        after
+    }
+
+    #[test]
+    fn what_only_events_know_goes_on_over_a_restart_until_an_event_ends_it() {
+        let mut after = after_restart(&[engine_lost()], true);
+        assert!(after.advance(at(90_000)).is_empty());
+        see(&mut after, 90_001, &EngineBack { version: String::new() }.into());
+        assert_eq!(names(&after.advance(at(90_001))), ["-EngineLost"]);
+    }
+
+    #[test]
+    fn what_was_told_stands_though_its_beginning_cannot_be_read_again() {
+        let mut before = live();
+        see(&mut before, 1, &engine_lost());
+        let labels = before.alerts().next().unwrap().labels();
+        let mut after = Engine::new(Settings::default());
+        see(&mut after, 1, &told(true, labels, 1));
+        after.settle(at(90_000), |_| true);
+        assert!(after.advance(at(90_000)).is_empty());
+        assert_eq!(after.alerts().next().unwrap().status, Status::Firing);
+    }
+
+    #[test]
+    fn what_was_called_off_before_the_restart_does_not_fire_again_though_only_its_beginning_is_read() {
+        let mut engine = Engine::new(Settings::default());
+        see(&mut engine, 1, &engine_lost());
+        let labels = engine.alerts().next().unwrap().labels();
+        see(&mut engine, 1, &told(true, labels.clone(), 1));
+        see(&mut engine, 20, &told(false, labels, 1));
+        engine.settle(at(40), |_| true);
+        assert!(engine.advance(at(40)).is_empty() && engine.alerts().count() == 0);
+    }
+
+    #[test]
+    fn what_ended_while_nobody_told_it_is_called_off_and_so_is_everything_about_who_is_gone() {
+        let back = Body::from(EngineBack { version: String::new() });
+        for (bodies, is_here) in [(vec![engine_lost()], false), (vec![engine_lost(), back.clone()], true)] {
+            let gone = after_restart(&bodies, is_here).advance(at(90_000));
+            assert_eq!(gone.is_empty(), is_here, "an end that was told is told once: {:?}", names(&gone));
+        }
+        let mut after = Engine::new(Settings::default());
+        see(&mut after, 1, &engine_lost());
+        let labels = after.alerts().next().unwrap().labels();
+        see(&mut after, 1, &told(true, labels, 1));
+        see(&mut after, 2, &back);
+        after.settle(at(90_000), |_| true);
+        assert_eq!(names(&after.advance(at(90_000))), ["-EngineLost"]);
+    }
+
+    #[test]
+    fn a_quarantine_that_the_state_holds_goes_on_over_a_restart_and_one_that_ended_does_not_come_back() {
+        let case = rule::gated(&orders(), "g", GateStatus::Quarantined, "privileged").unwrap();
+        let rule = rule::by_name("WorkloadQuarantined").unwrap();
+        let mut before = live();
+        before.raise(rule, case.clone(), at(1));
+        let labels = before.alerts().next().unwrap().labels();
+        let mut after = Engine::new(Settings::default());
+        after.raise(rule, case, at(1));
+        see(&mut after, 1, &told(true, labels.clone(), 1));
+        after.settle(at(7200), |_| true);
+        assert!(after.advance(at(7200)).is_empty());
+        assert_eq!(after.alerts().next().unwrap().status, Status::Firing);
+        let mut ended = Engine::new(Settings::default());
+        see(&mut ended, 1, &told(true, labels.clone(), 1));
+        see(&mut ended, 2, &told(false, labels, 1));
+        ended.settle(at(40), |_| true);
+        assert!(ended.advance(at(40)).is_empty() && ended.alerts().count() == 0);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use collector::{collector_clock, forged, given_identity, ingest, leader};
 use identities::{
     ca_dates, enrolment, issued, policy_changed, quarantined, renewal, revocation_lists, revoked, rotated, trust_files,
 };
-pub use identities::{expiring, not_renewed, share};
+pub use identities::{expiring, gated, not_renewed, share};
 pub use posture::broken;
 use posture::{checks, container_checks, container_subject, engine, waivers};
 use processes::{container_exec, entered, shell};
@@ -118,10 +118,17 @@ pub enum Signal {
 /// How a condition ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lasts {
-    /// When another event says so.
+    /// When another event says so; the state knows whether it holds.
+    InState,
+    /// When another event says so; whether it holds is known from events alone.
     UntilCleared,
     /// By itself, some minutes after its last occurrence.
     Moment,
+}
+
+impl Lasts {
+    /// All of them.
+    pub const ALL: [Lasts; 3] = [Lasts::InState, Lasts::UntilCleared, Lasts::Moment];
 }
 
 /// One line of the table.
@@ -404,7 +411,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "CheckFailed",
         severity: Severity::Warning,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &["posture.baseline", "verdict.changed"],
         meaning: "a CIS Docker rule of severity warning or above is broken; it fires until the verdict changes",
@@ -414,7 +421,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "ContainerCheckFailed",
         severity: Severity::Warning,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &["container.posture", "container.verdict_changed", "container.gone"],
         meaning: "a container of a host breaks a CIS Docker rule of severity warning or above, as the node agent there sees it",
@@ -424,7 +431,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "WaiverEnding",
         severity: Severity::Warning,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &[
             "posture.baseline",
@@ -460,7 +467,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: SILENT,
         severity: Severity::Critical,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: SILENCE,
         kinds: &["agent.connected", "agent.disconnected"],
         meaning: "an agent went away without saying goodbye: its workload is not watched now",
@@ -537,7 +544,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "CertificateExpiring",
         severity: Severity::Warning,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &["certificate.issued", "agent.connected"],
         meaning: "less than a third of a certificate's life is left and it was not renewed",
@@ -547,7 +554,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "CertificateEnding",
         severity: Severity::Critical,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &["certificate.issued", "agent.connected"],
         meaning: "less than a tenth of a certificate's life is left and it was not renewed: the workload is about to fall silent",
@@ -577,7 +584,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "RenewalFailing",
         severity: Severity::Warning,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: RENEWAL,
         kinds: &["identity.renewal_failed", "identity.renewed", "certificate.issued"],
         meaning: "an agent cannot renew its certificate; the old one is still in use",
@@ -587,7 +594,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "WorkloadQuarantined",
         severity: Severity::Critical,
-        lasts: Lasts::UntilCleared,
+        lasts: Lasts::InState,
         wait: NO_WAIT,
         kinds: &["quarantine.changed", "quarantine.alone"],
         meaning: "an instance breaks a gate of the policy: it is off the data plane, or would be if the gate or its limits allowed that",
@@ -649,7 +656,7 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Warning,
         lasts: Lasts::UntilCleared,
         wait: Duration::from_secs(30),
-        kinds: &["collector.identity_taken", "collector.identity_refused"],
+        kinds: &["collector.started", "collector.identity_taken", "collector.identity_refused"],
         meaning: "the collector cannot use the identity, or the page's certificate, that somebody else keeps for it; the last good one stays in use until it ends",
         what_to_do: "the error names the file or what the Workload API said: mend that; it is looked at again every second, and nothing has to be restarted",
         read: given_identity,
@@ -659,7 +666,7 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Warning,
         lasts: Lasts::UntilCleared,
         wait: Duration::from_secs(60),
-        kinds: &["leader.changed"],
+        kinds: &["collector.started", "leader.changed"],
         meaning: "a collector cannot reach the one that makes the directives: what is revoked there is not heard of here",
         what_to_do: "bring the collector that ca.leader names back, or the way to it; until then revoke nothing and rotate nothing",
         read: leader,

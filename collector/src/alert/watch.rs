@@ -1,5 +1,6 @@
 //! Keeps the engine at work: committed events go in, changes go out to sinks and into the history.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::deliver::{Outbox, Stats};
 use super::engine::{Alert, Change, Engine, Settings, Status};
-use super::rule::{self, Seen};
+use super::rule::{self, Lasts, Seen, Subject};
 use super::{Config, Notice, SinkError};
 use crate::commit::{Committed, Committer, What};
 use crate::evidence;
@@ -34,6 +35,9 @@ const STEP: Duration = Duration::from_secs(1);
 const TAIL_EVENTS: usize = 20_000;
 /// Alert events that are read again after a restart, newest first.
 const TOLD_EVENTS: usize = 20_000;
+/// Events that are read again after a restart because they begin or end what only events know, newest first: what is older and
+/// was told stands all the same.
+const LASTING_EVENTS: usize = 20_000;
 /// Events of the last moments may carry agents' clocks that are behind.
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
 /// How long sinks may take to be rid of what waits when the collector ends.
@@ -180,7 +184,7 @@ impl Watcher {
                     reason: tombstone.reason.word().to_owned(),
                 });
                 let event = Event::new(link.received, Severity::Warning, "events were lost", &body);
-                observe(&mut self.engine, None, &link.agent, link.received, &event);
+                observe(&mut self.engine, None, &link.agent, link.received, &event, &Lasts::ALL);
             }
         }
     }
@@ -191,7 +195,7 @@ impl Watcher {
             // Committing waits while the state is held, so it is held where verdicts are read and nowhere else.
             let state = JUDGED.contains(&event.kind.as_ref()).then(|| self.parts.committer.state());
             let known = state.as_deref().map(|state| Judging { state, evidence: &self.parts.evidence, now });
-            observe(&mut self.engine, known, &link.agent, link.received, event);
+            observe(&mut self.engine, known, &link.agent, link.received, event, &Lasts::ALL);
             if ANSWERING.contains(&event.kind.as_ref()) && state::is_collector_path(&link.agent) {
                 changed.extend(event.body().ok().flatten().and_then(answers));
             }
@@ -249,36 +253,39 @@ impl Watcher {
     async fn restore(&mut self) {
         let now = (self.parts.now)();
         let mut engine = Engine::new(self.settings);
-        {
+        let here = {
             let state = self.parts.committer.state();
             (self.up_to, self.looked) = (state.position, now);
             let judging = Judging { state: &state, evidence: &self.parts.evidence, now };
             from_state(&mut engine, judging, self.parts.certificate_life);
-        }
+            here(judging)
+        };
         match self.past(now).await {
-            // What holds of verdicts is in the state; one that was mended since has no warning that says so. What came after
-            // the state was read is no past: it is heard in its turn, and told.
-            Ok(past) => {
+            Ok(Past { lasting, recent }) => {
+                // What came after the state was read is no past: it is heard in its turn, and told.
                 let is_past = |record: &&Record| record.cursor.position <= self.up_to;
-                let is_judged = |record: &&Record| JUDGED.contains(&record.kind.as_str());
-                let past = past.iter().filter(is_past).filter(|record| !is_judged(record));
-                past.for_each(|record| replay(&mut engine, record));
+                let lasting = lasting.iter().filter(is_past);
+                lasting.for_each(|record| replay(&mut engine, record, Lasts::UntilCleared));
+                recent.iter().filter(is_past).for_each(|record| replay(&mut engine, record, Lasts::Moment));
             }
             Err(error) => tracing::error!(%error, "the last events cannot be read: some alerts may be told again"),
         }
         // What happened up to the state that was read has happened by now: to be told, it must not seem to come later.
-        engine.settle((self.parts.now)());
+        engine.settle((self.parts.now)(), |subject| here.contains(subject));
         self.engine = engine;
     }
 
-    async fn past(&self, now: Timestamp) -> Result<Vec<Record>, IndexError> {
-        let told = ["alert.firing".to_owned(), "alert.resolved".to_owned()];
-        let mut records = self.page(Query { kinds: told.to_vec(), ..Query::default() }, TOLD_EVENTS).await?;
+    async fn past(&self, now: Timestamp) -> Result<Past, IndexError> {
+        let of =
+            |kinds: &[&str]| Query { kinds: kinds.iter().map(|kind| (*kind).to_owned()).collect(), ..Query::default() };
+        let mut lasting = self.page(of(&TOLD), TOLD_EVENTS).await?;
+        lasting.extend(self.page(of(&lasting_kinds()), LASTING_EVENTS).await?);
+        lasting.sort_by_key(|record| record.cursor);
         let since = now.minus(self.settings.hold + CLOCK_SLACK);
-        let tail = Query { min_severity: Severity::Warning, since: Some(since), ..Query::default() };
-        let tail = self.page(tail, TAIL_EVENTS).await?;
-        records.extend(tail.into_iter().filter(|record| !told.contains(&record.kind)));
-        Ok(records)
+        let recent = Query { min_severity: Severity::Warning, since: Some(since), ..Query::default() };
+        let mut recent = self.page(recent, TAIL_EVENTS).await?;
+        recent.retain(|record| !TOLD.contains(&record.kind.as_str()));
+        Ok(Past { lasting, recent })
     }
 
     /// The newest `most` events that answer `query`, oldest first.
@@ -299,6 +306,22 @@ impl Watcher {
     }
 }
 
+/// What is read again after a restart, oldest first. What is in the state is read there: an end of it may be no warning.
+struct Past {
+    /// What was told, and what begins or ends what only events know, however long ago.
+    lasting: Vec<Record>,
+    /// Warnings of the last moments.
+    recent: Vec<Record>,
+}
+
+/// Kinds of events that tell what was told.
+const TOLD: [&str; 2] = ["alert.firing", "alert.resolved"];
+
+fn lasting_kinds() -> Vec<&'static str> {
+    let rules = rule::RULES.iter().filter(|rule| rule.lasts == Lasts::UntilCleared);
+    rules.flat_map(|rule| rule.kinds).copied().collect::<BTreeSet<_>>().into_iter().collect()
+}
+
 /// The event that keeps a change in the history.
 fn event_of(now: Timestamp, change: &Change) -> Event {
     let alert = change.alert();
@@ -309,7 +332,7 @@ fn event_of(now: Timestamp, change: &Change) -> Event {
     Event::new(now, severity, format!("{} {word}: {}", alert.rule, alert.summary()), &body)
 }
 
-fn replay(engine: &mut Engine, record: &Record) {
+fn replay(engine: &mut Engine, record: &Record, lasts: Lasts) {
     let event = Event {
         seq: record.seq,
         at_us: record.at_us,
@@ -318,15 +341,22 @@ fn replay(engine: &mut Engine, record: &Record) {
         summary: record.summary.clone(),
         body: record.body.clone(),
     };
-    observe(engine, None, &record.agent, record.received_us, &event);
+    observe(engine, None, &record.agent, record.received_us, &event, &[lasts]);
 }
 
 /// Shows one event to the engine. What only a collector may say is not believed of anybody else; verdicts count as waivers
 /// make them where those are known.
-fn observe(engine: &mut Engine, known: Option<Judging<'_>>, agent: &AgentId, received: Timestamp, event: &Event) {
+fn observe(
+    engine: &mut Engine,
+    known: Option<Judging<'_>>,
+    agent: &AgentId,
+    received: Timestamp,
+    event: &Event,
+    of: &[Lasts],
+) {
     let forged = state::is_of_the_collector(&event.kind) && !state::is_collector_path(agent);
-    let read = |rule: &rule::Rule| rule.reads(&event.kind, forged);
-    let remembered = ["collector.started", "alert.firing", "alert.resolved"].contains(&event.kind.as_ref());
+    let read = |rule: &rule::Rule| of.contains(&rule.lasts) && rule.reads(&event.kind, forged);
+    let remembered = event.kind == "collector.started" || TOLD.contains(&event.kind.as_ref());
     if !remembered && !rule::RULES.iter().any(read) {
         return;
     }
@@ -337,7 +367,7 @@ fn observe(engine: &mut Engine, known: Option<Judging<'_>>, agent: &AgentId, rec
     if let (Some(judging), Some(body)) = (known, &mut body) {
         answer(judging, agent, body);
     }
-    engine.observe(Seen {
+    let seen = Seen {
         agent,
         at: event.at_us,
         received,
@@ -347,7 +377,8 @@ fn observe(engine: &mut Engine, known: Option<Judging<'_>>, agent: &AgentId, rec
         body: body.as_ref(),
         last_tick: None,
         forged,
-    });
+    };
+    engine.observe(seen, of);
 }
 
 /// By what verdicts count.
@@ -455,7 +486,7 @@ fn stands(
         None => Body::from(VerdictChanged { before: String::new(), finding }),
     };
     answer(judging, agent, &mut body);
-    engine.observe(Seen {
+    let seen = Seen {
         agent,
         at,
         received: at,
@@ -465,17 +496,27 @@ fn stands(
         body: Some(&body),
         last_tick: None,
         forged: false,
-    });
+    };
+    engine.observe(seen, &Lasts::ALL);
 }
 
 /// Raises what the state says holds.
 fn from_state(engine: &mut Engine, judging: Judging<'_>, certificate_life: Duration) {
-    for (id, agent) in &judging.state.agents {
-        match judging.state.status(agent, judging.now) {
-            state::Status::Stopped | state::Status::Gone => continue,
-            _ => from_agent(engine, judging, id, agent, certificate_life),
-        }
+    for (id, agent) in present(judging) {
+        from_agent(engine, judging, id, agent, certificate_life);
     }
+}
+
+/// Agents that have not gone, in whatever way.
+fn present(judging: Judging<'_>) -> impl Iterator<Item = (&AgentId, &Agent)> {
+    let has_gone =
+        move |agent| matches!(judging.state.status(agent, judging.now), state::Status::Stopped | state::Status::Gone);
+    judging.state.agents.iter().filter(move |(_, agent)| !has_gone(agent))
+}
+
+/// Of whom something may hold: of them, and of the collector.
+fn here(judging: Judging<'_>) -> BTreeSet<Subject> {
+    present(judging).map(|(id, _)| id).chain(&judging.state.collector).map(Subject::from).collect()
 }
 
 fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &Agent, life: Duration) {
@@ -512,5 +553,73 @@ fn from_agent(engine: &mut Engine, judging: Judging<'_>, id: &AgentId, agent: &A
     }
     if let Some(error) = &agent.renewal_failed {
         raise(engine, "RenewalFailing", rule::not_renewed(id, error), started);
+    }
+    for (gate, gated) in &agent.gates {
+        if let Some(case) = rule::gated(id, gate, gated.status, &gated.why) {
+            raise(engine, "WorkloadQuarantined", case, gated.since);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Gated;
+    use sidewarden_proto::config::FromValue;
+    use sidewarden_proto::event::GateStatus;
+
+    fn orders() -> AgentId {
+        "spiffe://x.test/shop/orders#orders-1".parse().unwrap()
+    }
+
+    /// What is told and what stands after a restart at `now`, where the state says this of the agent.
+    fn begun_from(agent: Agent, now: i64) -> (Vec<String>, BTreeSet<Subject>) {
+        let now = Timestamp::from_secs(now);
+        let state = State { agents: [(orders(), agent)].into(), ..State::default() };
+        let evidence = evidence::Config {
+            fail_on: FromValue::from_text("high").unwrap(),
+            with_fix_only: true,
+            max_age: Duration::from_secs(1),
+            folder: None,
+            attestors: Vec::new(),
+        };
+        let mut engine = Engine::new(Settings::default());
+        let judging = Judging { state: &state, evidence: &evidence, now };
+        from_state(&mut engine, judging, Duration::from_secs(1));
+        let here = here(judging);
+        engine.settle(now, |subject| here.contains(subject));
+        (engine.advance(now).iter().map(|change| change.alert().summary()).collect(), here)
+    }
+
+    #[test]
+    fn what_breaks_a_gate_of_the_policy_is_known_from_the_state() {
+        let since = Timestamp::from_secs(10);
+        let gate = |status| Gated { status, why: "privileged".into(), since };
+        let gates = [("g".to_owned(), gate(GateStatus::Quarantined)), ("h".to_owned(), gate(GateStatus::DryRun))];
+        let (told, here) = begun_from(Agent { gates: gates.into(), ..Agent::default() }, 20);
+        assert_eq!(
+            told,
+            [
+                "shop/orders (orders-1): it is quarantined by the gate g: privileged",
+                "shop/orders (orders-1): it would be quarantined by the gate h: privileged"
+            ]
+        );
+        assert_eq!(here, BTreeSet::from([Subject::from(&orders())]));
+    }
+
+    #[test]
+    fn of_an_agent_that_said_goodbye_nothing_holds() {
+        let since = Timestamp::from_secs(10);
+        let gated = Gated { status: GateStatus::Quarantined, why: "privileged".into(), since };
+        let session = Session::Ended { at: since, reason: "stopped".into(), clean: true };
+        let agent = Agent { gates: [("g".to_owned(), gated)].into(), session, ..Agent::default() };
+        assert_eq!(begun_from(agent, 20), (Vec::new(), BTreeSet::new()));
+    }
+
+    #[test]
+    fn what_ends_something_that_only_events_know_is_read_again_with_what_begins_it() {
+        let kinds = lasting_kinds();
+        assert!(["engine.lost", "engine.back", "agent.started"].iter().all(|kind| kinds.contains(kind)), "{kinds:?}");
+        assert!(!JUDGED.iter().any(|kind| kinds.contains(kind)), "verdicts are in the state");
     }
 }

@@ -285,7 +285,7 @@ async fn rules() -> Json<Value> {
             "kinds": rule.kinds,
             "wait_seconds": rule.wait.as_secs(),
             "ends": match rule.lasts {
-                rule::Lasts::UntilCleared => "when the condition ends",
+                rule::Lasts::InState | rule::Lasts::UntilCleared => "when the condition ends",
                 rule::Lasts::Moment => "some minutes after the last occurrence",
             },
         })

@@ -27,10 +27,14 @@ pub(super) fn collector_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 }
 
 pub(super) fn leader(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
-    let Some(Body::LeaderChanged(body)) = seen.body else { return Vec::new() };
-    if body.reached {
-        return vec![Signal::Clear(Some(seen.agent.into()), None)];
-    }
+    let body = match seen.body {
+        Some(Body::LeaderChanged(body)) if !body.reached => body,
+        // One that starts tells anew, or follows nobody any more.
+        Some(Body::LeaderChanged(_) | Body::CollectorStarted(_)) => {
+            return vec![Signal::Clear(Some(seen.agent.into()), None)];
+        }
+        _ => return Vec::new(),
+    };
     let mut case =
         case(seen, rule, format!("{}, whose directives are followed, is not reached", short(&body.leader, 200)));
     case.evidence = lines([("why", &body.why)]);
@@ -40,6 +44,8 @@ pub(super) fn leader(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
 pub(super) fn given_identity(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let what = |what: &str| known(what, &["identity", "page"]);
     match seen.body {
+        // One that starts tells anew, or was told to ask for none any more.
+        Some(Body::CollectorStarted(_)) => vec![Signal::Clear(Some(seen.agent.into()), None)],
         Some(Body::CollectorIdentityTaken(body)) => {
             vec![Signal::Clear(Some(seen.agent.into()), Some(what(&body.what)))]
         }

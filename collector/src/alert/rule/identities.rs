@@ -133,8 +133,7 @@ pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
     case
 }
 
-/// What was asked for is not verified, so it stays out of the labels.
-pub(super) fn quarantined(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+pub(super) fn quarantined(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let (who, gate, status, why) = match seen.body {
         Some(Body::QuarantineChanged(body)) => {
             (subject(&body.workload, &body.instance), &body.gate, body.status, &body.why)
@@ -145,18 +144,26 @@ pub(super) fn quarantined(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         }
         _ => return Vec::new(),
     };
+    vec![match gated(seen.agent, gate, status, why) {
+        Some(case) => Signal::Raise(Case { subject: Some(who), ..case }),
+        None => Signal::Clear(Some(who), Some(word(gate))),
+    }]
+}
+
+/// The case of an instance that stands so before a gate; `None` of one that keeps it.
+pub fn gated(agent: &AgentId, gate: &str, status: GateStatus, why: &str) -> Option<Case> {
     let (severity, what) = match status {
-        GateStatus::Clear => return vec![Signal::Clear(Some(who), Some(word(gate)))],
+        GateStatus::Clear => return None,
         GateStatus::Quarantined => (Severity::Critical, "is quarantined by"),
         GateStatus::Capped => (Severity::Critical, "breaks, and is let be because of the limits of,"),
         GateStatus::DryRun => (Severity::Warning, "would be quarantined by"),
     };
-    let mut case = case(seen, rule, format!("it {what} the gate {}: {why}", word(gate)));
-    case.subject = Some(who);
+    let then = by_name("WorkloadQuarantined").map_or("", |rule| rule.what_to_do);
+    let mut case = about(agent, then, format!("it {what} the gate {}: {why}", word(gate)));
     case.severity = Some(severity);
     case.apart = Some(("gate", word(gate)));
-    case.evidence = lines([("gate", gate), ("broken", why)]);
-    vec![Signal::Raise(case)]
+    case.evidence = lines([("gate", &gate.to_owned()), ("broken", &why.to_owned())]);
+    Some(case)
 }
 
 pub(super) fn policy_changed(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
@@ -192,6 +199,7 @@ pub(super) fn revoked(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     vec![Signal::Raise(case)]
 }
 
+/// What was asked for is not verified, so it stays out of the labels.
 pub(super) fn enrolment(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::EnrolmentRefused(body)) = seen.body else { return Vec::new() };
     let asked = if body.workload.is_empty() { "a workload" } else { &body.workload };
