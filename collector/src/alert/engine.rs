@@ -18,8 +18,9 @@ pub type Labels = BTreeMap<String, String>;
 
 /// Most alerts at a time; further ones are counted only.
 const MAX_ALERTS: usize = 100_000;
-/// Most alerts of one instance, so that one hostile agent cannot use up the room of all.
-const MAX_OF_SUBJECT: usize = 100;
+/// Most alerts of one rule about one instance, so that one hostile agent cannot use up the room of all, nor one label that it
+/// chooses that of what others say of it.
+const MAX_OF_RULE: usize = 100;
 /// Sources of an alert that are told by name.
 const MAX_SOURCES: usize = 5;
 /// Evidence lines of an alert.
@@ -355,7 +356,7 @@ impl Engine {
         let severity = case.severity.unwrap_or(rule.severity);
         let same = |alert: &Alert| alert.status != Status::Resolved && alert.severity == severity;
         if !self.alerts.get(&key).is_some_and(same) {
-            if !self.room_for(&key) {
+            if !self.room_for(rule, &key) {
                 self.over_limit += 1;
                 return;
             }
@@ -380,9 +381,18 @@ impl Engine {
         self.changes.extend(fire(alert, at, silent));
     }
 
-    fn room_for(&self, key: &Key) -> bool {
-        self.alerts.contains_key(key)
-            || (self.alerts.len() < MAX_ALERTS && self.about(&key.subject).count() < MAX_OF_SUBJECT)
+    /// Whether there is room for one more, made at the cost of what has ended. Labels of the collector's own word have an end.
+    fn room_for(&mut self, rule: &Rule, key: &Key) -> bool {
+        if self.alerts.contains_key(key) {
+            return true;
+        }
+        let alike = || self.about(&key.subject).filter(|(other, _)| other.rule == key.rule);
+        if !rule.is_of_the_collector() && alike().count() >= MAX_OF_RULE {
+            let ended = alike().filter(|(_, alert)| alert.ended.is_some()).min_by_key(|(_, alert)| alert.ended);
+            let Some(ended) = ended.map(|(key, _)| key.clone()) else { return false };
+            self.alerts.remove(&ended);
+        }
+        self.alerts.len() < MAX_ALERTS
     }
 
     fn about<'a>(&'a self, subject: &'a Option<Subject>) -> impl Iterator<Item = (&'a Key, &'a Alert)> {
@@ -893,8 +903,37 @@ mod tests {
     fn one_hostile_agent_cannot_raise_alerts_without_end() {
         let mut engine = live();
         (0..1000).for_each(|n| see(&mut engine, 1, &changed(&format!("check-{n}"), Verdict::Fail)));
-        assert_eq!(engine.alerts().count(), MAX_OF_SUBJECT);
+        assert_eq!(engine.alerts().count(), MAX_OF_RULE);
         assert_eq!(engine.over_limit(), 900);
+    }
+
+    fn listener(n: u16, is_open: bool) -> Body {
+        let (address, detail, protocol) = (format!("0.0.0.0:{n}"), String::new(), Protocol::Tcp);
+        match is_open {
+            true => ListenerExposed { address, detail, protocol, owner: String::new(), reason: String::new() }.into(),
+            false => ListenerClosed { address, protocol, detail }.into(),
+        }
+    }
+
+    #[test]
+    fn a_hostile_workload_cannot_keep_what_others_say_of_it_from_being_told() {
+        let mut engine = live();
+        (1..=200).for_each(|n| see(&mut engine, 1, &listener(n, true)));
+        engine.advance(at(1));
+        see(&mut engine, 2, &disconnected(false));
+        assert_eq!(names(&engine.advance(at(40))), ["+AgentSilent"]);
+    }
+
+    #[test]
+    fn what_has_ended_makes_room_for_what_holds() {
+        let mut engine = live();
+        (1..=200).for_each(|n| {
+            see(&mut engine, 1, &listener(n, true));
+            see(&mut engine, 2, &listener(n, false));
+        });
+        assert_eq!((engine.alerts().count(), engine.over_limit()), (MAX_OF_RULE, 0));
+        see(&mut engine, 3, &listener(80, true));
+        assert!(engine.alerts().any(|alert| alert.status == Status::Firing));
     }
 
     #[test]

@@ -15,6 +15,8 @@ use sidewarden_proto::finding::{Finding, Verdict};
 use sidewarden_proto::identity::{AgentId, SpiffeId};
 use sidewarden_proto::time::Timestamp;
 
+use crate::state;
+
 mod agents;
 mod collector;
 mod identities;
@@ -155,6 +157,11 @@ impl Rule {
     pub fn reads(&self, kind: &str, forged: bool) -> bool {
         let mine = self.kinds.contains(&kind) || (self.kinds.is_empty() && !KINDS.contains(&kind));
         mine && (self.name == FORGED) == forged
+    }
+
+    /// Whether it goes by the collector's own word alone.
+    pub fn is_of_the_collector(&self) -> bool {
+        !self.kinds.is_empty() && self.kinds.iter().all(|kind| state::is_of_the_collector(kind)) && self.name != FORGED
     }
 
     /// What the rule makes of an event.
