@@ -899,6 +899,33 @@ mod tests {
         assert!(ended.advance(at(40)).is_empty() && ended.alerts().count() == 0);
     }
 
+    fn quarantine(gate: &str, status: GateStatus) -> Body {
+        let (workload, instance) = (orders().workload, "orders-1".into());
+        QuarantineChanged { workload, instance, gate: gate.into(), status, why: "privileged".into() }.into()
+    }
+
+    fn alone(on: bool) -> Body {
+        QuarantineAlone { gate: "g".into(), on, why: "privileged".into() }.into()
+    }
+
+    fn started() -> Body {
+        let (version, mode, vantage) = ("1".into(), Mode::Sidecar, Vantage::Open);
+        AgentStarted { version, mode, vantage, clean: true, heartbeat_secs: 5 }.into()
+    }
+
+    #[test]
+    fn what_an_agent_did_without_a_collector_ends_by_its_own_word_or_its_start_and_ends_nothing_of_the_collectors() {
+        play(vec![
+            (1, Some(alone(true)), &["+QuarantinedAlone"]),
+            (2, Some(started()), &["-QuarantinedAlone"]),
+            (3, Some(alone(true)), &["+QuarantinedAlone"]),
+            (4, Some(quarantine("g", GateStatus::Quarantined)), &["+WorkloadQuarantined"]),
+            (5, Some(alone(false)), &["-QuarantinedAlone"]),
+            (6, Some(started()), &[]),
+            (7, Some(quarantine("g", GateStatus::Clear)), &["-WorkloadQuarantined"]),
+        ]);
+    }
+
     #[test]
     fn one_hostile_agent_cannot_raise_alerts_without_end() {
         let mut engine = live();
@@ -922,6 +949,10 @@ mod tests {
         engine.advance(at(1));
         see(&mut engine, 2, &disconnected(false));
         assert_eq!(names(&engine.advance(at(40))), ["+AgentSilent"]);
+        let mut engine = live();
+        let gates = |gate: u16| quarantine(&format!("gate-{gate}"), GateStatus::Quarantined);
+        (1..=200).for_each(|n| see(&mut engine, 1, &gates(n)));
+        assert_eq!(engine.alerts().count(), 200, "the collector's own word has an end");
     }
 
     #[test]

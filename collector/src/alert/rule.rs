@@ -28,7 +28,8 @@ pub use agents::not_back;
 use agents::{agent_clock, damaged, killed, lost, silence, unknown};
 use collector::{collector_clock, forged, given_identity, ingest, leader};
 use identities::{
-    ca_dates, enrolment, issued, policy_changed, quarantined, renewal, revocation_lists, revoked, rotated, trust_files,
+    ca_dates, enrolment, issued, policy_changed, quarantined, quarantined_alone, renewal, revocation_lists, revoked,
+    rotated, trust_files,
 };
 pub use identities::{expiring, gated, not_renewed, share};
 pub use posture::broken;
@@ -603,10 +604,20 @@ pub const RULES: &[Rule] = &[
         severity: Severity::Critical,
         lasts: Lasts::InState,
         wait: NO_WAIT,
-        kinds: &["quarantine.changed", "quarantine.alone"],
+        kinds: &["quarantine.changed"],
         meaning: "an instance breaks a gate of the policy: it is off the data plane, or would be if the gate or its limits allowed that",
         what_to_do: "mend what the gate names, and it comes back by itself; or `sidewarden-collector quarantine release` lets it in for a while",
         read: quarantined,
+    },
+    Rule {
+        name: "QuarantinedAlone",
+        severity: Severity::Critical,
+        lasts: Lasts::UntilCleared,
+        wait: NO_WAIT,
+        kinds: &["quarantine.alone", "agent.started"],
+        meaning: "an agent took its workload off the data plane without a collector's word: it was out of reach of the collector that decides, or cannot read the policy",
+        what_to_do: "mend what the gate names and the way to the collector; where the gate is `policy`, update the agent or apply a policy that it can read",
+        read: quarantined_alone,
     },
     Rule {
         name: "PolicyChanged",

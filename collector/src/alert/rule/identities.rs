@@ -134,20 +134,31 @@ pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
 }
 
 pub(super) fn quarantined(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
-    let (who, gate, status, why) = match seen.body {
-        Some(Body::QuarantineChanged(body)) => {
-            (subject(&body.workload, &body.instance), &body.gate, body.status, &body.why)
-        }
-        Some(Body::QuarantineAlone(body)) => {
-            let status = if body.on { GateStatus::Quarantined } else { GateStatus::Clear };
-            (Subject::from(seen.agent), &body.gate, status, &body.why)
-        }
-        _ => return Vec::new(),
-    };
-    vec![match gated(seen.agent, gate, status, why) {
+    let Some(Body::QuarantineChanged(body)) = seen.body else { return Vec::new() };
+    let who = subject(&body.workload, &body.instance);
+    vec![match gated(seen.agent, &body.gate, body.status, &body.why) {
         Some(case) => Signal::Raise(Case { subject: Some(who), ..case }),
-        None => Signal::Clear(Some(who), Some(word(gate))),
+        None => Signal::Clear(Some(who), Some(word(&body.gate))),
     }]
+}
+
+pub(super) fn quarantined_alone(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
+    let clear = |gate| vec![Signal::Clear(Some(seen.agent.into()), gate)];
+    match seen.body {
+        Some(Body::QuarantineAlone(body)) if body.on => {
+            let gate = word(&body.gate);
+            let what =
+                format!("without a collector's word it is quarantined by the gate {gate}: {}", short(&body.why, 200));
+            let mut case = case(seen, rule, what);
+            case.apart = Some(("gate", gate));
+            case.evidence = lines([("gate", &body.gate), ("broken", &body.why)]);
+            vec![Signal::Raise(case)]
+        }
+        Some(Body::QuarantineAlone(body)) => clear(Some(word(&body.gate))),
+        // One that starts keeps its workload in until it has been alone for long enough again.
+        Some(Body::AgentStarted(_)) => clear(None),
+        _ => Vec::new(),
+    }
 }
 
 /// The case of an instance that stands so before a gate; `None` of one that keeps it.
