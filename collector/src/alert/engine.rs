@@ -927,6 +927,17 @@ mod tests {
     }
 
     #[test]
+    fn one_that_ran_on_and_is_quarantined_now_is_told_anew_with_what_is_true_now() {
+        let mut engine = live();
+        see(&mut engine, 1, &quarantine("g", GateStatus::Capped));
+        assert_eq!(names(&engine.advance(at(1))), ["+WorkloadQuarantined"]);
+        see(&mut engine, 2, &quarantine("g", GateStatus::Quarantined));
+        let changes = engine.advance(at(2));
+        assert_eq!(names(&changes), ["-WorkloadQuarantined", "+WorkloadQuarantined"]);
+        assert!(changes[1].alert().what.contains("is quarantined by"), "{}", changes[1].alert().what);
+    }
+
+    #[test]
     fn one_hostile_agent_cannot_raise_alerts_without_end() {
         let mut engine = live();
         (0..1000).for_each(|n| see(&mut engine, 1, &changed(&format!("check-{n}"), Verdict::Fail)));

@@ -136,10 +136,10 @@ pub fn not_renewed(agent: &AgentId, error: &str) -> Case {
 pub(super) fn quarantined(_: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::QuarantineChanged(body)) = seen.body else { return Vec::new() };
     let who = subject(&body.workload, &body.instance);
-    vec![match gated(seen.agent, &body.gate, body.status, &body.why) {
-        Some(case) => Signal::Raise(Case { subject: Some(who), ..case }),
-        None => Signal::Clear(Some(who), Some(word(&body.gate))),
-    }]
+    let case = gated(seen.agent, &body.gate, body.status, &body.why);
+    // What it stands for now is told anew: one that ran on and is off the data plane now is another thing to everybody.
+    let raise = case.map(|case| Signal::Raise(Case { subject: Some(who.clone()), ..case }));
+    [Signal::Clear(Some(who), Some(word(&body.gate)))].into_iter().chain(raise).collect()
 }
 
 pub(super) fn quarantined_alone(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
