@@ -509,7 +509,7 @@ fn lasting(labels: &Labels, what: &str) -> Option<(&'static Rule, Case)> {
 fn told_case(labels: &Labels, what: &str) -> Option<(&'static Rule, Case)> {
     let rule = rule::by_name(labels.get("alertname")?)?;
     let subject = labels.get("workload").zip(labels.get("instance"));
-    let apart = ["check", "reason"].into_iter().find_map(|name| Some((name, labels.get(name)?.clone())));
+    let apart = rule::APART.into_iter().find_map(|name| Some((name, labels.get(name)?.clone())));
     let case = Case {
         subject: subject.map(|(w, i)| Subject { workload: w.clone(), instance: i.clone() }),
         apart,
@@ -935,6 +935,26 @@ mod tests {
         let changes = engine.advance(at(2));
         assert_eq!(names(&changes), ["-WorkloadQuarantined", "+WorkloadQuarantined"]);
         assert!(changes[1].alert().what.contains("is quarantined by"), "{}", changes[1].alert().what);
+    }
+
+    #[test]
+    fn what_is_called_off_after_a_restart_bears_the_labels_that_were_told_and_is_called_off_once() {
+        for name in rule::APART {
+            for rule in RULES {
+                let case = Case { apart: Some((name, "x".into())), ..rule::not_back(&orders(), at(1)) };
+                let labels = Alert::new(rule, &case, at(1)).labels();
+                let mut after = Engine::new(Settings::default());
+                see(&mut after, 1, &told(true, labels.clone(), 1));
+                after.settle(at(90_000), |_| false);
+                let changes = after.advance(at(90_000));
+                assert!(matches!(&changes[..], [Change::Resolved(alert)] if alert.labels() == labels), "{labels:?}");
+                let mut again = Engine::new(Settings::default());
+                see(&mut again, 1, &told(true, labels.clone(), 1));
+                see(&mut again, 2, &told(false, changes[0].alert().labels(), 1));
+                again.settle(at(90_000), |_| false);
+                assert!(again.advance(at(90_000)).is_empty(), "{labels:?}");
+            }
+        }
     }
 
     #[test]

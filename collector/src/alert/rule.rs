@@ -194,6 +194,9 @@ const WAIVER_NOTICE: Duration = Duration::from_secs(3 * 24 * 3600);
 /// An agent's clock may be ahead by this much before certificates and time lines suffer.
 const CLOCK_AHEAD: Duration = Duration::from_secs(120);
 
+/// Labels that tell cases of a rule and subject apart.
+pub const APART: [&str; 6] = ["check", "reason", "change", "gate", "listener", "place"];
+
 /// Every rule, in the order of the documentation: traffic, processes, posture, agents, identities, the collector.
 pub const RULES: &[Rule] = &[
     Rule {

@@ -3,6 +3,7 @@
 use super::*;
 use sidewarden_proto::event::*;
 use sidewarden_proto::finding::{CisIds, Evidence, Remedy, Vantage};
+use sidewarden_proto::identity::Sha256;
 
 fn agent() -> AgentId {
     "spiffe://x.test/shop/orders#orders-1".parse().unwrap()
@@ -22,7 +23,15 @@ fn read(at: i64, received: i64, last_tick: Option<i64>, body: &Body) -> Vec<(&'s
         forged: false,
     };
     let rules = RULES.iter().filter(|rule| rule.reads(seen.kind, false));
-    rules.flat_map(|rule| rule.read(&seen).into_iter().map(|signal| (rule.name, signal))).collect()
+    let signals = rules.flat_map(|rule| rule.read(&seen).into_iter().map(|signal| (rule.name, signal)));
+    signals.inspect(|(_, signal)| is_listed(signal)).collect()
+}
+
+/// After a restart an alert is known by its labels: each is looked for by its name.
+fn is_listed(signal: &Signal) {
+    if let Signal::Raise(Case { apart: Some((name, _)), .. }) = signal {
+        assert!(APART.contains(name), "`{name}` is missing in the list of labels");
+    }
 }
 
 /// The alerts an event raises, as `name[reason]`.
@@ -193,6 +202,34 @@ fn events_raise_the_alert_that_names_them() {
         (
             EventsLost { first_seq: 5, last_seq: 9, by_severity: [5, 0, 0, 0], reason: "<b>".into() }.into(),
             &["EventsLost[other]"],
+        ),
+        (
+            QuarantineChanged {
+                workload: agent().workload,
+                instance: "orders-1".into(),
+                gate: "no-root".into(),
+                status: GateStatus::DryRun,
+                why: "uid 0".into(),
+            }
+            .into(),
+            &["WorkloadQuarantined[no-root]"],
+        ),
+        (
+            QuarantineAlone { gate: "policy".into(), on: true, why: "it cannot be read".into() }.into(),
+            &["QuarantinedAlone[policy]"],
+        ),
+        (
+            PolicyApplied {
+                version: 2,
+                directive: 3,
+                hash: Sha256::of(&[]),
+                why: "audit".into(),
+                by: "ops".into(),
+                source: "10.0.0.1:1".into(),
+                restores: None,
+            }
+            .into(),
+            &["PolicyChanged[policy]"],
         ),
         (SpoolDamaged { quarantined: "/x".into(), bytes: 9, detail: "crc".into() }.into(), &["SpoolDamaged"]),
         (
