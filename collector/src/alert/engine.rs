@@ -354,7 +354,12 @@ impl Engine {
     fn hold(&mut self, rule: &'static Rule, case: Case, at: Timestamp) {
         let key = Key::of(rule, &case);
         let severity = case.severity.unwrap_or(rule.severity);
-        let same = |alert: &Alert| alert.status != Status::Resolved && alert.severity == severity;
+        // What happens again and is less bad this time does not make what happened before less bad.
+        let covers = |alert: &Alert| match rule.lasts {
+            Lasts::Moment => alert.severity >= severity,
+            Lasts::InState | Lasts::UntilCleared => alert.severity == severity,
+        };
+        let same = |alert: &Alert| alert.status != Status::Resolved && covers(alert);
         if !self.alerts.get(&key).is_some_and(same) {
             if !self.room_for(rule, &key) {
                 self.over_limit += 1;
@@ -589,9 +594,12 @@ mod tests {
     }
 
     fn see(engine: &mut Engine, seconds: i64, body: &Body) {
-        let agent = orders();
-        let seen = Seen {
-            agent: &agent,
+        engine.observe(seen(&orders(), seconds, body), &Lasts::ALL);
+    }
+
+    fn seen<'a>(agent: &'a AgentId, seconds: i64, body: &'a Body) -> Seen<'a> {
+        Seen {
+            agent,
             at: at(seconds),
             received: at(seconds),
             kind: body.kind(),
@@ -600,8 +608,7 @@ mod tests {
             body: Some(body),
             last_tick: None,
             forged: false,
-        };
-        engine.observe(seen, &Lasts::ALL);
+        }
     }
 
     fn live() -> Engine {
@@ -778,6 +785,20 @@ mod tests {
             (1, Some(changed("docker-socket", Verdict::Fail)), &["+CheckFailed"]),
             (2, Some(warning), &["-CheckFailed", "+CheckFailed"]),
         ]);
+    }
+
+    #[test]
+    fn what_happened_stays_as_bad_as_its_worst_for_as_long_as_it_goes_on() {
+        let (mut engine, agent) = (live(), orders());
+        for (seconds, severity) in [(1, Severity::Warning), (2, Severity::Critical), (3, Severity::Warning)] {
+            let reason = "malformed: x".into();
+            let body = Body::from(IngestRefused { source: "10.0.0.9:1".into(), reason, count: 1 });
+            let seen = Seen { severity, ..seen(&agent, seconds, &body) };
+            engine.observe(seen, &Lasts::ALL);
+        }
+        let changes = engine.advance(at(3));
+        assert_eq!(names(&changes), ["+IngestRefused", "-IngestRefused", "+IngestRefused"]);
+        assert_eq!(changes[2].alert().severity, Severity::Critical);
     }
 
     fn told(firing: bool, labels: Labels, since: i64) -> Body {

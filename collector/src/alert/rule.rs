@@ -708,7 +708,7 @@ pub const RULES: &[Rule] = &[
         lasts: Lasts::Moment,
         wait: NO_WAIT,
         kinds: &["ingest.refused"],
-        meaning: "a connection to the collector's event port was refused",
+        meaning: "a connection to the collector's event port was refused; critical where somebody shows another's key or changed what was told",
         what_to_do: "an agent with a wrong or expired identity, or a stranger: find it by its address",
         read: ingest,
     },

@@ -5,11 +5,33 @@ use super::*;
 pub(super) fn ingest(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::IngestRefused(body)) = seen.body else { return Vec::new() };
     let mut case = case(seen, rule, format!("a connection to the collector was refused: {}", body.reason));
-    case.subject = None;
-    case.apart = Some(("reason", word(&first_word(&body.reason))));
+    let reason = word(&first_word(&body.reason));
+    if let Some(then) = ingest_way_out(&reason) {
+        case.what_to_do = then.to_owned();
+    }
+    (case.subject, case.severity, case.apart) = (None, Some(seen.severity), Some(("reason", reason)));
     case.count = body.count.max(1);
     case.source = host_of(&body.source).to_owned();
     vec![Signal::Raise(case)]
+}
+
+/// What to do about a refusal that has another cause than a wrong identity.
+fn ingest_way_out(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "chain_broken" => {
+            "events of this agent were removed or changed: keep its disk and the collector's log, and look at its host"
+        }
+        "wrong_instance" | "second_instance" | "not_issued_here" => {
+            "two have one name, or a key was copied: stop the one that should not be there, or `sidewarden-collector revoke --instance WORKLOAD#INSTANCE`"
+        }
+        "malformed" => {
+            "no agent of ours sends this: find it by its address, and update the agent if it is one of yours"
+        }
+        "limit_reached" => {
+            "the detail says of what; if so many are expected raise `agents.max_connections` or `agents.max_handshakes`, if not find out who they are"
+        }
+        _ => return None,
+    })
 }
 
 pub(super) fn collector_clock(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {

@@ -10,13 +10,28 @@ fn agent() -> AgentId {
 }
 
 fn read(at: i64, received: i64, last_tick: Option<i64>, body: &Body) -> Vec<(&'static str, Signal)> {
+    let (at, received) = (Timestamp::from_secs(at), Timestamp::from_secs(received));
+    signals(at, received, last_tick, Severity::Warning, body)
+}
+
+fn read_as(severity: Severity, body: &Body) -> Vec<(&'static str, Signal)> {
+    signals(Timestamp(0), Timestamp(0), None, severity, body)
+}
+
+fn signals(
+    at: Timestamp,
+    received: Timestamp,
+    last_tick: Option<i64>,
+    severity: Severity,
+    body: &Body,
+) -> Vec<(&'static str, Signal)> {
     let agent = agent();
     let seen = Seen {
         agent: &agent,
-        at: Timestamp::from_secs(at),
-        received: Timestamp::from_secs(received),
+        at,
+        received,
         kind: body.kind(),
-        severity: Severity::Warning,
+        severity,
         summary: "a line",
         body: Some(body),
         last_tick: last_tick.map(Timestamp::from_secs),
@@ -262,6 +277,25 @@ fn events_raise_the_alert_that_names_them() {
     ];
     for (body, expected) in rows {
         assert_eq!(raised(body.clone()), expected, "{body:?}");
+    }
+}
+
+#[test]
+fn a_refusal_at_the_event_port_is_as_bad_as_the_collector_says_and_says_what_to_do_about_it() {
+    let rows = [
+        ("chain_broken: x", Severity::Critical, "keep its disk"),
+        ("wrong_instance: x", Severity::Critical, "sidewarden-collector revoke --instance"),
+        ("second_instance: x", Severity::Critical, "sidewarden-collector revoke --instance"),
+        ("not_issued_here: x", Severity::Critical, "sidewarden-collector revoke --instance"),
+        ("limit_reached: x", Severity::Warning, "agents.max_connections"),
+        ("plaintext: x", Severity::Warning, "find it by its address"),
+    ];
+    for (reason, severity, way_out) in rows {
+        let body = IngestRefused { source: "10.0.0.9:1".into(), reason: reason.into(), count: 1 };
+        let signals = read_as(severity, &body.into());
+        let [(_, Signal::Raise(case))] = &signals[..] else { panic!("{signals:?}") };
+        assert_eq!(case.severity, Some(severity), "{reason}");
+        assert!(case.what_to_do.contains(way_out), "{reason}: {}", case.what_to_do);
     }
 }
 
