@@ -400,39 +400,40 @@ fn stand_all(standing: &mut BTreeMap<String, Standing>, findings: Vec<Finding>, 
     findings.into_iter().take(2 * MAX_FINDINGS).for_each(|finding| stand(standing, finding, at));
 }
 
-/// Kinds that change more than counters, and who may say them.
+/// Kinds that only a collector may tell.
+pub(crate) const OF_THE_COLLECTOR: [&str; 27] = [
+    "attestation.set",
+    "attestation.removed",
+    "scan.added",
+    "waiver.set",
+    "waiver.removed",
+    "trust.store_changed",
+    "collector.started",
+    "clock.tick",
+    "certificate.issued",
+    "enrolment.refused",
+    "agent.connected",
+    "agent.disconnected",
+    "ingest.refused",
+    "token.created",
+    "identity.revoked",
+    "identity.restored",
+    "quarantine.changed",
+    "quarantine.released",
+    "policy.applied",
+    "ca.rotated",
+    "ca.issued",
+    "ca.certificates",
+    "leader.changed",
+    "collector.identity_taken",
+    "collector.identity_refused",
+    "alert.firing",
+    "alert.resolved",
+];
+
+/// Whether only a collector may tell this kind.
 pub(crate) fn is_of_the_collector(kind: &str) -> bool {
-    const KINDS: [&str; 28] = [
-        "attestation.set",
-        "attestation.removed",
-        "scan.added",
-        "waiver.set",
-        "waiver.removed",
-        "trust.store_changed",
-        "collector.started",
-        "clock.tick",
-        "certificate.issued",
-        "enrolment.refused",
-        "agent.connected",
-        "agent.disconnected",
-        "ingest.refused",
-        "token.created",
-        "identity.revoked",
-        "identity.restored",
-        "quarantine.changed",
-        "quarantine.released",
-        "policy.applied",
-        "ca.rotated",
-        "ca.issued",
-        "ca.certificates",
-        "leader.changed",
-        "collector.identity_taken",
-        "collector.identity_refused",
-        "alert.firing",
-        "alert.resolved",
-        "collector.stopping",
-    ];
-    KINDS.contains(&kind)
+    OF_THE_COLLECTOR.contains(&kind)
 }
 
 /// Kinds whose body is read here; those of all others is left alone, which is most of the work saved.

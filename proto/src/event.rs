@@ -642,16 +642,18 @@ impl RefusalReason {
                 "the client offers nothing newer than TLS 1.1: update it, TLS 1.2 is the floor"
             }
             RefusalReason::NoCertificate => {
-                "the client showed no certificate: it has no agent, or its agent has no identity"
+                "the client showed no certificate: give it an agent, or look at the enrolment of the one it has"
             }
             RefusalReason::UnknownCa => {
-                "the certificate is from a CA that this trust domain does not know: a foreign client, or an agent enrolled elsewhere"
+                "the certificate is from a CA that this trust domain does not know: enrol that agent here, or `sidewarden-collector trust import` its CA if it should get in; if not, find the address"
             }
             RefusalReason::Expired => {
                 "the certificate is outside its validity: look at that agent's renewals, and at both clocks"
             }
             RefusalReason::BadCertificate => "the certificate breaks a rule of X.509-SVID: have it issued anew",
-            RefusalReason::Revoked => "the certificate was revoked: see the deny list for who did it and why",
+            RefusalReason::Revoked => {
+                "the certificate was revoked: `sidewarden-collector revoke --list` says why and since when"
+            }
             RefusalReason::RevocationUnknown => {
                 "the revocation list of a foreign CA is missing or has ended: bring a newer one to `trust.crls`"
             }
@@ -665,14 +667,16 @@ impl RefusalReason {
                 "the TLS handshake broke: compare versions, groups and ciphers of both sides"
             }
             RefusalReason::HandshakeTimeout => {
-                "the client opened a connection and did not finish its handshake in time"
+                "the client opened a connection and did not finish its handshake in time: a probe that only connects does so, and so does who tries to exhaust the agent; find it by its address"
             }
             RefusalReason::RefusedByPeer => "the peer's agent refused us: its own event says why",
             RefusalReason::Unreachable => "no answer at the address: is it up there, does the name resolve?",
             RefusalReason::WorkloadUnreachable => {
                 "the service does not accept on its own port: is it up, does it listen on 127.0.0.1?"
             }
-            RefusalReason::LimitReached => "raise the limit if this load is expected",
+            RefusalReason::LimitReached => {
+                "raise the limit if this load is expected; if not, somebody tries to exhaust the agent: find the address"
+            }
             RefusalReason::NoIdentity => "the agent has no certificate: see its enrolment",
             RefusalReason::ProxyHeaderUntrusted => {
                 "somebody claims to speak for another address: if it is your load balancer, add it to `accept_proxy_protocol_from`"
@@ -697,7 +701,7 @@ impl RefusalReason {
                 "the egress listener takes HTTP CONNECT, http:// requests and SOCKS5: look at the client's proxy settings"
             }
             RefusalReason::RequestTimeout => {
-                "the client connected to the egress listener and did not finish its request"
+                "the client connected to the egress listener and did not finish its request: look at what the workload runs, and at its proxy settings"
             }
             RefusalReason::NameUnresolved => {
                 "the name has no address: is it spelt right, does the agent's DNS know it?"

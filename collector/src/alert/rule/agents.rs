@@ -43,6 +43,13 @@ pub(super) fn lost(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let count = body.last_seq.saturating_sub(body.first_seq).saturating_add(1);
     let mut case = case(seen, rule, format!("{count} events were lost: {}", short(&body.reason, 80)));
     case.apart = Some(("reason", known(&body.reason, &["spool_full", "damaged", "collector_rewound"])));
+    case.what_to_do = match body.reason.as_str() {
+        "damaged" => "check the disk under the agent's volume".to_owned(),
+        "collector_rewound" => {
+            "the collector lost what it had taken: was its data_dir restored, or rolled back?".to_owned()
+        }
+        _ => case.what_to_do,
+    };
     case.evidence = vec![format!("events {} to {}, by severity {:?}", body.first_seq, body.last_seq, body.by_severity)];
     vec![Signal::Raise(case)]
 }

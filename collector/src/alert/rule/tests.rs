@@ -537,6 +537,38 @@ fn no_label_comes_from_outside_unchecked() {
 }
 
 #[test]
+fn what_to_do_names_a_way_that_there_is() {
+    let rows = [
+        ("ContainerEntered", "`watch.healthchecks`"),
+        ("PolicyChanged", "remove <data_dir>/admin.token and restart"),
+        ("IdentityRevoked", "remove <data_dir>/admin.token and restart"),
+        ("CaExpiring", "`sidewarden-collector ca prepare`"),
+        ("CaEnding", "`sidewarden-collector ca prepare`"),
+        ("EnrolmentRefused", "the reason says"),
+        ("ForgedEvent", "`sidewarden-collector revoke --instance WORKLOAD#INSTANCE`"),
+        ("EventsLost", "`limits.spool`"),
+    ];
+    for (name, way_out) in rows {
+        let what_to_do = by_name(name).unwrap().what_to_do;
+        assert!(what_to_do.contains(way_out), "{name}: {what_to_do}");
+    }
+    for (reason, way_out) in [("spool_full", "limits.spool"), ("damaged", "disk"), ("collector_rewound", "data_dir")] {
+        let lost = EventsLost { first_seq: 5, last_seq: 9, by_severity: [5, 0, 0, 0], reason: reason.into() };
+        let signals = read(1, 1, None, &lost.into());
+        let [(_, Signal::Raise(case))] = &signals[..] else { panic!("{signals:?}") };
+        assert!(case.what_to_do.contains(way_out), "{reason}: {}", case.what_to_do);
+    }
+}
+
+#[test]
+fn whatever_only_the_collector_may_tell_is_forged_if_somebody_else_does() {
+    let forged = by_name(FORGED).unwrap();
+    for kind in KINDS.iter().filter(|kind| state::is_of_the_collector(kind)) {
+        assert!(forged.reads(kind, true), "{kind}");
+    }
+}
+
+#[test]
 fn every_rule_is_named_once_and_explained() {
     for (i, rule) in RULES.iter().enumerate() {
         assert!(!RULES[..i].iter().any(|other| other.name == rule.name), "{} twice", rule.name);
