@@ -24,7 +24,7 @@ use sidewarden_proto::time::Timestamp;
 #[command(
     version,
     after_help = "Exit codes: 0 done, 1 it failed (the reason is the last line), 2 wrong arguments.\n\
-    Every setting also comes from the environment: agents.listen is SIDEWARDEN_AGENTS_LISTEN."
+    Every setting outside the lists also comes from the environment: agents.listen is SIDEWARDEN_AGENTS_LISTEN."
 )]
 struct Arguments {
     /// Settings in TOML; without it the defaults and the environment count

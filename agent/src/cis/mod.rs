@@ -688,10 +688,10 @@ pub fn judge_host(case: &Case<'_>) -> Vec<Finding> {
 
 /// The checks as a table for people.
 pub fn catalogue_table() -> String {
-    let mut table = format!("{:<7}{:<7}{:<20}{:<10}{}\n", "1.3.1", "1.6", "CHECK", "SEVERITY", "ASKS THAT");
+    let mut table = format!("{:<7}{:<7}{:<25}{:<10}{}\n", "1.3.1", "1.6", "CHECK", "SEVERITY", "ASKS THAT");
     for c in CHECKS {
         // Writing to a String cannot fail.
-        let _ = writeln!(table, "{:<7}{:<7}{:<20}{:<10}{}", c.v1_3_1, c.v1_6, c.slug, c.severity.word(), c.title);
+        let _ = writeln!(table, "{:<7}{:<7}{:<25}{:<10}{}", c.v1_3_1, c.v1_6, c.slug, c.severity.word(), c.title);
     }
     table
 }
@@ -826,6 +826,10 @@ mod tests {
     fn the_catalogue_has_one_line_a_check() {
         assert_eq!(catalogue_table().lines().count(), CHECKS.len() + 1);
         assert!(catalogue_table().contains("5.31   5.32   docker-socket"));
+        let place = catalogue_table().find("SEVERITY").unwrap();
+        for (line, check) in catalogue_table().lines().skip(1).zip(CHECKS) {
+            assert!(line[place - 1..].starts_with(&format!(" {}", check.severity.word())), "out of its column: {line}");
+        }
     }
 
     #[test]

@@ -72,7 +72,8 @@ pub enum CaCommand {
     Seal,
     /// Write sealed keys plain again
     Unseal,
-    /// Seal everything but the events into one file, also beside a running collector
+    /// Seal CA, tokens, trust, policies and what is revoked into one file, also beside a running collector; not the events, and with
+    /// them neither waivers, attestations and scans nor reports of the past
     Backup {
         /// Where to; nothing is overwritten
         #[arg(long, value_name = "FILE")]

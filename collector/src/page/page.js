@@ -166,8 +166,8 @@ function enter(complaint) {
   };
   show(el("section", { class: "empty enter" },
     el("h2", {}, "Show your token"),
-    el("p", {}, "The collector made one on its first start. On its host:"),
-    el("pre", {}, "sudo cat /var/lib/sidewarden-collector/admin.token"),
+    el("p", {}, "The collector made one on its first start. Its data_dir is /var/lib/sidewarden-collector, or /var/lib/sidewarden in the image:"),
+    el("pre", {}, "<data_dir>/admin.token"),
     el("form", { onsubmit: submit }, field, el("button", { class: "main" }, "Open")),
     el("p", { class: "soft" }, "It is kept in this tab's memory only and is gone when you close or reload it. A link that ends in #token=… works, too.")));
   field.focus();
