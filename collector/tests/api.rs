@@ -3,7 +3,7 @@
 mod scene;
 
 use scene::{Agent, ask, client, event, plaintext, shop, start, token, until};
-use sidewarden_proto::event::{AgentDisconnected, Mode, ProcessShell, Severity};
+use sidewarden_proto::event::{AgentDisconnected, EngineBack, EngineLost, Mode, ProcessShell, Severity};
 use sidewarden_proto::finding::Vantage;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -193,6 +193,42 @@ async fn an_alert_fires_is_kept_in_the_history_and_survives_a_restart() {
     let after = until("the alert after the restart", || firing(&app)).await;
     assert_eq!((&before["id"], &before["since_us"]), (&after["id"], &after["since_us"]));
     assert_eq!(told(&app).await, 1);
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_events_know_survives_a_restart_and_what_ended_does_not_come_back() {
+    let scene = start("").await;
+    let mut stands = Agent::new("hosts/one#one-1");
+    let mut ended = Agent::new("hosts/two#two-1");
+    let lost = || event(Severity::Critical, "lost", EngineLost { why: "connection refused".into() });
+    for agent in [&mut stands, &mut ended] {
+        agent.connect(&scene.app, Mode::Node, Vantage::Open).await;
+        agent.send(&scene.app, vec![lost()]).await;
+    }
+    let told = async |app: &sidewarden_collector::app::App, word: &str| {
+        ask(app, &format!("/api/v1/events?kind=alert.{word}")).await["events"].as_array().unwrap().len()
+    };
+    until("both are told", async || (told(&scene.app, "firing").await == 2).then_some(())).await;
+    ended.send(&scene.app, vec![event(Severity::Notice, "back", EngineBack { version: String::new() })]).await;
+    until("one is called off", async || (told(&scene.app, "resolved").await == 1).then_some(())).await;
+    let dir = scene.dir;
+    scene.app.stop().await;
+    let app = scene::start_in(dir.path(), "").await;
+    let firing = async || {
+        let alerts = ask(&app, "/api/v1/alerts").await;
+        let firing = |a: &&serde_json::Value| a["alert"] == "EngineLost" && a["status"] == "firing";
+        let instances: Vec<String> = alerts["alerts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(firing)
+            .map(|a| a["labels"]["instance"].to_string())
+            .collect();
+        (!instances.is_empty()).then_some(instances)
+    };
+    assert_eq!(until("the alert after the restart", firing).await, ["\"one-1\""]);
+    assert_eq!((told(&app, "firing").await, told(&app, "resolved").await), (2, 1));
     app.stop().await;
 }
 
