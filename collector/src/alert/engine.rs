@@ -762,6 +762,27 @@ mod tests {
     }
 
     #[test]
+    fn a_ca_certificate_that_ends_soon_is_told_once_until_it_is_replaced_or_gone() {
+        let one = |what: &str, until| CaCertificate {
+            what: what.into(),
+            name: String::new(),
+            not_before_us: at(0),
+            not_after_us: at(until),
+        };
+        let list = |root, page: Option<i64>| {
+            let page = page.map(|until| one("page", until));
+            let certificates = [one("root", root)].into_iter().chain(page).collect();
+            Some(CaCertificates { certificates }.into())
+        };
+        play(vec![
+            (7100, list(9000, Some(9000)), &["+CaExpiring", "+CaExpiring"]),
+            (7101, list(9000, Some(9000)), &[]),
+            (7102, list(9000, None), &["-CaExpiring"]),
+            (7103, list(90_000, None), &["-CaExpiring"]),
+        ]);
+    }
+
+    #[test]
     fn labels_stay_the_same_while_the_summary_tells_the_news() {
         let mut engine = live();
         see(&mut engine, 1, &plaintext("172.18.0.1:1"));

@@ -100,8 +100,8 @@ pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
     let Some(Body::CaCertificates(body)) = seen.body else { return Vec::new() };
     let whats = ["root", "issuing", "collector", "identity", "identity_root", "page"];
     // One alert for each kind, about the one that ends first.
-    let soonest = |what: &&str| {
-        let of_kind = body.certificates.iter().filter(|one| one.what == **what);
+    let soonest = |what: &str| {
+        let of_kind = body.certificates.iter().filter(|one| one.what == what);
         of_kind.min_by_key(|one| due(one, rule.severity)).cloned()
     };
     let raise = |one: CaCertificate| {
@@ -117,7 +117,8 @@ pub(super) fn ca_dates(rule: &Rule, seen: &Seen<'_>) -> Vec<Signal> {
         case.apart = Some(("reason", known(&one.what, &whats)));
         Signal::Raise(case)
     };
-    [Signal::Clear(None, None)].into_iter().chain(whats.iter().filter_map(soonest).map(raise)).collect()
+    let clear = |what: &str| Signal::Clear(None, Some(what.to_owned()));
+    whats.into_iter().map(|what| soonest(what).map_or_else(|| clear(what), raise)).collect()
 }
 
 fn due(one: &CaCertificate, severity: Severity) -> Timestamp {

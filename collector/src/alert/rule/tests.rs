@@ -452,6 +452,13 @@ fn what_is_taken_ends_the_alert_of_its_own_kind() {
     assert_eq!(cleared.collect::<Vec<_>>(), [("CollectorIdentityRefused", Some("page".to_owned()))]);
 }
 
+#[test]
+fn a_collector_that_starts_tells_anew_what_it_lacks() {
+    let signals = read(1, 1, None, &CollectorStarted { version: "1".into(), first: false }.into());
+    let clear = Signal::Clear(Some((&agent()).into()), None);
+    assert_eq!(signals, [("CollectorIdentityRefused", clear.clone()), ("LeaderLost", clear)]);
+}
+
 fn given_refused(what: &str) -> CollectorIdentityRefused {
     CollectorIdentityRefused { what: what.into(), error: "tls.crt: none".into(), in_use_until_us: None }
 }
@@ -477,8 +484,8 @@ fn of_each_kind_of_ca_certificate_the_first_to_end_is_told() {
     let signals = read(0, 0, None, &CaCertificates { certificates }.into());
     let expected = [("CaExpiring", 2000), ("CaExpiring", 200), ("CaEnding", 2700), ("CaEnding", 270)];
     assert_eq!(dues(&signals), expected);
-    let cleared = signals.iter().filter(|(_, signal)| *signal == Signal::Clear(None, None)).count();
-    assert_eq!(cleared, 2, "what was replaced alerts no more");
+    let gone = |what: &str| Signal::Clear(None, Some(what.into()));
+    assert_eq!(signals.iter().filter(|(_, signal)| *signal == gone("page")).count(), 2, "what is gone alerts no more");
 }
 
 #[test]
