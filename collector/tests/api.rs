@@ -2,9 +2,14 @@
 
 mod scene;
 
-use scene::{Agent, ask, client, event, plaintext, shop, start, token, until};
-use sidewarden_proto::event::{AgentDisconnected, EngineBack, EngineLost, Mode, ProcessShell, Severity};
+use scene::{Agent, ask, client, event, plaintext, posture, shop, start, token, until};
+use sidewarden_collector::fleet::DirectivesError;
+use sidewarden_proto::directive::{Revocation, Target};
+use sidewarden_proto::event::{
+    AgentDisconnected, EngineBack, EngineLost, Mode, PostureBaseline, ProcessShell, Severity,
+};
 use sidewarden_proto::finding::Vantage;
+use sidewarden_proto::time::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn url(app: &sidewarden_collector::app::App, path: &str) -> String {
@@ -339,5 +344,57 @@ async fn a_policy_is_checked_before_it_is_in_force_and_its_version_only_grows() 
         assert_eq!(post(&scene.app, release, &body(seconds)).await.0, status, "{seconds}");
     }
     assert_eq!(ask(&scene.app, "/api/v1/quarantine").await["released"][0]["instance"], "web-1");
+    scene.app.stop().await;
+}
+
+/// Revokes something for so long a reason that less than another revocation fits the directive.
+fn fill(app: &sidewarden_collector::app::App) {
+    let (directives, own) = (&app.core.directives, app.core.issuer.authority().own().borrow().clone());
+    let fill = |directive: sidewarden_proto::directive::Directive| {
+        let free = (700 << 10) - serde_json::to_string(&directive).unwrap().len();
+        let (what, why) = (Target::Serial { serial: "ff".into() }, "x".repeat(free - 150));
+        let large = Revocation { id: "large".into(), what, why, at_us: Timestamp::now(), keys: Vec::new() };
+        Ok::<_, DirectivesError>(directive.with_revoked(vec![large]))
+    };
+    directives.change(&own, Timestamp::now(), fill).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn that_the_directive_is_full_is_told_to_whoever_changes_it_and_of_whoever_breaks_a_gate() {
+    let scene = start("").await;
+    let gate = "[[gate]]\nname = 'g'\nchecks = ['host-mounts']\nenforce = true\nleave = 0\n";
+    let document = |text: &str| serde_json::json!({"text": text, "why": "x"}).to_string();
+    assert_eq!(post(&scene.app, "/api/v1/policy/apply", &document(gate)).await.0, 200);
+    fill(&scene.app);
+    for (path, body) in [
+        ("/api/v1/revocations/revoke", r#"{"what":{"by":"serial","serial":"ab"},"why":"x"}"#.to_owned()),
+        ("/api/v1/policy/apply", document(&gate.repeat(2).replacen("'g'", "'h'", 1))),
+    ] {
+        let (status, answer) = post(&scene.app, path, &body).await;
+        let said = answer.to_string();
+        assert!(status == 409 && said.contains("is full") && said.contains("for revocations"), "{status} {said}");
+        assert!(answer["hint"].as_str().unwrap().contains("undo revocations"), "{said}");
+    }
+    let history = ask(&scene.app, "/api/v1/policy/history").await;
+    assert_eq!(history["policies"].as_array().unwrap().len(), 1, "what was never in force is not kept");
+
+    let mut agent = Agent::new("shop/web#web-1");
+    agent.connect(&scene.app, Mode::Sidecar, Vantage::Open).await;
+    let baseline = PostureBaseline { findings: posture(true), ..Default::default() };
+    agent.send(&scene.app, vec![event(Severity::Critical, "posture", baseline)]).await;
+    let told = async |count: usize| {
+        let events =
+            ask(&scene.app, "/api/v1/events?kind=quarantine.changed").await["events"].as_array().unwrap().clone();
+        (events.len() == count).then(|| events[0]["body"].clone())
+    };
+    let capped = until("the event", || told(1)).await;
+    assert_eq!(capped["status"], "capped");
+    assert!(capped["why"].as_str().unwrap().contains("host-mounts (the directive is full"), "{capped}");
+    // It is told once, and has its place as soon as there is one.
+    tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
+    assert!(told(1).await.is_some());
+    let undo = r#"{"id":"large","why":"its certificate has ended"}"#;
+    assert_eq!(post(&scene.app, "/api/v1/revocations/undo", undo).await.0, 200);
+    assert_eq!(until("the quarantine", || told(2)).await["status"], "quarantined");
     scene.app.stop().await;
 }

@@ -14,11 +14,15 @@ use crate::identity::{AgentId, InstanceId, Peer, PeerName, Sha256, SpiffeId, Tru
 use crate::policy::Applied;
 use crate::time::Timestamp;
 use crate::tls::{self, Credential, Trust};
+use crate::wire::MAX_JSON;
 
 /// Keeps a signature of something else from being one of a directive.
 const CONTEXT: &[u8] = b"sidewarden directive 1\0";
-/// Most bytes of a document: it must fit a frame, in base64.
+/// Most bytes of a document.
 const MAX_DOCUMENT: usize = 700 << 10;
+/// Most bytes of it as a JSON string, which is how it travels: quotes and newlines count twice there. The rest of a frame is
+/// for the signatures, so that what could be signed once can be signed with another certificate, or by one more.
+const MAX_ESCAPED: usize = MAX_JSON - (16 << 10);
 /// Most signatures after the first that are looked at.
 const MAX_FURTHER: usize = 3;
 /// What this version understands of a directive; agents tell it in their hello.
@@ -481,20 +485,65 @@ pub enum DirectiveFault {
     /// The signature is not of this document.
     #[error("the directive's signature does not fit")]
     Signature,
+    /// It would not fit a frame.
+    #[error(
+        "the directive is full: it would have {bytes} bytes of {MAX_DOCUMENT} ({escaped} of {MAX_ESCAPED} as it travels), {parts}"
+    )]
+    TooLarge {
+        /// How large it is.
+        bytes: usize,
+        /// And as it travels.
+        escaped: usize,
+        /// What of it has how many.
+        parts: Parts,
+    },
     /// Signing failed.
     #[error("the directive cannot be signed: {0}")]
     Signing(String),
 }
 
+/// How many bytes of a directive are of what, with the lines of the deny list that follow from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    policy: usize,
+    revoked: usize,
+    quarantined: usize,
+    released: usize,
+}
+
+impl Parts {
+    fn of(directive: &Directive) -> Result<Parts, DirectiveFault> {
+        let Directive { revoked, quarantined, .. } = directive;
+        let denied: Vec<Deny> = revoked.iter().flat_map(Revocation::denials).collect();
+        let off: Vec<Deny> = quarantined.iter().flat_map(Quarantine::denials).collect();
+        Ok(Parts {
+            policy: json(&directive.policy)?.len(),
+            revoked: json(&(revoked, denied))?.len(),
+            quarantined: json(&(quarantined, off))?.len(),
+            released: json(&directive.released)?.len(),
+        })
+    }
+}
+
+impl fmt::Display for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Parts { policy, revoked, quarantined, released } = self;
+        write!(f, "{policy} for the policy, {revoked} for revocations, ")?;
+        write!(f, "{quarantined} for quarantines and {released} for releases")
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<String, DirectiveFault> {
+    serde_json::to_string(value).map_err(|e| DirectiveFault::Signing(e.to_string()))
+}
+
 impl Signed {
     /// Signs `directive` with a collector's credential.
     pub fn sign(directive: &Directive, credential: &Credential) -> Result<Signed, DirectiveFault> {
-        let document = serde_json::to_string(directive).map_err(|e| DirectiveFault::Signing(e.to_string()))?;
-        if document.len() > MAX_DOCUMENT {
-            return Err(DirectiveFault::Signing(format!(
-                "it has {} bytes, the limit is {MAX_DOCUMENT}",
-                document.len()
-            )));
+        let document = json(directive)?;
+        let (bytes, escaped) = (document.len(), json(&document)?.len());
+        if bytes > MAX_DOCUMENT || escaped > MAX_ESCAPED {
+            return Err(DirectiveFault::TooLarge { bytes, escaped, parts: Parts::of(directive)? });
         }
         let by = Signature::of(&document, credential)?;
         Ok(Signed { document, by, also_by: Vec::new() })
@@ -602,6 +651,36 @@ mod tests {
         signed.document = signed.document.replace("\"version\":3", "\"version\":4");
         assert!(matches!(signed.open(&ca.trust(), Timestamp::now()), Err(DirectiveFault::Signature)));
         assert!(matches!(Signed::from_bytes(b"{"), Err(DirectiveFault::Unreadable(_))));
+    }
+
+    #[test]
+    fn what_would_not_fit_a_frame_is_not_signed_and_its_parts_are_told() {
+        let ca = Authority::new("td");
+        let own = ca.issue("spiffe://td/sidewarden/collector");
+        let with = |text: String, why: String| {
+            let what = Target::Key { spki: Sha256([5; 32]) };
+            let revoked = vec![Revocation { id: "1".into(), what, why, at_us: Timestamp(1), keys: Vec::new() }];
+            let policy = Some(Applied { version: 1, text, needs: 3 });
+            Signed::sign(&Directive { policy, ..directive("td") }.with_revoked(revoked), &own)
+        };
+        let rows = [
+            ("x".repeat(250_000), "y".repeat(200_000), true),
+            ("x".repeat(250_000), "y".repeat(240_000), false),
+            // It travels in a string, in which each quote of the policy takes four bytes.
+            ("\"".repeat(250_000), "y".repeat(10_000), true),
+            ("\"".repeat(250_000), "y".repeat(40_000), false),
+        ];
+        for (text, why, fits) in rows {
+            let (text_bytes, why_bytes) = (json(&text).unwrap().len(), why.len());
+            match with(text, why) {
+                Ok(signed) => assert!(fits && signed.to_bytes().len() <= MAX_JSON),
+                Err(fault @ DirectiveFault::TooLarge { parts, .. }) => {
+                    assert!(!fits && (text_bytes..text_bytes + 100).contains(&parts.policy), "{fault}");
+                    assert!((2 * why_bytes..2 * why_bytes + 500).contains(&parts.revoked), "{fault}");
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
     }
 
     /// A collector with certificates of two CAs signs with both; agents trust one of them, or both.

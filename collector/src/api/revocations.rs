@@ -44,6 +44,9 @@ pub struct UndoRequest {
 impl From<RevokeError> for ApiError {
     fn from(error: RevokeError) -> ApiError {
         let text = error.to_string();
+        if error.is_full() {
+            return ApiError::conflict(text, "undo revocations whose certificates have ended, or shorten the policy");
+        }
         match error {
             RevokeError::Wrong(_) => ApiError::bad_request(text, "see /api/v1/openapi.json"),
             RevokeError::Unconfirmed(_) => ApiError::conflict(text, "if that is meant, say `confirmed` (--yes)"),

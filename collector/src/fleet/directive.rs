@@ -87,8 +87,9 @@ impl Directives {
             Some(kept) => Directive { version: kept.version + 1, issued_us: now, bundle, renew, ..kept },
             None => first(domain, 1, Roots { bundle, renew }, now),
         };
-        write(path, &directive)?;
+        // What cannot be signed is not kept: no start could sign it either.
         let signed = Signed::sign(&directive, own)?;
+        write(path, &directive)?;
         Ok(Directives::with(path, InForce { directive, signed }, false))
     }
 
@@ -356,6 +357,22 @@ mod tests {
         let roots = Roots { renew, ..roots() };
         let kept = Directives::open(&path, &domain, roots, &own, now).unwrap().now();
         assert_eq!(kept.directive.version, 3);
+    }
+
+    #[test]
+    fn what_cannot_be_signed_is_not_written_by_a_start_either() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Timestamp::now());
+        let domain: TrustDomain = "x.example".parse().unwrap();
+        let own_life = Duration::from_secs(86400);
+        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
+        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
+        let own = authority.own().borrow().clone();
+        let path = dir.path().join("directive.json");
+        let open = |bundle| Directives::open(&path, &domain, Roots { bundle, ..Roots::default() }, &own, now);
+        let version = open(authority.bundle()).unwrap().now().directive.version;
+        let too_much = open(vec![Der(vec![0; 700 << 10])]);
+        assert!(matches!(too_much, Err(DirectivesError::Signing(DirectiveFault::TooLarge { .. }))));
+        assert_eq!(open(authority.bundle()).unwrap().now().directive.version, version);
     }
 
     #[test]

@@ -13,7 +13,8 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::MissedTickBehavior;
 
-use super::quarantine::{Decided, Sharers, agent_of, decide, enforce};
+use super::RevokeError;
+use super::quarantine::{Decided, Free, Sharers, agent_of, decide, enforce};
 use crate::app::Core;
 use crate::commit::{Closed, Committed};
 
@@ -80,11 +81,7 @@ async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     let (in_force, now) = (core.directives.now(), (core.clock)());
     // Of gates that nobody can read, nobody can say who passes them: whoever is quarantined stays so.
     let Some(policy) = reading.of(in_force.directive.policy.as_ref()) else { return Ok(()) };
-    let Some(decided) = decided(core, &policy, &in_force.directive, now).await else { return Ok(()) };
-    let is_over = in_force.directive.released.iter().any(|release| release.until_us <= now);
-    if (decided.quarantined != in_force.directive.quarantined || is_over) && !put_in_force(core, &decided, now).await {
-        return Ok(());
-    }
+    let Some(decided) = carry_out(core, &policy, &in_force.directive, now).await else { return Ok(()) };
     let is_any = !decided.changes.is_empty();
     for change in decided.changes {
         core.commits.own(event(change, now)).await?;
@@ -93,12 +90,34 @@ async fn look(core: &Core, reading: &mut Reading) -> Result<(), Closed> {
     if is_any { core.commits.flush().await } else { Ok(()) }
 }
 
+/// Decides, and puts it in force for as many as the directive has room for: whoever finds none is told. `None`: it is tried again.
+async fn carry_out(core: &Core, policy: &Policy, directive: &Directive, now: Timestamp) -> Option<Decided> {
+    let is_over = directive.released.iter().any(|release| release.until_us <= now);
+    let mut free = Free::of(directive);
+    loop {
+        let decided = decided(core, policy, directive, &free, now).await?;
+        if decided.quarantined == directive.quarantined && !is_over {
+            return Some(decided);
+        }
+        let failed = match put_in_force(core, &decided, now).await? {
+            Ok(()) => return Some(decided),
+            Err(failed) => failed,
+        };
+        let fewer = if failed.is_full() { Free::fewer(&decided, directive, failed.to_string()) } else { None };
+        let Some(fewer) = fewer else {
+            tracing::error!(error = %failed, "a quarantine cannot be put in force; it is tried again");
+            return None;
+        };
+        free = fewer;
+    }
+}
+
 /// The decision. Of whoever it quarantines is asked who has a key in common with it, and then it is made again: what is true of a
 /// key is known of all of them before anybody is cut off. `None`: that could not be told, and is asked again.
-async fn decided(core: &Core, policy: &Policy, directive: &Directive, now: Timestamp) -> Option<Decided> {
+async fn decided(core: &Core, policy: &Policy, directive: &Directive, free: &Free, now: Timestamp) -> Option<Decided> {
     let mut sharers = Sharers::new();
     loop {
-        let decided = decide(policy, directive, &core.commits.state(), &sharers, now);
+        let decided = decide(policy, directive, &core.commits.state(), &sharers, free.clone(), now);
         let asked = |agent: &AgentId| sharers.contains_key(agent);
         let open: Vec<AgentId> = decided.quarantined.iter().map(agent_of).filter(|agent| !asked(agent)).collect();
         if open.is_empty() {
@@ -128,19 +147,10 @@ async fn ask_sharers(core: &Core, agents: Vec<AgentId>, now: Timestamp) -> Optio
     }
 }
 
-async fn put_in_force(core: &Core, decided: &Decided, now: Timestamp) -> bool {
+async fn put_in_force(core: &Core, decided: &Decided, now: Timestamp) -> Option<Result<(), RevokeError>> {
     let (issuer, directives, decided) = (core.issuer.clone(), core.directives.clone(), decided.clone());
-    match tokio::task::spawn_blocking(move || enforce(&issuer, &directives, &decided, now)).await {
-        Ok(Ok(())) => true,
-        Ok(Err(error)) => {
-            tracing::error!(%error, "a quarantine cannot be put in force; it is tried again");
-            false
-        }
-        Err(error) => {
-            tracing::error!(%error, "putting a quarantine in force ended by a panic");
-            false
-        }
-    }
+    let put = tokio::task::spawn_blocking(move || enforce(&issuer, &directives, &decided, now)).await;
+    put.inspect_err(|error| tracing::error!(%error, "putting a quarantine in force ended by a panic")).ok()
 }
 
 fn event(change: QuarantineChanged, now: Timestamp) -> Event {

@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use sidewarden_proto::config::Faults;
-use sidewarden_proto::directive::Directive;
+use sidewarden_proto::directive::{Directive, Signed};
 use sidewarden_proto::policy::connections::Rule;
 use sidewarden_proto::policy::party::Party;
 use sidewarden_proto::policy::{Applied, Policy};
 use sidewarden_proto::time::Timestamp;
 
-use super::{Directives, Fleet, RevokeError};
+use super::{Directives, DirectivesError, Fleet, RevokeError};
 use crate::ca::{CaError, Issuer, make_dir, write_secret};
 
 /// What an agent must understand not to go on without any policy.
@@ -173,9 +173,13 @@ pub fn apply(
             applied.version = before.version + 1;
             keep_before_history(&history, before, &directive)?;
         }
+        let next =
+            Directive { version: directive.version + 1, issued_us: now, policy: Some(applied.clone()), ..directive };
+        // The history keeps no policy that can never be in force.
+        Signed::sign(&next, &own).map_err(DirectivesError::from)?;
         let Application { why, by, restores, text, .. } = asked;
         history.keep(&Kept { version: applied.version, at_us: now, why, by, restores, text })?;
-        Ok(Directive { policy: Some(applied.clone()), ..directive })
+        Ok(next)
     })?;
     Ok((applied, directive))
 }

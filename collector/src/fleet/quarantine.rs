@@ -33,6 +33,33 @@ pub struct Decided {
     pub changes: Vec<QuarantineChanged>,
 }
 
+/// How many more may be quarantined in all.
+#[derive(Clone, Debug)]
+pub struct Free {
+    places: usize,
+    /// What whoever finds none is told.
+    why_no_more: String,
+}
+
+impl Free {
+    /// As many as are told to every agent at most.
+    pub fn of(directive: &Directive) -> Free {
+        let places = MAX_QUARANTINED.saturating_sub(directive.quarantined.len());
+        Free {
+            places,
+            why_no_more: format!("{MAX_QUARANTINED} are quarantined already, which is the most there can be"),
+        }
+    }
+
+    /// Half as many as are new in what was decided, which had no room in the directive. `None`: nobody is, so that nobody can
+    /// be left out.
+    pub fn fewer(decided: &Decided, directive: &Directive, why_no_more: String) -> Option<Free> {
+        let is_new = |q: &&Quarantine| !is_in(directive, &agent_of(q), &q.gate);
+        let new = decided.quarantined.iter().filter(is_new).count();
+        (new > 0).then_some(Free { places: new / 2, why_no_more })
+    }
+}
+
 /// How many more of a workload may be quarantined.
 struct Room {
     /// Instances that are quarantined now, by whatever gate.
@@ -45,14 +72,20 @@ struct Room {
 pub type Sharers = BTreeMap<AgentId, Vec<AgentId>>;
 
 /// Decides over every instance.
-pub fn decide(policy: &Policy, directive: &Directive, state: &State, sharers: &Sharers, now: Timestamp) -> Decided {
+pub fn decide(
+    policy: &Policy,
+    directive: &Directive,
+    state: &State,
+    sharers: &Sharers,
+    mut free: Free,
+    now: Timestamp,
+) -> Decided {
     let mut decided = Decided::default();
     let is_told = || state.agents.values().any(|agent| !agent.gates.is_empty());
     if policy.gates.is_empty() && directive.quarantined.is_empty() && !is_told() {
         return decided;
     }
     let mut rooms = rooms(directive, state, sharers, now);
-    let mut free = MAX_QUARANTINED.saturating_sub(directive.quarantined.len());
     for (id, agent) in state.agents.iter().filter(|(id, _)| !is_collector_path(id)) {
         let gates: Vec<&Gate> = policy.gates_of(&id.workload).collect();
         if gates.is_empty() && agent.gates.is_empty() {
@@ -81,22 +114,24 @@ pub fn decide(policy: &Policy, directive: &Directive, state: &State, sharers: &S
 
 /// The same as far as there is room for one more in the directive. Who is in it keeps the place.
 fn within(
-    free: &mut usize,
+    free: &mut Free,
     (status, why): (GateStatus, String),
     directive: &Directive,
     gate: &Gate,
     id: &AgentId,
 ) -> (GateStatus, String) {
-    let is_in = || directive.quarantined.iter().any(|q| q.is_of(id) && q.gate == gate.name);
-    if status != GateStatus::Quarantined || is_in() {
+    if status != GateStatus::Quarantined || is_in(directive, id, &gate.name) {
         return (status, why);
     }
-    if *free == 0 {
-        let full = format!("{why} ({MAX_QUARANTINED} are quarantined already, which is the most there can be)");
-        return (GateStatus::Capped, full);
+    if free.places == 0 {
+        return (GateStatus::Capped, format!("{why} ({})", free.why_no_more));
     }
-    *free -= 1;
+    free.places -= 1;
     (status, why)
+}
+
+fn is_in(directive: &Directive, id: &AgentId, gate: &str) -> bool {
+    directive.quarantined.iter().any(|quarantine| quarantine.is_of(id) && quarantine.gate == gate)
 }
 
 /// Who is quarantined and not in the state: its events are lost, or it has been away for long. Of whom nothing is known,
@@ -293,6 +328,10 @@ mod tests {
 
     const NOW: Timestamp = Timestamp::from_secs(10_000);
 
+    fn decide(policy: &Policy, directive: &Directive, state: &State, sharers: &Sharers, now: Timestamp) -> Decided {
+        super::decide(policy, directive, state, sharers, Free::of(directive), now)
+    }
+
     fn policy(more: &str) -> Policy {
         Policy::parse(&format!("[[gate]]\nname = 'g'\nchecks = ['privileged']\nhold = '60s'\n{more}")).unwrap()
     }
@@ -437,6 +476,29 @@ mod tests {
         assert_eq!(freed.quarantined.len(), MAX_QUARANTINED - 1);
         let held = held.with_quarantined(freed.quarantined);
         assert_eq!(told(&decide(&all, &held, &state, &Sharers::new(), NOW)), [("0000", GateStatus::Quarantined)]);
+    }
+
+    #[test]
+    fn half_of_the_new_ones_are_tried_where_the_directive_is_full_and_in_the_end_none() {
+        let all = policy("enforce = true\nleave = 0\nmax_per_workload = 9");
+        let state = state(&[
+            ("shop/web#1", Verdict::Fail, 1),
+            ("shop/web#2", Verdict::Fail, 1),
+            ("shop/web#3", Verdict::Fail, 1),
+        ]);
+        let first = decide(&all, &directive(), &state, &Sharers::new(), NOW);
+        let mut held = first.clone();
+        held.quarantined.truncate(1);
+        let held = directive().with_quarantined(held.quarantined);
+        let mut decided = decide(&all, &held, &state, &Sharers::new(), NOW);
+        for left in [2, 1] {
+            let free = Free::fewer(&decided, &held, "it is full".into()).unwrap();
+            decided = super::decide(&all, &held, &state, &Sharers::new(), free, NOW);
+            assert_eq!(decided.quarantined, first.quarantined[..left]);
+            let capped = decided.changes.last().unwrap();
+            assert_eq!((capped.status, capped.why.as_str()), (GateStatus::Capped, "privileged (it is full)"));
+        }
+        assert!(Free::fewer(&decided, &held, String::new()).is_none());
     }
 
     #[test]

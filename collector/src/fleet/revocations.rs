@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use sidewarden_proto::directive::{Directive, Revocation, Target};
+use sidewarden_proto::directive::{Directive, DirectiveFault, Revocation, Target};
 use sidewarden_proto::enrol::Refused;
 use sidewarden_proto::identity::{AgentId, Peer, PeerName, Sha256, Usage};
 use sidewarden_proto::time::Timestamp;
@@ -75,6 +75,13 @@ pub enum RevokeError {
     /// The register.
     #[error(transparent)]
     Register(#[from] CaError),
+}
+
+impl RevokeError {
+    /// Whether the directive has no room for it.
+    pub fn is_full(&self) -> bool {
+        matches!(self, RevokeError::Directive(DirectivesError::Signing(DirectiveFault::TooLarge { .. })))
+    }
 }
 
 /// Revokes.
