@@ -3,7 +3,7 @@
 //! The state is a fold of events, and so is what was told of a gate; the directive says who is quarantined. Whatever is
 //! interrupted between the two is found and finished by the next look.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sidewarden_proto::directive::{Directive, Quarantine, Release};
 use sidewarden_proto::event::{GateStatus, QuarantineChanged};
@@ -85,7 +85,10 @@ pub fn decide(
     if policy.gates.is_empty() && directive.quarantined.is_empty() && !is_told() {
         return decided;
     }
-    let mut rooms = rooms(directive, state, sharers, now);
+    // What is held already takes no more room: not for another gate, and not for a key that is denied anyway.
+    let quarantined: Vec<AgentId> = directive.quarantined.iter().map(agent_of).collect();
+    let mut held: BTreeSet<&AgentId> = quarantined.iter().flat_map(|id| with_sharers(id, sharers)).collect();
+    let mut rooms = rooms(&held, state, now);
     for (id, agent) in state.agents.iter().filter(|(id, _)| !is_collector_path(id)) {
         let gates: Vec<&Gate> = policy.gates_of(&id.workload).collect();
         if gates.is_empty() && agent.gates.is_empty() {
@@ -94,11 +97,12 @@ pub fn decide(
         let (known, mut left) = (known(agent, &gates), agent.gates.clone());
         for gate in gates {
             let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-            let others = others_hit(id, directive, sharers);
-            let stands = stand(gate, id, agent, &known, directive, (room, &others), now);
+            let hit: Vec<&AgentId> = with_sharers(id, sharers).filter(|id| !held.contains(id)).collect();
+            let stands = stand(gate, id, agent, &known, directive, (room, &hit), now);
             let (status, why) = within(&mut free, stands, directive, gate, id);
             left.remove(&gate.name);
             if status == GateStatus::Quarantined {
+                held.extend(hit);
                 decided.quarantined.push(entry(directive, id, gate, &why, now));
             }
             change(&mut decided.changes, id, agent, &gate.name, status, why);
@@ -153,16 +157,11 @@ fn unseen<'a>(
     directive.quarantined.iter().filter(stays).cloned()
 }
 
-fn rooms<'a>(
-    directive: &Directive,
-    state: &'a State,
-    sharers: &Sharers,
-    now: Timestamp,
-) -> BTreeMap<&'a SpiffeId, Room> {
+fn rooms<'a>(held: &BTreeSet<&AgentId>, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
     let mut rooms = BTreeMap::new();
     for (id, agent) in &state.agents {
         let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-        if is_held(id, directive, sharers) {
+        if held.contains(id) {
             room.held += 1;
         } else if state.status(agent, now) == Status::Live {
             room.running += 1;
@@ -171,16 +170,9 @@ fn rooms<'a>(
     rooms
 }
 
-/// Whether it is quarantined, or has a key in common with one that is.
-fn is_held(id: &AgentId, directive: &Directive, sharers: &Sharers) -> bool {
-    let mut held = directive.quarantined.iter();
-    held.any(|q| q.is_of(id) || sharers.get(&agent_of(q)).is_some_and(|others| others.contains(id)))
-}
-
-/// Who else would be refused with `id`, and is not yet.
-fn others_hit<'a>(id: &AgentId, directive: &Directive, sharers: &'a Sharers) -> Vec<&'a AgentId> {
-    let others = sharers.get(id).into_iter().flatten();
-    others.filter(|other| !is_held(other, directive, sharers)).collect()
+/// An instance, and all who are refused with it.
+fn with_sharers<'a>(id: &'a AgentId, sharers: &'a Sharers) -> impl Iterator<Item = &'a AgentId> {
+    std::iter::once(id).chain(sharers.get(id).into_iter().flatten())
 }
 
 /// What these gates ask of the state.
@@ -200,7 +192,7 @@ fn stand(
     agent: &Agent,
     known: &Known,
     directive: &Directive,
-    (room, others): (&mut Room, &[&AgentId]),
+    (room, hit): (&mut Room, &[&AgentId]),
     now: Timestamp,
 ) -> (GateStatus, String) {
     let before = directive.quarantined.iter().find(|q| q.is_of(id) && q.gate == gate.name);
@@ -220,7 +212,7 @@ fn stand(
         (_, Some(_)) if !gate.enforce => (GateStatus::Clear, "the gate only tells now".into()),
         (Stand::Broken { why }, Some(_)) => (GateStatus::Quarantined, why),
         (stand, Some(before)) if !gate.opens(&stand, now) => (GateStatus::Quarantined, before.why.clone()),
-        (Stand::Broken { why }, None) => (enter(gate, id, directive, room, others.len()), with_others(why, others)),
+        (Stand::Broken { why }, None) => (enter(gate, room, hit.len()), with_others(why, id, hit)),
         // What cannot be told changes nothing.
         (Stand::Unclear, None) => told.map_or((GateStatus::Clear, String::new()), |told| match told.status {
             GateStatus::Quarantined => (GateStatus::Clear, "it is quarantined no longer".into()),
@@ -230,13 +222,11 @@ fn stand(
     }
 }
 
-/// Takes the room for one more and the `others` that are refused with it, if there is enough.
-fn enter(gate: &Gate, id: &AgentId, directive: &Directive, room: &mut Room, others: usize) -> GateStatus {
-    // Held by another gate already: it takes no more room.
-    if directive.quarantined.iter().any(|quarantine| quarantine.is_of(id)) {
+/// Takes the room for as many as are `hit`, if there is enough.
+fn enter(gate: &Gate, room: &mut Room, hit: usize) -> GateStatus {
+    if hit == 0 {
         return GateStatus::Quarantined;
     }
-    let hit = 1 + others;
     if room.held + hit > gate.max_per_workload || room.running < gate.leave + hit {
         return GateStatus::Capped;
     }
@@ -244,8 +234,9 @@ fn enter(gate: &Gate, id: &AgentId, directive: &Directive, room: &mut Room, othe
     GateStatus::Quarantined
 }
 
-fn with_others(why: String, others: &[&AgentId]) -> String {
-    match others {
+fn with_others(why: String, id: &AgentId, hit: &[&AgentId]) -> String {
+    let others: Vec<&AgentId> = hit.iter().filter(|other| **other != id).copied().collect();
+    match &others[..] {
         [] => why,
         [one] => format!("{why} (its key is also that of {})", one.instance),
         [one, rest @ ..] => format!("{why} (its key is also that of {} and {} more)", one.instance, rest.len()),
@@ -418,6 +409,49 @@ mod tests {
         let first = decide(&policy, &directive(), &state(&all), &sharers, NOW);
         let held = carried_out(&mut broken, directive(), &first);
         assert_eq!(told(&decide(&policy, &held, &broken, &sharers, NOW)), [("3", GateStatus::Capped)]);
+    }
+
+    #[test]
+    fn who_is_held_already_is_quarantined_at_once_and_takes_no_more_room() {
+        use GateStatus::{Capped, Quarantined};
+        let twice =
+            ["g1", "g2"].map(|gate| format!("[[gate]]\nname = '{gate}'\nchecks = ['privileged']\nenforce = true\n"));
+        let twice = Policy::parse(&twice.concat()).unwrap();
+        let (one, two) = (id("shop/web#1"), id("shop/web#2"));
+        let sharers = Sharers::from([(one.clone(), vec![two.clone()]), (two, vec![one])]);
+        let all =
+            [("shop/web#1", Verdict::Fail, 1), ("shop/web#2", Verdict::Fail, 1), ("shop/web#3", Verdict::Fail, 1)];
+        let both = policy("enforce = true\nleave = 1\nmax_per_workload = 2");
+        let rows = [
+            (
+                twice,
+                Sharers::new(),
+                vec![
+                    ("1", Quarantined),
+                    ("1", Quarantined),
+                    ("2", Capped),
+                    ("2", Capped),
+                    ("3", Capped),
+                    ("3", Capped),
+                ],
+            ),
+            (both, sharers.clone(), vec![("1", Quarantined), ("2", Quarantined), ("3", Capped)]),
+        ];
+        for (policy, sharers, expected) in rows {
+            let mut state = state(&all);
+            let decided = decide(&policy, &directive(), &state, &sharers, NOW);
+            assert_eq!(told(&decided), expected);
+            let held = carried_out(&mut state, directive(), &decided);
+            let again = decide(&policy, &held, &state, &sharers, NOW);
+            assert_eq!((again.changes, again.quarantined), (vec![], decided.quarantined));
+        }
+        // The second one fails only later, when its key has been denied for a while.
+        let mut later = state(&[all[0].clone(), ("shop/web#2", Verdict::Pass, 1), ("shop/web#3", Verdict::Pass, 1)]);
+        let both = policy("enforce = true\nmax_per_workload = 2");
+        let decided = decide(&both, &directive(), &later, &sharers, NOW);
+        let held = carried_out(&mut later, directive(), &decided);
+        later.agents.insert(id("shop/web#2"), agent(Verdict::Fail, 1));
+        assert_eq!(told(&decide(&both, &held, &later, &sharers, NOW)), [("2", Quarantined)]);
     }
 
     #[test]
