@@ -61,6 +61,7 @@ impl Free {
 }
 
 /// How many more of a workload may be quarantined.
+#[derive(Default)]
 struct Room {
     /// Instances that are quarantined now, by whatever gate.
     held: usize,
@@ -96,7 +97,7 @@ pub fn decide(
         }
         let (known, mut left) = (known(agent, &gates), agent.gates.clone());
         for gate in gates {
-            let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
+            let room = rooms.entry(&id.workload).or_default();
             let hit: Vec<&AgentId> = with_sharers(id, sharers).filter(|id| !held.contains(id)).collect();
             let stands = stand(gate, id, agent, &known, directive, (room, &hit), now);
             let (status, why) = within(&mut free, stands, directive, gate, id);
@@ -157,15 +158,15 @@ fn unseen<'a>(
     directive.quarantined.iter().filter(stays).cloned()
 }
 
-fn rooms<'a>(held: &BTreeSet<&AgentId>, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
-    let mut rooms = BTreeMap::new();
-    for (id, agent) in &state.agents {
-        let room = rooms.entry(&id.workload).or_insert(Room { held: 0, running: 0 });
-        if held.contains(id) {
-            room.held += 1;
-        } else if state.status(agent, now) == Status::Live {
-            room.running += 1;
-        }
+/// Who is held takes room though the state has nothing of it: its events may be lost while it runs.
+fn rooms<'a>(held: &BTreeSet<&'a AgentId>, state: &'a State, now: Timestamp) -> BTreeMap<&'a SpiffeId, Room> {
+    let mut rooms: BTreeMap<&SpiffeId, Room> = BTreeMap::new();
+    for id in held {
+        rooms.entry(&id.workload).or_default().held += 1;
+    }
+    let is_running = |(id, agent): &(&AgentId, &Agent)| !held.contains(*id) && state.status(agent, now) == Status::Live;
+    for (id, _) in state.agents.iter().filter(is_running) {
+        rooms.entry(&id.workload).or_default().running += 1;
     }
     rooms
 }
@@ -620,6 +621,9 @@ mod tests {
             let decided = decide(policy, &directive, &State::default(), &Sharers::new(), NOW);
             assert_eq!((decided.quarantined == directive.quarantined, decided.changes.len()), (stays, 0));
         }
+        // It takes room all the same: another one that breaks the gate runs on.
+        let other = state(&[("shop/web#2", Verdict::Fail, 1), ("shop/web#3", Verdict::Pass, 1)]);
+        assert_eq!(told(&decide(&enforced, &written, &other, &Sharers::new(), NOW)), [("2", GateStatus::Capped)]);
         // It comes back, and what is known of it counts again.
         let passes = state(&[("shop/web#1", Verdict::Pass, NOW.as_secs() - 60)]);
         assert!(decide(&enforced, &written, &passes, &Sharers::new(), NOW).quarantined.is_empty());
