@@ -218,6 +218,7 @@ impl Parts {
 
 #[cfg(test)]
 mod tests {
+    use sidewarden_proto::finding::Verdict;
     use sidewarden_proto::policy::gate::Seen;
 
     use super::*;
@@ -260,6 +261,13 @@ mod tests {
             let got = ask(&mut Responder::new(), &directive(gate), &known(seen, 1), alone_for);
             assert_eq!(got, held, "{gate} {seen:?} {alone_for:?}");
         }
+    }
+
+    #[test]
+    fn a_waiver_in_our_own_file_opens_no_gate() {
+        let waived = Verdict::Waived { by: "ops".into(), why: "x".into(), until: NOW.plus(LONG) };
+        let known = known(Seen::from(&waived), 1);
+        assert!(ask(&mut Responder::new(), &directive("enforce = true"), &known, LONG));
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub const HELP: &str =
   [[gate]]                             # what a workload must keep to stay on the data plane
   name = \"no-way-out\"
   workloads = [\"shop/*\"]             # all, if left out
-  checks = [\"privileged\", \"docker-socket\"]    # must not fail; `unknown` changes nothing
+  checks = [\"privileged\", \"docker-socket\"]    # must not fail, waived or not; `unknown` changes nothing
   events = [\"privileged_exec\"]       # must not happen: privileged_exec, root_exec, exec, shell
   hold = \"10m\"                       # let in again once all was well for so long
   enforce = false                      # only tells, until this is true

@@ -464,6 +464,18 @@ mod tests {
     }
 
     #[test]
+    fn a_waiver_in_an_agents_own_file_opens_no_gate() {
+        let waived = || Verdict::Waived { by: "ops".into(), why: "x".into(), until: NOW.plus(Duration::from_secs(60)) };
+        let policy = policy("enforce = true\nleave = 0");
+        let mut state = state(&[("shop/web#1", waived(), 1)]);
+        let decided = decide(&policy, &directive(), &state, &Sharers::new(), NOW);
+        assert_eq!(told(&decided), [("1", GateStatus::Quarantined)]);
+        let held = carried_out(&mut state, directive(), &decided);
+        let again = decide(&policy, &held, &state, &Sharers::new(), NOW.plus(Duration::from_secs(3_600)));
+        assert_eq!((again.changes, again.quarantined), (vec![], decided.quarantined));
+    }
+
+    #[test]
     fn one_rule_never_stops_all_of_a_workload() {
         use GateStatus::{Capped, Quarantined};
         let three =

@@ -184,9 +184,9 @@ pub struct Known {
 /// A verdict, as a gate sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// The rule is broken.
+    /// The rule is broken, though somebody may answer for it: whom a gate lets be is the policy's to say, or a release.
     Broken,
-    /// It is kept, does not apply, or somebody answers for it.
+    /// It is kept, or does not apply.
     Kept,
     /// It cannot be told.
     Unclear,
@@ -195,9 +195,9 @@ pub enum Seen {
 impl From<&Verdict> for Seen {
     fn from(verdict: &Verdict) -> Seen {
         match verdict {
-            Verdict::Fail => Seen::Broken,
+            Verdict::Fail | Verdict::Waived { .. } => Seen::Broken,
             Verdict::Unknown { .. } => Seen::Unclear,
-            Verdict::Pass | Verdict::NotApplicable { .. } | Verdict::Waived { .. } => Seen::Kept,
+            Verdict::Pass | Verdict::NotApplicable { .. } => Seen::Kept,
         }
     }
 }
@@ -322,6 +322,21 @@ mod tests {
         ];
         for (known, expected) in rows {
             assert_eq!(gate().judge(&known, at(100)), expected, "{known:?}");
+        }
+    }
+
+    /// Whoever can write the agent's file could take a workload out of every gate otherwise.
+    #[test]
+    fn a_waived_failure_breaks_a_gate_as_any_other() {
+        let waived = Verdict::Waived { by: "ops".into(), why: "x".into(), until: at(1_000) };
+        for (verdict, seen) in [
+            (Verdict::Fail, Seen::Broken),
+            (waived, Seen::Broken),
+            (Verdict::Pass, Seen::Kept),
+            (Verdict::NotApplicable { why: "x".into() }, Seen::Kept),
+            (Verdict::Unknown { grant: "x".into() }, Seen::Unclear),
+        ] {
+            assert_eq!(Seen::from(&verdict), seen, "{verdict:?}");
         }
     }
 
