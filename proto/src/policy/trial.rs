@@ -147,10 +147,12 @@ impl Policy {
         listener: Option<&Listener>,
         domain: &TrustDomain,
     ) -> Tried {
-        let at = listener.map(|listener| match listener {
-            Listener::Port(port) => At { port: *port, server_name: None },
-            Listener::Name(name) => At { port: 0, server_name: Some(name.clone()) },
-        });
+        // What is not said is at first no listener's.
+        let at = match listener {
+            Some(Listener::Port(port)) => At { port: *port, server_name: None },
+            Some(Listener::Name(name)) => At { port: 0, server_name: Some(name.clone()) },
+            None => At::default(),
+        };
         let mut answers = Vec::new();
         if let Somebody::Workload(id) = from {
             let side = Side::calling(self, id, domain);
@@ -158,7 +160,7 @@ impl Policy {
         }
         if let Somebody::Workload(id) = to {
             let side = Side::called(self, id, domain);
-            answers.push((side.judge(from.who(), at.as_ref()), side.lines_about().to_vec()));
+            answers.push((side.judge(from.who(), Some(&at)), side.lines_about().to_vec()));
         }
         // Who refuses counts, and who is called knows more.
         let worst = answers.into_iter().rev().min_by_key(|(answer, _)| answer.is_allowed());
@@ -169,15 +171,21 @@ impl Policy {
         if !matches!(to, Somebody::Workload(_)) {
             return self.told_of_the_agentless(answer, about, self.deny.iter().find(somewhere));
         }
-        if let Some(rule) = self.deny.iter().find(somewhere).filter(|_| at.is_none() && answer.is_allowed()) {
-            return Tried::one(Outcome::Depends, rule.line, format!("denies it at some listeners: {rule}"));
+        let maybe = |rule: &&Rule| somewhere(rule) && rule.listeners.iter().any(|other| is_open(listener, other));
+        let (rules, word) = match answer {
+            Answer::Denied(_) => return self.told(answer, about),
+            Answer::Silent | Answer::Allowed(_) => (&self.deny, "denies"),
+            Answer::Unlisted => (&self.allow, "allows"),
+        };
+        match rules.iter().find(maybe) {
+            Some(rule) => Tried::one(Outcome::Depends, rule.line, format!("{word} it at some listeners: {rule}")),
+            None => self.told(answer, about),
         }
-        self.told(answer, about, at.is_none())
     }
 
     /// Nobody over there looks at listeners.
     fn told_of_the_agentless(&self, answer: Answer, about: Vec<usize>, limited_deny: Option<&Rule>) -> Tried {
-        let mut tried = self.told(answer, about, false);
+        let mut tried = self.told(answer, about);
         let unseen = "has `listeners`, which nobody looks at where no agent is called";
         if let Answer::Allowed(line) = answer
             && self.allow.iter().any(|rule| rule.line == line && !rule.listeners.is_empty())
@@ -190,16 +198,13 @@ impl Policy {
         tried
     }
 
-    fn told(&self, answer: Answer, about: Vec<usize>, any_listener: bool) -> Tried {
+    fn told(&self, answer: Answer, about: Vec<usize>) -> Tried {
         let rule = |line: usize| self.allow.iter().chain(&self.deny).find(|rule| rule.line == line);
         let words = |line: usize| rule(line).map(Rule::to_string).unwrap_or_default();
         match answer {
             Answer::Silent => {
                 let words = "the policy has no [[allow]]: the agents' own settings decide alone";
                 Tried::one(Outcome::Allowed, 0, words)
-            }
-            Answer::Allowed(line) if any_listener && rule(line).is_some_and(|rule| !rule.listeners.is_empty()) => {
-                Tried::one(Outcome::Depends, line, format!("allows it at some listeners: {}", words(line)))
             }
             Answer::Allowed(line) => Tried::one(Outcome::Allowed, line, format!("allows it: {}", words(line))),
             Answer::Denied(line) => Tried::one(Outcome::Refused, line, format!("denies it: {}", words(line))),
@@ -246,6 +251,14 @@ impl Policy {
         };
         let worst = gates.iter().map(outcome).max().unwrap_or(Outcome::Allowed);
         Tried::new(worst, gates.iter().map(|gate| (gate.line, words(gate, seen))).collect())
+    }
+}
+
+/// Whether a listener that is asked for may be this one as well: it has a port and maybe a name, and one of them is said.
+fn is_open(asked: Option<&Listener>, other: &Listener) -> bool {
+    match asked {
+        None => true,
+        Some(asked) => matches!(asked, Listener::Port(_)) != matches!(other, Listener::Port(_)),
     }
 }
 
@@ -315,6 +328,20 @@ checks = ['privileged']
 from = ['*']
 to = ['shop/db']
 listeners = [22]
+
+[[deny]]
+from = ['*']
+to = ['shop/admin']
+listeners = ['admin.example']
+
+[[allow]]
+from = ['shop/cache']
+to = ['shop/queue']
+listeners = [8443]
+
+[[allow]]
+from = ['shop/cache']
+to = ['shop/queue']
 ";
 
     fn domain() -> TrustDomain {
@@ -339,7 +366,9 @@ listeners = [22]
         for (from, to, listener, outcome, line) in [
             ("shop/web", "shop/orders", "8443", Allowed, 1),
             ("shop/web", "shop/orders", "orders.example", Allowed, 1),
-            ("shop/web", "shop/orders", "9443", Refused, 0),
+            // There may be a listener of the name on the port, and the name may be on another port.
+            ("shop/web", "shop/orders", "9443", Depends, 1),
+            ("shop/web", "shop/orders", "other.example", Depends, 1),
             ("shop/web", "shop/orders", "", Depends, 1),
             ("dns:api.partner.example", "shop/orders", "8443", Allowed, 1),
             ("dns:other.example", "shop/orders", "8443", Refused, 0),
@@ -353,6 +382,12 @@ listeners = [22]
             ("shop/orders", "bank/core", "", Refused, 0),
             ("shop/orders", "shop/db", "22", Refused, 32),
             ("shop/orders", "shop/db", "", Depends, 32),
+            ("shop/orders", "shop/db", "db.example", Depends, 32),
+            ("shop/orders", "shop/admin", "8443", Depends, 37),
+            ("shop/orders", "shop/admin", "admin.example", Refused, 37),
+            ("shop/orders", "shop/admin", "other.example", Allowed, 6),
+            ("shop/cache", "shop/queue", "", Allowed, 47),
+            ("shop/cache", "shop/queue", "9443", Allowed, 47),
         ] {
             check(&connection(from, to, listener), outcome, line);
         }
