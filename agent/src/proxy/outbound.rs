@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use sidewarden_proto::event::{Direction, RefusalReason};
+use sidewarden_proto::identity::PeerName;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Expect, Floor, TlsError};
 use sidewarden_proto::wire::ALPN_STREAMS;
@@ -268,7 +269,7 @@ impl Route {
     }
 
     fn pair(&self, made: &Made) -> Pair {
-        let peer = made.live.peer.name.to_string();
+        let peer = booked(&made.live.rules, &made.live.peer.name);
         Pair { direction: Direction::Outbound, peer, listener: self.name.clone() }
     }
 
@@ -507,6 +508,15 @@ impl Route {
     }
 }
 
+/// What a peer is called in the books. A foreign server goes by the name that it was asked for, as in the policy: its
+/// certificate may have a wildcard, or the names of others as well.
+fn booked(rules: &Rules, name: &PeerName) -> String {
+    match rules {
+        Rules::OutboundToDns(host) => PeerName::Dns(vec![host.clone()]).to_string(),
+        _ => name.to_string(),
+    }
+}
+
 /// With TLS 1.3 our handshake is over before the peer has judged our certificate: its no comes as the first thing.
 fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
     match handshake_fault(error) {
@@ -514,5 +524,24 @@ fn refused_by_peer(error: &io::Error) -> (RefusalReason, String) {
             (RefusalReason::RefusedByPeer, format!("it closed before a first byte: {detail}"))
         }
         told => told,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_server_is_booked_by_the_name_that_it_was_asked_for_once_it_has_proven_it() {
+        let dns = |name: &str| PeerName::Dns(vec![name.to_owned(), "other.example".to_owned()]);
+        let (id, asked) = ("spiffe://td/shop/db".parse().unwrap(), Rules::OutboundToDns("db.example.com".into()));
+        let anybody = Rules::Anybody(Box::new(asked.clone()));
+        for (rules, name, expected) in [
+            (&asked, dns("*.example.com"), "dns:db.example.com"),
+            (&anybody, dns("unverified:05"), "dns:unverified:05,other.example"),
+            (&Rules::OutboundTo(id), PeerName::Spiffe("spiffe://td/shop/db".parse().unwrap()), "spiffe://td/shop/db"),
+        ] {
+            assert_eq!(booked(rules, &name), expected);
+        }
     }
 }

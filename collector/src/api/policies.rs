@@ -213,7 +213,7 @@ pub async fn compare(State(api): State<Arc<Api>>, sent: Result<Json<CompareReque
             .map(|change| json!({"sign": change.kind.sign(), "line": change.line, "text": change.text}));
         let hits = impact::of(&old, &new, &core.commits.state(), &in_force.directive.trust_domain);
         json!({"in_force": applied.map_or(0, |applied| applied.version), "changes": changes.collect::<Vec<_>>(),
-               "seen": hits.seen, "would_end": hits.would_end, "more": hits.more})
+               "seen": hits.seen, "would_end": hits.would_end, "more": hits.more, "depends": hits.depends})
     });
     Ok(Json(compared.await.map_err(|error| ApiError::internal("comparing policies", &error))?))
 }

@@ -345,6 +345,9 @@ async fn diff(client: &Client, file: &Path, json: bool) -> anyhow::Result<()> {
     if let Some(more) = answer["more"].as_u64().filter(|more| *more > 0) {
         println!("and {more} more");
     }
+    if let Some(depends) = answer["depends"].as_u64().filter(|depends| *depends > 0) {
+        println!("Of {depends} others it depends on the listener, which is not known of what was seen.");
+    }
     Ok(())
 }
 

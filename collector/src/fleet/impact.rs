@@ -7,7 +7,7 @@ use sidewarden_proto::event::Direction;
 use sidewarden_proto::identity::{SpiffeId, TrustDomain};
 use sidewarden_proto::policy::connections::{Answer, Side};
 use sidewarden_proto::policy::egress::{Host, Target};
-use sidewarden_proto::policy::party::Who;
+use sidewarden_proto::policy::trial::Somebody;
 use sidewarden_proto::policy::{Extract, Policy};
 use sidewarden_proto::time::Timestamp;
 
@@ -27,6 +27,9 @@ pub struct Hits {
     pub would_end: Vec<Hit>,
     /// How many more there are.
     pub more: usize,
+    /// Of those that go on, how many would be kept from a listener that is open to them now: which they were seen at is not
+    /// known.
+    pub depends: usize,
 }
 
 /// One pair.
@@ -55,6 +58,10 @@ pub fn of(old: &Policy, new: &Policy, state: &State, domain: &TrustDomain) -> Hi
             let line = match after.judge(direction, peer) {
                 Answer::Denied(line) if is_cut => line,
                 Answer::Unlisted if is_cut => 0,
+                Answer::Silent | Answer::Allowed(_) if is_cut => {
+                    hits.depends += usize::from(after.is_narrower_than(&before, direction, peer));
+                    continue;
+                }
                 _ => continue,
             };
             if hits.would_end.len() == MAX_LISTED {
@@ -95,23 +102,27 @@ impl Sides {
         }
     }
 
-    /// At which listener it was is not known: lines about some listeners alone count as if they allowed it.
+    /// At which listener it was is not known: lines about some listeners alone count as if they allowed it, and
+    /// [`Sides::is_narrower_than`] tells where that may be wrong.
     fn judge(&self, direction: Direction, peer: &str) -> Answer {
         if direction == Direction::Egress {
             return self.judge_egress(peer);
         }
-        let side = if direction == Direction::Inbound { &self.called } else { &self.calling };
-        if let Ok(id) = peer.parse::<SpiffeId>() {
-            return side.judge(Who::Workload(&id), None);
-        }
-        match peer.strip_prefix("dns:") {
-            Some(unproven) if unproven.starts_with("unverified:") => side.judge(Who::Unproven, None),
-            Some(names) => {
-                let names: Vec<String> = names.split(',').map(str::to_owned).collect();
-                side.judge(Who::Dns(&names), None)
-            }
-            None => side.judge(Who::Unproven, None),
-        }
+        self.side(direction).judge(somebody(peer).who(), None)
+    }
+
+    /// Whether lines about some listeners alone leave it fewer of them than `before`.
+    fn is_narrower_than(&self, before: &Sides, direction: Direction, peer: &str) -> bool {
+        let peer = somebody(peer);
+        // Nobody looks at the listeners of who has no agent.
+        let has_agent = direction == Direction::Inbound || matches!(peer, Somebody::Workload(_));
+        direction != Direction::Egress
+            && has_agent
+            && self.side(direction).limits(peer.who()).are_narrower_than(&before.side(direction).limits(peer.who()))
+    }
+
+    fn side(&self, direction: Direction) -> &Side {
+        if direction == Direction::Inbound { &self.called } else { &self.calling }
     }
 
     fn judge_egress(&self, peer: &str) -> Answer {
@@ -123,6 +134,19 @@ impl Sides {
         // What cannot be read was not made by an agent of ours.
         let is_allowed = target.is_none_or(|target| outward.list.consider(&target).is_ok());
         if is_allowed { Answer::Silent } else { Answer::Unlisted }
+    }
+}
+
+/// As agents have told it.
+fn somebody(peer: &str) -> Somebody {
+    if let Ok(id) = peer.parse() {
+        return Somebody::Workload(id);
+    }
+    match peer.strip_prefix("dns:") {
+        Some(names) if !names.starts_with("unverified:") => {
+            Somebody::Dns(names.split(',').map(str::to_owned).collect())
+        }
+        _ => Somebody::Unproven,
     }
 }
 
@@ -162,5 +186,51 @@ mod tests {
         ];
         assert_eq!((told.as_slice(), hits.seen, hits.more), (&expected[..], 6, 0));
         assert_eq!(of(&new, &new, &state, &"td".parse().unwrap()).would_end, []);
+    }
+
+    #[test]
+    fn those_whom_a_line_about_some_listeners_may_cut_off_are_counted() {
+        let mut agent = Agent::default();
+        for (direction, peer) in [
+            (Direction::Inbound, "spiffe://td/shop/web"),
+            (Direction::Outbound, "spiffe://td/shop/db"),
+            (Direction::Outbound, "dns:db.example.com"),
+        ] {
+            agent.peers.insert((direction, peer.to_owned()), PeerSeen::default());
+        }
+        let agents = [("spiffe://td/shop/orders#c1".parse().unwrap(), agent)];
+        let state = State { agents: agents.into(), ..State::default() };
+        let line = |kind: &str, from: &str, to: &str, listeners: &str| {
+            format!("[[{kind}]]\nfrom = ['{from}']\nto = ['{to}']\nlisteners = [{listeners}]\n")
+        };
+        let all = line("allow", "*", "*", "") + &line("allow", "*", "dns:db.example.com", "");
+        let (web, db) = (line("deny", "shop/web", "*", "22"), line("deny", "*", "shop/db", "22, 'db.example'"));
+        let none = String::new();
+        for (old, new, depends) in [
+            (none.clone(), web.clone(), 1),
+            (none.clone(), web.clone() + &db, 2),
+            (web.clone() + &db, web.clone() + &db, 0),
+            (line("deny", "*", "shop/db", "22"), db.clone(), 1),
+            (db, web, 1),
+            (none, all.clone(), 0),
+            (all.clone(), line("allow", "*", "*", "22") + &line("allow", "*", "dns:db.example.com", "22"), 2),
+            (line("allow", "*", "*", "22"), all, 0),
+        ] {
+            let [old, new] = [old, new].map(|text| Policy::parse(&text).unwrap());
+            let hits = of(&old, &new, &state, &"td".parse().unwrap());
+            assert_eq!((hits.depends, hits.would_end), (depends, vec![]), "{new:?}");
+        }
+    }
+
+    #[test]
+    fn a_foreign_server_is_judged_by_the_name_that_it_was_asked_for() {
+        let mut agent = Agent::default();
+        agent.peers.insert((Direction::Outbound, "dns:db.example.com".to_owned()), PeerSeen::default());
+        let agents = [("spiffe://td/shop/orders#c1".parse().unwrap(), agent)];
+        let state = State { agents: agents.into(), ..State::default() };
+        for (to, cut) in [("dns:db.example.com", 0), ("dns:www.example.com", 1)] {
+            let new = Policy::parse(&format!("[[allow]]\nfrom = ['*']\nto = ['{to}']\n")).unwrap();
+            assert_eq!(of(&Policy::default(), &new, &state, &"td".parse().unwrap()).would_end.len(), cut, "{to}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! A document without `[[allow]]` leaves that to the agents' own settings; with one, whatever no `[[allow]]` lets through
 //! is refused. `[[deny]]` goes before. An agent's own settings must allow a connection, too.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -198,9 +199,36 @@ impl Side {
         }
     }
 
+    /// Where `peer` may be at the other end, as far as that depends on the listener.
+    pub fn limits<'a>(&'a self, peer: Who<'a>) -> Limits<'a> {
+        let listeners = |index: &'a Index<Hit>| index.about(peer).flat_map(|hit| hit.listeners.iter()).collect();
+        let is_limited = |index: &&'a Index<Hit>| index.about(peer).all(|hit| !hit.listeners.is_empty());
+        Limits { denied: listeners(&self.deny), allowed: self.allow.as_ref().filter(is_limited).map(listeners) }
+    }
+
     /// The first lines that are about this workload, for whoever finds no line about its peer.
     pub fn lines_about(&self) -> &[usize] {
         &self.about[..self.about.len().min(5)]
+    }
+}
+
+/// At which listeners alone somebody may come in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits<'a> {
+    denied: BTreeSet<&'a Listener>,
+    /// Nothing, where it is allowed at all others.
+    allowed: Option<BTreeSet<&'a Listener>>,
+}
+
+impl Limits<'_> {
+    /// Whether one of the listeners that were open `before` is not.
+    pub fn are_narrower_than(&self, before: &Limits<'_>) -> bool {
+        let fewer = match (&self.allowed, &before.allowed) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(now), Some(before)) => !before.is_subset(now),
+        };
+        fewer || !self.denied.is_subset(&before.denied)
     }
 }
 

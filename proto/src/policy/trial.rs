@@ -76,7 +76,8 @@ impl Somebody {
         id.map(Somebody::Workload).map_err(|error| error.to_string())
     }
 
-    fn who(&self) -> Who<'_> {
+    /// As lines of a policy see it.
+    pub fn who(&self) -> Who<'_> {
         match self {
             Somebody::Workload(id) => Who::Workload(id),
             Somebody::Dns(names) => Who::Dns(names),
