@@ -230,6 +230,7 @@ impl Issuer {
             return Err(refuse("bad_request", "the old certificate names no workload", false));
         };
         let agent = AgentId { workload: workload.clone(), instance: instance.clone() };
+        self.check_name(workload)?;
         match self.known(&agent, peer, chain, now)? {
             KeyState::Current { .. } => Ok(agent),
             KeyState::Superseded => Err(refuse("revoked", "a newer key of this instance is in use", false)),
@@ -301,6 +302,15 @@ impl Issuer {
         register.db.execute(sql, values).map(drop).map_err(|e| register.fault(e))
     }
 
+    /// Whoever has the key of a further collector's issuing CA shows a certificate for any name: that of a collector, signed by
+    /// us, would make directives.
+    fn check_name(&self, workload: &SpiffeId) -> Result<(), Refused> {
+        if workload.trust_domain() == *self.authority.domain() && !is_reserved(workload.path()) {
+            return Ok(());
+        }
+        Err(refuse("bad_request", format!("{workload} is no name that agents of this trust domain have"), false))
+    }
+
     /// Signs, and records it and the token's use in one transaction.
     fn issue(
         &self,
@@ -311,6 +321,7 @@ impl Issuer {
         reason: &Reason<'_>,
         now: Timestamp,
     ) -> Result<Grant, Refused> {
+        self.check_name(&agent.workload)?;
         let instance = Some(agent.instance.as_str());
         let chain = self.authority.sign(&agent.workload, instance, &[], key, self.life, now)?;
         let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("internal", e.to_string(), true))?;

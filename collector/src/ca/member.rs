@@ -448,6 +448,36 @@ mod tests {
         assert!(Authority::open(second.path(), terms(), year).is_ok(), "it goes on to the end");
     }
 
+    #[test]
+    fn who_has_a_followers_issuing_key_has_no_collectors_name_signed_by_the_one_that_makes_directives() {
+        let (first, second, now) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Timestamp::now());
+        let (made, ended) = (now.minus(2 * DAY), now.minus(DAY).minus(Duration::from_secs(60)));
+        let (leader, _) = Authority::open(&first.path().join("ca"), terms(), made).unwrap();
+        let chain = leader.sign_member(&csr_der(&request(second.path(), &Vault::default()).unwrap()), made).unwrap();
+        install(second.path(), &chain, &terms().domain, &Vault::default(), made).unwrap();
+        let (member, _) = Authority::open(second.path(), terms(), made).unwrap();
+        let issuer = issuer(first.path());
+        let enrol = |path: &str| {
+            let (name, key) = (terms().domain.workload(path).unwrap(), KeyPair::generate().unwrap());
+            let previous = member.sign(&name, Some("x"), &[], &key, DAY, ended).unwrap();
+            let request = sidewarden_proto::enrol::Request {
+                version: String::new(),
+                workload: None,
+                instance: "x".parse().unwrap(),
+                token_id: String::new(),
+                token_secret: sidewarden_proto::secret::Secret::default(),
+                csr: sidewarden_proto::enrol::Der(certificate_request(&key).unwrap()),
+                previous: previous.iter().map(|cert| sidewarden_proto::enrol::Der(cert.to_vec())).collect(),
+            };
+            let granted = issuer.enrol(&request, &directive(&[]), &|_| None, now);
+            granted.map(|grant| grant.event.workload.to_string()).map_err(|refused| refused.reason)
+        };
+        assert_eq!(enrol("sidewarden/collector"), Err("bad_request".into()));
+        assert_eq!(enrol("sidewarden/collector/2"), Err("bad_request".into()));
+        assert_eq!(enrol("shop/web"), Ok("spiffe://x.example/shop/web".into()));
+        assert_eq!(issuer.register().report(made).unwrap().issued.len(), 2, "of who was refused nothing is kept");
+    }
+
     fn directive(roots: &[CertificateDer<'static>]) -> Directive {
         let json = serde_json::json!({ "version": 7, "trust_domain": "x.example", "issued_us": 1, "bundle": [] });
         let bundle = roots.iter().map(|root| sidewarden_proto::enrol::Der(root.to_vec())).collect();
