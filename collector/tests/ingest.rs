@@ -195,6 +195,23 @@ async fn a_second_live_key_of_an_instance_is_refused_and_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_second_key_that_was_refused_takes_nothing_from_the_one_that_is_live() {
+    let dir = tempdir().unwrap();
+    let app = start(dir.path()).await;
+    let first = Agent::enrolled(&app, "shop/web", "c1").await;
+    // Both have tokens, and neither is connected yet.
+    let second = Agent::enrolled(&app, "shop/web", "c1").await;
+    let (connection, _) = first.session(app.agents).await;
+    let mut other = second.quic(app.agents).await;
+    other.send(&Frame::Hello(second.hello())).await;
+    assert_eq!(other.refusal().await, "second_instance");
+    drop(connection);
+    until("the session ends", || app.core.fleet.live(&first.id).is_none()).await;
+    let (_again, _) = first.session(app.agents).await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_cannot_pass_for_another_instance() {
     let dir = tempdir().unwrap();
     let app = start(dir.path()).await;

@@ -269,8 +269,10 @@ async fn admit(shared: &Arc<Shared>, come: &Come, hello: &Hello) -> Result<Admit
         critical: true,
         ..not_admitted("second_instance", second.to_string(), true)
     })?;
-    if is_guest {
-        note_guest(shared, &agent, &peer, now).await?;
+    // One that was refused its place must not take the key of who has it out of use. On an error the place is free again.
+    match is_guest {
+        true => note_guest(shared, &agent, &peer, now).await?,
+        false => note_key(shared, &agent, &peer).await?,
     }
     let cursor = cursor(shared, &agent, hello.epoch).await?;
     let guest = is_guest.then(|| (fronts, come.chain.clone()));
@@ -336,14 +338,7 @@ async fn check_key(
 ) -> Result<bool, NotAdmitted> {
     let (issuer, owner, shown, now) = (shared.issuer.clone(), agent.clone(), peer.clone(), (shared.clock)());
     let chain = chain.to_vec();
-    let looked_up = tokio::task::spawn_blocking(move || {
-        let state = issuer.known(&owner, &shown, &chain, now)?;
-        if matches!(state, KeyState::Current { .. }) {
-            issuer.seen(&owner, shown.spki)?;
-        }
-        Ok::<_, Refused>(state)
-    })
-    .await;
+    let looked_up = tokio::task::spawn_blocking(move || issuer.known(&owner, &shown, &chain, now)).await;
     let critical = |reason, detail: String| NotAdmitted { critical: true, ..not_admitted(reason, detail, false) };
     match looked_up {
         Ok(Ok(KeyState::Current { renewal })) => Ok(renewal),
@@ -357,6 +352,16 @@ async fn check_key(
             Err(critical("not_issued_here", format!("{agent} shows a key that is not in this collector's register")))
         }
         Ok(Err(refused)) => Err(internal(&refused.detail)),
+        Err(error) => Err(internal(&error.to_string())),
+    }
+}
+
+/// Notes that the key is in use: from now on, older ones of its instance are not.
+async fn note_key(shared: &Arc<Shared>, agent: &Arc<AgentId>, peer: &Peer) -> Result<(), NotAdmitted> {
+    let (issuer, owner, spki) = (shared.issuer.clone(), agent.clone(), peer.spki);
+    match tokio::task::spawn_blocking(move || issuer.seen(&owner, spki)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(internal(&error.to_string())),
         Err(error) => Err(internal(&error.to_string())),
     }
 }
