@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Renew, Signed, Target};
 use sidewarden_proto::enrol::Der;
-use sidewarden_proto::identity::TrustDomain;
+use sidewarden_proto::identity::{Peer, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{Credential, Trust};
 use tokio::sync::watch;
@@ -20,6 +20,17 @@ pub struct InForce {
     pub directive: Directive,
     /// Signed.
     pub signed: Signed,
+}
+
+impl InForce {
+    /// The key of a collector may have been stolen: a directive that only such have signed does not count, as with agents.
+    fn check_makers(&self, makers: &[Peer]) -> Result<(), DirectivesError> {
+        let denied: Option<Vec<_>> = makers.iter().map(|maker| self.directive.denies(maker)).collect();
+        match denied.as_ref().and_then(|denied| denied.first()) {
+            Some(denied) => Err(DirectivesError::Revoked(denied.to_string())),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a directive says of the trust domain's roots.
@@ -50,6 +61,9 @@ pub enum DirectivesError {
         "directive {0} of the collector that is followed says something else than the one of that number here: apply any change there, the next number settles it"
     )]
     Differs(u64),
+    /// By a maker whose word counts no more.
+    #[error("a directive by a collector that is revoked was not taken: {0}")]
+    Revoked(String),
     /// They are made elsewhere.
     #[error("directives are made by the collector that ca.leader names: ask that one")]
     Follows,
@@ -122,8 +136,9 @@ impl Directives {
     /// Takes a directive of the collector that we follow, if it is newer; whether it was.
     pub fn adopt(&self, signed: Signed, trust: &Trust, now: Timestamp) -> Result<bool, DirectivesError> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
-        let directive = signed.open(trust, now)?;
+        let (directive, makers) = signed.prove(trust, now)?;
         let have = self.now();
+        have.check_makers(&makers)?;
         if directive.version == have.directive.version && directive != have.directive {
             return Err(DirectivesError::Differs(directive.version));
         }
@@ -419,6 +434,32 @@ mod tests {
         let again = open().now();
         assert_eq!((again.directive.version, &again.directive.revoked), (4, &revoked), "it survives a restart");
         assert_eq!(again.signed, follows.now().signed);
+    }
+
+    #[test]
+    fn a_directive_by_a_key_that_is_revoked_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (domain, now): (TrustDomain, _) = ("x.example".parse().unwrap(), Timestamp::now());
+        let own_life = Duration::from_secs(86400);
+        let open = || {
+            let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
+            Authority::open(&dir.path().join("ca"), terms, now).unwrap().0
+        };
+        // The next start makes another key.
+        let (stolen, authority) = (open().own().borrow().clone(), open());
+        let (own, trust) = (authority.own().borrow().clone(), authority.trust());
+        let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
+        let path = dir.path().join("follows.json");
+        let follows = Directives::open_following(&path, &domain, roots(), &own, now).unwrap();
+        let what = Target::Key { spki: stolen.peer().spki };
+        let revoked = vec![Revocation { id: "1".into(), what, why: "stolen".into(), at_us: now, keys: Vec::new() }];
+        let revoking = first(&domain, 5, roots(), now).with_revoked(revoked);
+        follows.adopt(Signed::sign(&revoking, &own).unwrap(), &trust, now).unwrap();
+        let next = |by: &Credential| Signed::sign(&first(&domain, 6, roots(), now), by).unwrap();
+        let refused = follows.adopt(next(&stolen), &trust, now);
+        assert!(matches!(refused, Err(DirectivesError::Revoked(_))), "{refused:?}");
+        assert_eq!(follows.now().directive.version, 5);
+        assert!(follows.adopt(next(&stolen).also_by(&own).unwrap(), &trust, now).unwrap(), "one who may is enough");
     }
 
     #[test]

@@ -6,11 +6,12 @@ use std::io;
 use std::time::Duration;
 
 use rcgen::KeyPair;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use sidewarden_proto::config::HostPort;
 use sidewarden_proto::directive::Signed;
 use sidewarden_proto::enrol::{self, Answer};
 use sidewarden_proto::event::{Body, Event, LeaderChanged, Severity};
+use sidewarden_proto::identity::Usage;
 use sidewarden_proto::tls::{self, Expect, Floor};
 use sidewarden_proto::wire::{ALPN_COLLECTOR, Decoder, Frame, Report};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, WriteHalf};
@@ -141,7 +142,19 @@ async fn connect(core: &Core, leader: &HostPort) -> io::Result<TlsStream<TcpStre
     tcp.set_nodelay(true)?;
     // The name is not sent for anything: who answers is proven by the SPIFFE ID.
     let name = ServerName::from(tcp.peer_addr()?.ip());
-    TlsConnector::from(config.map_err(io::Error::other)?).connect(name, tcp).await
+    let stream = TlsConnector::from(config.map_err(io::Error::other)?).connect(name, tcp).await?;
+    check_key(core, stream.get_ref().1.peer_certificates().unwrap_or_default())?;
+    Ok(stream)
+}
+
+/// Whoever comes with a leader's key that is revoked is told nothing of our agents.
+fn check_key(core: &Core, chain: &[CertificateDer<'_>]) -> io::Result<()> {
+    let trust = core.issuer.authority().trust();
+    let peer = tls::peer_with(chain, &trust, Usage::Server).map_err(io::Error::other)?;
+    match core.directives.now().directive.denies(&peer) {
+        Some(denied) => Err(io::Error::other(denied.to_string())),
+        None => Ok(()),
+    }
 }
 
 impl Session<'_> {
