@@ -8,6 +8,8 @@ use std::time::Duration;
 use agent::{Agent, domain, enrol, request, start, token, until};
 use rcgen::KeyPair;
 use sidewarden_collector::app::App;
+use sidewarden_collector::ca::orders;
+use sidewarden_collector::ca::rotate::Step;
 use sidewarden_collector::commit::What;
 use sidewarden_collector::fleet::{self, Asked};
 use sidewarden_collector::index::{Order, Query};
@@ -208,6 +210,34 @@ async fn a_second_key_that_was_refused_takes_nothing_from_the_one_that_is_live()
     drop(connection);
     until("the session ends", || app.core.fleet.live(&first.id).is_none()).await;
     let (_again, _) = first.session(app.agents).await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compromise_that_cannot_be_announced_changes_nothing_and_can_be_ordered_again() {
+    let dir = tempdir().unwrap();
+    let app = start(dir.path()).await;
+    let web = Agent::enrolled(&app, "shop/web", "c1").await;
+    let issuer = &app.core.issuer;
+    let order = async || {
+        let order = orders::Order::Rotate { step: Step::Compromise, force: true };
+        let id = issuer.register().order(&order, Timestamp::now()).unwrap();
+        until("a reply", || issuer.register().reply(id).unwrap().is_some()).await;
+        issuer.register().reply(id).unwrap().unwrap()
+    };
+    let (entries, own) = (issuer.authority().entries(), issuer.authority().own().borrow().peer().serial.clone());
+    // No directive can be written.
+    let blocked = dir.path().join("data/directive.part");
+    std::fs::create_dir(&blocked).unwrap();
+    assert!(matches!(order().await, orders::Reply::Refused { .. }));
+    assert_eq!(issuer.authority().entries(), entries);
+    assert_eq!(issuer.authority().own().borrow().peer().serial, own);
+    drop(web.session(app.agents).await);
+    std::fs::remove_dir(&blocked).unwrap();
+    assert!(matches!(order().await, orders::Reply::Rotated { .. }));
+    assert_eq!(app.core.directives.now().directive.bundle.len(), 2);
+    // It knows the new root by a directive alone, which the old one vouches for.
+    app.core.directives.now().signed.open(&web.trust, Timestamp::now()).unwrap();
     app.stop().await;
 }
 

@@ -113,8 +113,7 @@ impl Authority {
 
     /// The public keys of roots whose certificates are to be renewed now.
     pub fn tainted(&self) -> Vec<Sha256> {
-        let generations = self.generations();
-        generations.iter().filter(|g| g.entry.stage == Stage::Tainted).map(|g| g.root.spki).collect()
+        generation::tainted(&self.generations())
     }
 
     /// The public keys of roots that somebody else may have the keys of, and of the issuing CAs under them.
@@ -189,21 +188,31 @@ impl Authority {
         Ok(true)
     }
 
-    /// Takes a step of a rotation: on disk first, then in use. Whether it may be taken now is for the caller to ask.
-    pub fn step(&self, step: Step, now: Timestamp) -> Result<(), CaError> {
+    /// Takes a step of a rotation: announced first, then on disk, then in use. `announce` is given the generations after it and
+    /// our certificate of then; where it fails nothing has changed. Whether the step may be taken now is for the caller to ask.
+    pub fn step<E: From<CaError>>(
+        &self,
+        step: Step,
+        now: Timestamp,
+        announce: impl FnOnce(&[Generation], &Credential) -> Result<(), E>,
+    ) -> Result<(), E> {
         let _changing = self.lock();
         let before = self.entries();
-        let entries = rotate::after(&before, step, now)?;
+        let entries = rotate::after(&before, step, now).map_err(CaError::from)?;
         let is_new = |entry: &&Entry| before.iter().all(|old| old.number != entry.number);
         for entry in entries.iter().filter(is_new) {
             generation::make(&self.dir, entry, &self.terms.domain, &self.terms.vault, now)?;
         }
         // Opened before they count: a list that names what cannot be opened would keep the next start from succeeding.
         let opened = self.open_all(&entries, now)?;
-        generation::write_list(&self.dir, &entries)?;
+        let own = make_own(&self.terms, active(&opened), now)?;
+        // A root that issues and that nobody has heard of would lock everybody out; one that was announced and does not issue
+        // yet costs nothing: the next start announces what stands in the list.
+        announce(&opened, &own)?;
         write_bundle(&self.dir, &opened)?;
+        generation::write_list(&self.dir, &entries)?;
         self.put(opened);
-        self.renew_own(now)?;
+        self.own.send_replace(own);
         before.iter().filter(|old| entries.iter().all(|e| e.number != old.number)).for_each(|gone| self.remove(gone));
         Ok(())
     }

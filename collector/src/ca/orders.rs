@@ -18,6 +18,7 @@ use sidewarden_proto::identity::{Peer, PeerName, Sha256, SpiffeId, Usage};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
 
+use super::generation;
 use super::holders::{Outside, outside_missing};
 use super::issue::read_request;
 use super::member::{self, Member};
@@ -254,22 +255,26 @@ fn take(issuer: &Issuer, directives: &Directives, step: Step, now: Timestamp) ->
             now,
         )?;
     }
-    authority.step(step, now)?;
-    let roots = roots(issuer, now)?;
-    // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.
-    let own = if step == Step::Compromise { before } else { authority.own().borrow().clone() };
-    directives.set_roots(roots, &own, now)?;
+    authority.step(step, now, |generations, own| {
+        let roots = roots_of(issuer, generation::bundle(generations), generation::tainted(generations), now)?;
+        // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.
+        let by = if step == Step::Compromise { &before } else { own };
+        Ok::<_, anyhow::Error>(directives.set_roots(roots, by, now)?)
+    })?;
     tracing::warn!(step = step.word(), pin = %authority.pin(), "a step of the CA's rotation was taken");
     Ok(())
 }
 
 /// What directives say of the roots now.
 pub fn roots(issuer: &Issuer, now: Timestamp) -> Result<Roots, CaError> {
-    let (authority, holders) = (issuer.authority(), issuer.register().holders(Duration::ZERO, now)?.len());
+    roots_of(issuer, issuer.authority().bundle(), issuer.authority().tainted(), now)
+}
+
+fn roots_of(issuer: &Issuer, bundle: Vec<Der>, roots: Vec<Sha256>, now: Timestamp) -> Result<Roots, CaError> {
+    let holders = issuer.register().holders(Duration::ZERO, now)?.len();
     let within_secs = u32::try_from(holders / RENEWALS_PER_SECOND).unwrap_or(u32::MAX).clamp(1, 600);
-    let roots = authority.tainted();
     let within_secs = if roots.is_empty() { 0 } else { within_secs };
-    Ok(Roots { bundle: authority.bundle(), renew: Renew { roots, within_secs } })
+    Ok(Roots { bundle, renew: Renew { roots, within_secs } })
 }
 
 /// Signs an issuing CA for another collector, in place of the one with the key `replaces`: the chain, and what is told.
