@@ -145,6 +145,9 @@ pub struct Member {
     pub not_after: Timestamp,
     /// The newest directive that it hands out.
     pub confirmed: u64,
+    /// It was replaced, lost on its way, or given up: nobody waits for it, and it may not follow. What it has signed is
+    /// believed all the same, until it ends or is revoked.
+    pub gone: bool,
 }
 
 impl Member {
@@ -155,7 +158,7 @@ impl Member {
         let (_, parsed) = X509Certificate::from_der(issuing).map_err(|e| fault(&e))?;
         let not_after = Timestamp::from_secs(parsed.validity().not_after.timestamp());
         let (spki, root) = (tls::spki_of(issuing).map_err(|e| fault(&e))?, tls::spki_of(root).map_err(|e| fault(&e))?);
-        Ok(Member { serial: parsed.serial.to_str_radix(16), spki, root, not_after, confirmed: 0 })
+        Ok(Member { serial: parsed.serial.to_str_radix(16), spki, root, not_after, confirmed: 0, gone: false })
     }
 
     fn is_revoked(&self, directive: &Directive) -> bool {
@@ -195,7 +198,7 @@ impl Register {
             let sql = "INSERT INTO members (serial, spki, root, not_after, issued) VALUES (?1, ?2, ?3, ?4, ?5)";
             let Member { serial, spki, root, not_after, .. } = member;
             // One that was signed before and never came into use was lost on its way.
-            let lost = "DELETE FROM members WHERE confirmed = 0 AND spki IN
+            let lost = "UPDATE members SET gone = 1 WHERE confirmed = 0 AND spki IN
                         (SELECT replaced_by FROM members WHERE spki = ?1)";
             if let Some(replaced) = replaces {
                 tx.execute(lost, [replaced.0])?;
@@ -209,11 +212,11 @@ impl Register {
         write().map_err(|e| self.fault(e))
     }
 
-    /// Notes that another collector hands out this directive with the issuing CA `spki`; what that replaced is forgotten.
+    /// Notes that another collector hands out this directive with the issuing CA `spki`; what that replaced is gone.
     pub fn member_seen(&self, spki: Sha256, directive: u64) -> Result<(), CaError> {
         let write = || {
             let tx = self.db.unchecked_transaction()?;
-            tx.execute("DELETE FROM members WHERE replaced_by = ?1", [spki.0])?;
+            tx.execute("UPDATE members SET gone = 1 WHERE replaced_by = ?1 AND NOT gone", [spki.0])?;
             let directive = i64::try_from(directive).unwrap_or(i64::MAX);
             tx.execute("UPDATE members SET confirmed = ?2 WHERE spki = ?1", params![spki.0, directive])?;
             tx.commit()
@@ -221,9 +224,15 @@ impl Register {
         write().map_err(|e| self.fault(e))
     }
 
-    /// Other collectors whose issuing CA holds at `now`.
+    /// Other collectors whose issuing CA holds at `now`, and that are not gone.
     pub fn members(&self, now: Timestamp) -> Result<Vec<Member>, CaError> {
-        let sql = "SELECT serial, spki, root, not_after, confirmed FROM members WHERE not_after > ?1 ORDER BY issued";
+        Ok(self.issuing_cas(now)?.into_iter().filter(|member| !member.gone).collect())
+    }
+
+    /// Every issuing CA of another collector that holds at `now`.
+    pub fn issuing_cas(&self, now: Timestamp) -> Result<Vec<Member>, CaError> {
+        let sql =
+            "SELECT serial, spki, root, not_after, confirmed, gone FROM members WHERE not_after > ?1 ORDER BY issued";
         let mut rows = self.db.prepare(sql).map_err(|e| self.fault(e))?;
         let found = rows.query_map([now.0], |row| {
             let confirmed: i64 = row.get(4)?;
@@ -233,6 +242,7 @@ impl Register {
                 root: Sha256(row.get(2)?),
                 not_after: Timestamp(row.get(3)?),
                 confirmed: u64::try_from(confirmed).unwrap_or(0),
+                gone: row.get(5)?,
             })
         });
         found.map_err(|e| self.fault(e))?.collect::<Result<_, _>>().map_err(|e| self.fault(e))
@@ -241,8 +251,8 @@ impl Register {
     /// Waits no more for a collector that is gone for good; whether there was one.
     pub fn forget_member(&self, serial: &str, now: Timestamp) -> Result<bool, CaError> {
         self.guests_elsewhere_left(now)?;
-        let deleted = self.db.execute("DELETE FROM members WHERE serial = ?1", [serial]);
-        deleted.map(|count| count > 0).map_err(|e| self.fault(e))
+        let marked = self.db.execute("UPDATE members SET gone = 1 WHERE serial = ?1 AND NOT gone", [serial]);
+        marked.map(|count| count > 0).map_err(|e| self.fault(e))
     }
 
     /// What has been written to the register since it was opened: while this stays, nothing has changed.
@@ -613,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn an_issuing_ca_that_was_lost_on_its_way_is_forgotten_when_the_next_one_is_signed() {
+    fn an_issuing_ca_that_was_lost_on_its_way_or_replaced_is_waited_for_no_more_and_can_still_be_found() {
         let dir = tempfile::tempdir().unwrap();
         let (issuer, now) = (issuer(dir.path()), Timestamp::now());
         let register = issuer.register();
@@ -623,6 +633,7 @@ mod tests {
             root: Sha256([0; 32]),
             not_after: now.plus(DAY),
             confirmed: 0,
+            gone: false,
         };
         let serials = || register.members(now).unwrap().into_iter().map(|member| member.serial).collect::<Vec<_>>();
         register.record_member(&member(1), None, now).unwrap();
@@ -633,6 +644,12 @@ mod tests {
         }
         register.member_seen(Sha256([3; 32]), 4).unwrap();
         assert_eq!(serials(), ["3"]);
+        assert!(register.forget_member("3", now).unwrap() && !register.forget_member("3", now).unwrap());
+        assert!(serials().is_empty());
+        let all =
+            |at| register.issuing_cas(at).unwrap().into_iter().map(|one| (one.serial, one.gone)).collect::<Vec<_>>();
+        assert_eq!(all(now), ["1", "2", "3"].map(|serial| (serial.to_owned(), true)), "what they sign still counts");
+        assert!(all(now.plus(DAY)).is_empty());
     }
 
     #[test]

@@ -169,7 +169,7 @@ pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Re
         },
         Order::ForgetMember { serial } => match issuer.register().forget_member(&serial, now)? {
             true => (Reply::Done, None),
-            false => (refused(format!("no issuing CA {serial} was signed for another collector")), None),
+            false => (refused(format!("nothing waits for an issuing CA {serial}: see `ca member list`")), None),
         },
         Order::Issue { csr, name, names, life_secs, although_agents } => {
             let life = Duration::from_secs(life_secs);

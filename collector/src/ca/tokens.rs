@@ -42,10 +42,11 @@ const SCHEMA: &str = "
 ";
 
 /// Columns that came later than their table.
-const LATER: [(&str, &str, &str); 3] = [
+const LATER: [(&str, &str, &str); 4] = [
     ("issued", "root", "ALTER TABLE issued ADD COLUMN root BLOB"),
     ("orders", "taken", "ALTER TABLE orders ADD COLUMN taken INTEGER NOT NULL DEFAULT 0"),
     ("issued", "superseded", "ALTER TABLE issued ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0"),
+    ("members", "gone", "ALTER TABLE members ADD COLUMN gone INTEGER NOT NULL DEFAULT 0"),
 ];
 
 /// Which workloads a token is good for: one, or every service of a namespace.

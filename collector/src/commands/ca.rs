@@ -106,7 +106,7 @@ pub enum MemberCommand {
         #[arg(long, value_name = "FILE")]
         chain: PathBuf,
     },
-    /// Where the root's key is: which there are, and what each hands out
+    /// Where the root's key is: every issuing CA that holds, also of one that is gone, its key, and what it hands out
     List,
     /// Where the root's key is: wait no more for a collector that is gone for good
     Forget {
@@ -400,11 +400,14 @@ fn member_command(config: &Config, command: MemberCommand) -> anyhow::Result<()>
             Ok(())
         }
         MemberCommand::List => {
-            let members = Register::open(&config.data_dir.join("ca.db"))?.members(Timestamp::now())?;
+            let members = Register::open(&config.data_dir.join("ca.db"))?.issuing_cas(Timestamp::now())?;
             let rows = members.into_iter().map(|member| {
-                vec![member.serial, member.root.to_string(), member.not_after.to_string(), member.confirmed.to_string()]
+                let state = if member.gone { "gone" } else { "follows" }.to_owned();
+                let (key, root, until) =
+                    (member.spki.to_string(), member.root.to_string(), member.not_after.to_string());
+                vec![member.serial, state, key, root, until, member.confirmed.to_string()]
             });
-            print!("{}", table::table(&["SERIAL", "ROOT", "UNTIL", "DIRECTIVE"], rows));
+            print!("{}", table::table(&["SERIAL", "STATE", "KEY", "ROOT", "UNTIL", "DIRECTIVE"], rows));
             Ok(())
         }
         MemberCommand::Forget { serial } => match ask(config, &Order::ForgetMember { serial })? {

@@ -481,7 +481,7 @@ async fn a_collector_that_nobody_signed_here_is_not_told_anything() {
     let second = second(&world).await;
     let serial = world.collector().core.issuer.register().members(Timestamp::now()).unwrap()[0].serial.clone();
     assert_eq!(ask(&world.collector().core, &Order::ForgetMember { serial: "77".into() }).await.clone(), {
-        Reply::Refused { why: "no issuing CA 77 was signed for another collector".into() }
+        Reply::Refused { why: "nothing waits for an issuing CA 77: see `ca member list`".into() }
     });
     assert_eq!(ask(&world.collector().core, &Order::ForgetMember { serial }).await, Reply::Done);
     second.stop().await;
