@@ -177,6 +177,10 @@ pub fn missing(members: &[Member], step: Step, directive: &Directive, active: Sh
         _ if member.confirmed < newest => {
             Some(format!("hands out directive {}, the newest is {newest}", member.confirmed))
         }
+        _ if member.confirmed > newest => Some(format!(
+            "hands out directive {}, which is ahead of our newest, {newest}: it takes none of ours",
+            member.confirmed
+        )),
         Step::Taint | Step::Retire if member.root != active => Some(
             "has no issuing CA under the new root yet; it gets one by itself while it reaches this collector".into(),
         ),
@@ -650,6 +654,28 @@ mod tests {
             |at| register.issuing_cas(at).unwrap().into_iter().map(|one| (one.serial, one.gone)).collect::<Vec<_>>();
         assert_eq!(all(now), ["1", "2", "3"].map(|serial| (serial.to_owned(), true)), "what they sign still counts");
         assert!(all(now.plus(DAY)).is_empty());
+    }
+
+    #[test]
+    fn a_step_waits_for_a_collector_that_is_behind_ahead_or_of_the_old_root() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Timestamp::now());
+        let (leader, _) = Authority::open(dir.path(), terms(), now).unwrap();
+        let csr = certificate_request(&KeyPair::generate().unwrap()).unwrap();
+        let one = Member::of(&leader.sign_member(&csr, now).unwrap()).unwrap();
+        let (active, other, newest) = (leader.pin(), Sha256([9; 32]), directive(&[]).version);
+        let rows = [
+            (newest - 1, active, Step::Activate, Some("the newest is")),
+            (newest, active, Step::Activate, None),
+            (newest + 1, active, Step::Activate, Some("ahead of our newest")),
+            (newest + 1, active, Step::Prepare, None),
+            (newest, other, Step::Activate, None),
+            (newest, other, Step::Retire, Some("under the new root")),
+        ];
+        for (confirmed, active, step, wanted) in rows {
+            let named = missing(&[Member { confirmed, ..one.clone() }], step, &directive(&[]), active);
+            let lacks = named.first().map_or("", |one| one.lacks.as_str());
+            assert!(named.is_empty() == wanted.is_none() && lacks.contains(wanted.unwrap_or("")), "{step:?} {named:?}");
+        }
     }
 
     #[test]

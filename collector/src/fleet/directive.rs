@@ -61,6 +61,16 @@ pub enum DirectivesError {
         "directive {0} of the collector that is followed says something else than the one of that number here: apply any change there, the next number settles it"
     )]
     Differs(u64),
+    /// Its maker was set back. What it makes next under numbers that were used before would be no news here.
+    #[error(
+        "directive {theirs} of the collector that is followed is older than the one here, {ours}: it was set back, and what it makes is not taken; bring it ahead by `ca backup` and `ca restore` there, and look through what was revoked since"
+    )]
+    Older {
+        /// The number of theirs.
+        theirs: u64,
+        /// The number of ours.
+        ours: u64,
+    },
     /// By a maker whose word counts no more.
     #[error("a directive by a collector that is revoked was not taken: {0}")]
     Revoked(String),
@@ -139,11 +149,16 @@ impl Directives {
         let (directive, makers) = signed.prove(trust, now)?;
         let have = self.now();
         have.check_makers(&makers)?;
-        if directive.version == have.directive.version && directive != have.directive {
-            return Err(DirectivesError::Differs(directive.version));
+        let (theirs, ours) = (directive.version, have.directive.version);
+        // None comes late: a connection keeps the order, and each begins with the newest.
+        if theirs < ours {
+            return Err(DirectivesError::Older { theirs, ours });
+        }
+        if theirs == ours && directive != have.directive {
+            return Err(DirectivesError::Differs(theirs));
         }
         // The same version signed anew counts too: agents verify it against the signer's dates.
-        if directive.version < have.directive.version || signed == have.signed {
+        if signed == have.signed {
             return Ok(false);
         }
         write_secret(&signed_path(&self.path), &signed.to_bytes())?;
@@ -410,10 +425,13 @@ mod tests {
             let directive = first(&domain, version, roots(), now).with_revoked(revoked.clone());
             Signed::sign(&directive, &own).unwrap()
         };
-        for (version, newer, expected) in [(3, true, 3), (2, false, 3), (3, false, 3), (4, true, 4)] {
+        for (version, newer) in [(3, true), (3, false), (4, true)] {
             assert_eq!(follows.adopt(made(version), &trust, now).unwrap(), newer, "{version}");
-            assert_eq!(follows.now().directive.version, expected);
+            assert_eq!(follows.now().directive.version, version);
         }
+        let back = follows.adopt(made(3), &trust, now);
+        assert!(matches!(back, Err(DirectivesError::Older { theirs: 3, ours: 4 })), "{back:?}");
+        assert_eq!(follows.now().directive.version, 4);
         let other = first(&domain, 4, roots(), now);
         let other = follows.adopt(Signed::sign(&other, &own).unwrap(), &trust, now);
         assert!(matches!(other, Err(DirectivesError::Differs(4))), "the same number, and nobody is revoked any more");

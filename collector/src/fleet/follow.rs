@@ -20,6 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::DirectivesError;
 use crate::app::Core;
 use crate::ca::member::{self, Told};
 
@@ -40,7 +41,7 @@ type Writer = WriteHalf<TlsStream<TcpStream>>;
 
 /// Follows `leader` until the shutdown.
 pub async fn follow(core: Core, leader: HostPort) {
-    let mut pause = PAUSES.0;
+    let (mut pause, mut fault) = (PAUSES.0, None);
     loop {
         let ended = tokio::select! {
             ended = session(&core, &leader, &mut pause) => ended,
@@ -49,7 +50,10 @@ pub async fn follow(core: Core, leader: HostPort) {
         match ended {
             // We have another certificate: come back with it at once.
             Ok(()) => continue,
-            Err(error) => tell(&core, &leader, false, &error.to_string()).await,
+            Err(error) => {
+                let is_new = is_new(&mut fault, &error);
+                tell(&core, &leader, false, is_new, &error.to_string()).await;
+            }
         }
         tokio::select! {
             () = sleep(jittered(pause)) => pause = (pause * 2).min(PAUSES.1),
@@ -65,9 +69,15 @@ fn jittered(pause: Duration) -> Duration {
     pause / 2 + pause / 2 * u32::from(dice[0]) / 255
 }
 
-/// Tells that the leader was reached or lost, when that has changed.
-async fn tell(core: &Core, leader: &HostPort, reached: bool, why: &str) {
-    if !core.directives.reached(reached) {
+/// Whether the leader's word is not taken, for a reason other than the last: it may have been away before, which is another.
+fn is_new(fault: &mut Option<String>, error: &io::Error) -> bool {
+    let is_fault = error.get_ref().is_some_and(|inner| inner.is::<DirectivesError>());
+    is_fault && fault.replace(error.to_string()) != Some(error.to_string())
+}
+
+/// Tells that the leader was reached or lost, when that has changed, or `again`.
+async fn tell(core: &Core, leader: &HostPort, reached: bool, again: bool, why: &str) {
+    if !core.directives.reached(reached) && !again {
         return tracing::debug!(%leader, why, "the collector that is followed is still away");
     }
     let (severity, summary) = match reached {
@@ -116,7 +126,7 @@ async fn session(core: &Core, leader: &HostPort, pause: &mut Duration) -> io::Re
                 decoder.push(&buffer[..count]);
                 while let Some(frame) = decoder.next_frame().map_err(io::Error::other)? {
                     if session.take(frame).await? {
-                        tell(core, leader, true, "").await;
+                        tell(core, leader, true, false, "").await;
                         *pause = PAUSES.0;
                     }
                 }
@@ -177,9 +187,19 @@ impl Session<'_> {
         let taken = tokio::task::spawn_blocking(move || {
             let adopted = directives.adopt(signed, &authority.trust(), now)?;
             authority.follow(&directives.now().directive.bundle);
-            Ok::<_, super::DirectivesError>(adopted)
+            Ok::<_, DirectivesError>(adopted)
         });
-        let newer = taken.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        let taken = taken.await.map_err(io::Error::other)?;
+        // So that its rotation does not go on without us: one of that number that says something else is none of its own.
+        let ours = match &taken {
+            Err(DirectivesError::Older { ours, .. }) => Some(*ours),
+            Err(DirectivesError::Differs(_)) => Some(0),
+            _ => None,
+        };
+        if let Some(ours) = ours {
+            self.write(&Frame::DirectiveApplied(ours)).await?;
+        }
+        let newer = taken.map_err(io::Error::other)?;
         let version = self.core.directives.now().directive.version;
         if newer {
             tracing::info!(version, "a newer directive is handed out");

@@ -355,6 +355,34 @@ async fn a_follower_that_was_restarted_without_its_leader_hands_out_what_it_had(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_was_set_back_is_not_followed_and_both_say_so() {
+    let mut world = World::start().await;
+    let second = second(&world).await;
+    turn(&world.collector().core, Step::Prepare).await;
+    let kept = world.collector().core.config.data_dir.join("directive.json");
+    let before = std::fs::read(&kept).unwrap();
+    revoke(&world.collector().core, "shop/web").unwrap();
+    follows(&world, &second).await;
+    world.stop_collector().await;
+    std::fs::write(&kept, before).unwrap();
+    world.start_collector_again().await;
+    let told = async || {
+        let query = Query { kinds: vec!["leader.changed".into()], ..world::all() };
+        let events = second.core.index.query(query).await.unwrap().events;
+        events.iter().any(|record| record.summary.contains("is older than the one here")).then_some(())
+    };
+    eventually(|| "the second collector says nothing".into(), told).await;
+    assert_eq!(second.core.directives.now().directive.revoked.len(), 1, "and nothing is undone");
+    let core = &world.collector().core;
+    let waits = async || match ask(core, &Order::Rotate { step: Step::Activate, force: false }).await {
+        Reply::Waits { missing } => missing.iter().any(|one| one.lacks.contains("ahead")).then_some(()),
+        other => panic!("{other:?}"),
+    };
+    eventually(|| "the first does not see that the other is ahead".into(), waits).await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_takes_the_agents_of_the_other_collector_and_that_collector_with_it() {
     let mut world = World::start().await;
     let second = second(&world).await;
