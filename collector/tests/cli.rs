@@ -227,9 +227,10 @@ fn the_root_is_rotated_by_commands_beside_a_running_collector() {
     let server = Server::start(&data);
     let before = on(&data, None, &["ca", "status"]).1;
     assert!(before.contains("active") && before.contains("No rotation is under way"), "{before}");
+    assert!(on(&data, None, &["token", "create", "--workload", "shop/web"]).0);
     let out_of_turn = on(&data, None, &["ca", "activate"]);
     assert!(!out_of_turn.0 && out_of_turn.2.contains("begin with `ca prepare`"), "{out_of_turn:?}");
-    assert!(on(&data, None, &["token", "create", "--workload", "shop/web"]).0);
+    assert!(!out_of_turn.2.contains("old root's pin"), "nothing was done: {out_of_turn:?}");
     for (step, next) in [
         ("prepare", "Next: `ca activate`"),
         ("activate", "Next: `ca taint`"),
@@ -249,6 +250,22 @@ fn the_root_is_rotated_by_commands_beside_a_running_collector() {
     drop(server);
     let alone = on(&data, None, &["ca", "prepare"]);
     assert!(!alone.0 && alone.2.contains("no collector runs on"), "{alone:?}");
+}
+
+#[test]
+fn whom_a_forced_step_leaves_behind_is_said_of_that_step_also_if_another_is_next() {
+    let dir = tempdir().unwrap();
+    let (data, csr) = (dir.path().join("data"), dir.path().join("request.pem"));
+    let key = rcgen::KeyPair::generate().unwrap();
+    std::fs::write(&csr, rcgen::CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap()).unwrap();
+    let _server = Server::start(&data);
+    let probe = ["ca", "issue", "--csr", csr.to_str().unwrap(), "--name", "monitoring/probe"];
+    for command in [&probe[..], &["ca", "prepare"], &["ca", "activate"]] {
+        assert!(on(&data, None, command).0, "{command:?}");
+    }
+    let unasked = on(&data, None, &["ca", "retire", "--force"]);
+    assert!(unasked.2.contains("1 would be left behind") && unasked.2.contains("monitoring/probe"), "{unasked:?}");
+    assert!(!unasked.0 && unasked.2.contains("--yes"), "{unasked:?}");
 }
 
 #[test]

@@ -268,17 +268,18 @@ fn list(missing: &[Missing], to: &mut dyn Write) -> std::io::Result<()> {
 
 fn step(config: &Config, step: Step, anyway: &Anyway) -> anyhow::Result<()> {
     let standing = Standing::read(config)?;
-    if step == Step::Activate {
-        warn_of_tokens(config)?;
-    }
     if anyway.force {
-        let left = standing.next.iter().filter(|(next, _)| *next == step).flat_map(|(_, missing)| missing.clone());
-        let left: Vec<Missing> = left.collect();
+        // Another step may be next.
+        let register = Register::open(&config.data_dir.join("ca.db"))?;
+        let left = orders::missing(&register, &standing.directive, standing.pin, step, config.grace, standing.now)?;
         eprintln!("{} would be left behind by `ca {}` and need a new token:", left.len(), step.word());
         list(&left, &mut std::io::stderr())?;
         confirm(anyway)?;
     }
     take(config, step, anyway.force)?;
+    if step == Step::Activate {
+        warn_of_tokens(config)?;
+    }
     let next =
         rotate::next(&Standing::read(config)?.generations.iter().map(|one| one.entry.clone()).collect::<Vec<_>>());
     match next {
