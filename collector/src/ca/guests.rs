@@ -82,7 +82,7 @@ impl Register {
         self.db.execute(sql, [now.0]).map(drop).map_err(|e| self.fault(e))
     }
 
-    /// Another collector is given up: nobody can say any more who is there.
+    /// The last other collector is given up: nobody can say any more who is there.
     pub(super) fn guests_elsewhere_left(&self, now: Timestamp) -> Result<(), CaError> {
         let sql = "UPDATE guests SET left_at = ?1 WHERE left_at IS NULL AND elsewhere";
         self.db.execute(sql, [now.0]).map(drop).map_err(|e| self.fault(e))

@@ -254,9 +254,14 @@ impl Register {
 
     /// Waits no more for a collector that is gone for good; whether there was one.
     pub fn forget_member(&self, serial: &str, now: Timestamp) -> Result<bool, CaError> {
-        self.guests_elsewhere_left(now)?;
-        let marked = self.db.execute("UPDATE members SET gone = 1 WHERE serial = ?1 AND NOT gone", [serial]);
-        marked.map(|count| count > 0).map_err(|e| self.fault(e))
+        let tx = self.db.unchecked_transaction().map_err(|e| self.fault(e))?;
+        let marked = tx.execute("UPDATE members SET gone = 1 WHERE serial = ?1 AND NOT gone", [serial]);
+        let was_there = marked.map_err(|e| self.fault(e))? > 0;
+        // Whose the agents are is not kept: while there is another, it may be there that they are.
+        if was_there && self.members(now)?.is_empty() {
+            self.guests_elsewhere_left(now)?;
+        }
+        tx.commit().map(|()| was_there).map_err(|e| self.fault(e))
     }
 
     /// What has been written to the register since it was opened: while this stays, nothing has changed.
@@ -654,6 +659,32 @@ mod tests {
             |at| register.issuing_cas(at).unwrap().into_iter().map(|one| (one.serial, one.gone)).collect::<Vec<_>>();
         assert_eq!(all(now), ["1", "2", "3"].map(|serial| (serial.to_owned(), true)), "what they sign still counts");
         assert!(all(now.plus(DAY)).is_empty());
+    }
+
+    #[test]
+    fn only_with_the_last_other_collector_its_guests_are_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (issuer, now) = (issuer(dir.path()), Timestamp::now());
+        let register = issuer.register();
+        for n in [1, 2] {
+            let (serial, spki, root) = (n.to_string(), Sha256([n; 32]), Sha256::ZERO);
+            let member = Member { serial, spki, root, not_after: now.plus(DAY), confirmed: 4, gone: false };
+            register.record_member(&member, None, now).unwrap();
+        }
+        let guest = Guest {
+            agent: "spiffe://other.example/shop/web#1".parse().unwrap(),
+            serial: "1".into(),
+            spki: Sha256([3; 32]),
+            not_before_us: now.minus(DAY),
+            not_after_us: now.plus(DAY),
+            left_us: None,
+        };
+        register.take_guests(&[guest], now).unwrap();
+        for (serial, known, here) in [("77", false, true), ("1", true, true), ("1", false, true), ("2", true, false)] {
+            assert_eq!(register.forget_member(serial, now).unwrap(), known, "{serial}");
+            let later = register.guest_holders(Sha256::ZERO, now.plus(DAY / 2)).unwrap();
+            assert_eq!(later[0].1, here, "{serial}");
+        }
     }
 
     #[test]

@@ -330,6 +330,12 @@ fn issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> (Reply, Option<Event
 
 fn try_issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> anyhow::Result<(String, Event)> {
     let authority = issuer.authority();
+    // The leader would know nothing of it: its rotation would not wait for it.
+    if authority.is_member() {
+        anyhow::bail!(
+            "certificates for clients without an agent are issued by the collector that ca.leader names: ask there"
+        );
+    }
     let path = ask.name.path();
     if ask.name.trust_domain() != *authority.domain() {
         anyhow::bail!("{} is not of trust domain {}", ask.name, authority.domain());
@@ -364,7 +370,14 @@ fn try_issue(issuer: &Issuer, ask: &Ask<'_>, now: Timestamp) -> anyhow::Result<(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use rustls::pki_types::CertificateSigningRequestDer;
+    use rustls::pki_types::pem::PemObject;
+    use sidewarden_proto::identity::TrustDomain;
+
     use super::*;
+    use crate::ca::{Authority, Terms, Vault};
 
     const NOW: Timestamp = Timestamp::from_secs(1_000_000);
 
@@ -400,6 +413,29 @@ mod tests {
         assert_eq!(register.next_order(NOW.plus(STALE + Duration::from_secs(1))).unwrap(), None);
         assert_eq!(register.next_order(NOW).unwrap(), None);
         assert!(!register.withdraw(id).unwrap());
+    }
+
+    #[test]
+    fn a_collector_that_follows_issues_nothing_to_clients_without_an_agent() {
+        let (first, second, now) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Timestamp::now());
+        let (domain, vault) = ("x.example".parse::<TrustDomain>().unwrap(), Vault::default());
+        let open = |dir: &Path| {
+            let terms = Terms { domain: domain.clone(), names: vec![], own_life: STALE, vault: Vault::default() };
+            Authority::open(dir, terms, now).unwrap().0
+        };
+        let pem = member::request(second.path(), &vault).unwrap();
+        let csr = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).unwrap();
+        let chain = open(first.path()).sign_member(&csr, now).unwrap();
+        member::install(second.path(), &chain, &domain, &vault, now).unwrap();
+        for (dir, refused) in [(first.path(), false), (second.path(), true)] {
+            let register = Register::open(&dir.join("ca.db")).unwrap();
+            let issuer = Issuer::new(Arc::new(open(dir)), register, STALE, STALE);
+            let name = domain.workload("monitoring/probe").unwrap();
+            let ask = Ask { csr: &csr, name: &name, names: &[], life: STALE, although_agents: false };
+            let answer = try_issue(&issuer, &ask, now).map(drop).map_err(|error| error.to_string());
+            assert_eq!(answer.is_err(), refused, "{answer:?}");
+            assert!(answer.err().is_none_or(|error| error.contains("ca.leader")));
+        }
     }
 
     #[test]
