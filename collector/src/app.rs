@@ -316,13 +316,13 @@ async fn keep_house(core: Core) {
             () = core.shutdown.cancelled() => return,
         }
         let (issuer, directives, now) = (core.issuer.clone(), core.directives.clone(), (core.clock)());
-        let confirmed = newly(&mut noted, core.fleet.confirmed());
-        let (come, left) = moves(&mut here, core.fleet.guests());
+        let (runs, guests) = (core.fleet.confirmed().into_iter().collect(), core.fleet.guests().into_iter().collect());
+        let (confirmed, (come, left)) = (newly(&noted, &runs), moves(&here, &guests));
         let (trust, further) = (trust.clone(), further_roots(&core));
         let done = tokio::task::spawn_blocking(move || {
             issuer.register().confirm(&confirmed)?;
             issuer.register().note_guests(&come, &left, now)?;
-            let mut events = renew_and_collect(&issuer, &directives, now)?;
+            let mut events = renew_and_collect(&issuer, &directives, now);
             let own = issuer.authority().own().borrow().clone();
             if directives.is_following() {
                 return Ok(events);
@@ -337,6 +337,7 @@ async fn keep_house(core: Core) {
         .await;
         match done {
             Ok(Ok(events)) => {
+                (noted, here) = (runs, guests);
                 for event in events {
                     if core.commits.own(event).await.is_err() {
                         return;
@@ -359,21 +360,14 @@ fn further_roots(core: &Core) -> Vec<Der> {
 }
 
 /// What differs from what was noted before; agents that have left are forgotten here, not in the register.
-fn newly(noted: &mut HashMap<AgentId, u64>, confirmed: Vec<(AgentId, u64)>) -> Vec<(AgentId, u64)> {
-    let confirmed: HashMap<AgentId, u64> = confirmed.into_iter().collect();
+fn newly(noted: &HashMap<AgentId, u64>, confirmed: &HashMap<AgentId, u64>) -> Vec<(AgentId, u64)> {
     let new = confirmed.iter().filter(|(agent, version)| noted.get(*agent) != Some(*version));
-    let new = new.map(|(agent, version)| (agent.clone(), *version)).collect();
-    *noted = confirmed;
-    new
+    new.map(|(agent, version)| (agent.clone(), *version)).collect()
 }
 
-/// Who has come and who has left since this was asked last.
-fn moves(here: &mut HashSet<AgentId>, now: Vec<AgentId>) -> (Vec<AgentId>, Vec<AgentId>) {
-    let now: HashSet<AgentId> = now.into_iter().collect();
-    let come = now.difference(here).cloned().collect();
-    let left = here.difference(&now).cloned().collect();
-    *here = now;
-    (come, left)
+/// Who has come and who has left since this was noted last.
+fn moves(here: &HashSet<AgentId>, now: &HashSet<AgentId>) -> (Vec<AgentId>, Vec<AgentId>) {
+    (now.difference(here).cloned().collect(), here.difference(now).cloned().collect())
 }
 
 fn renew(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<()> {
@@ -385,18 +379,26 @@ fn renew(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Re
     Ok(())
 }
 
-fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> anyhow::Result<Vec<Event>> {
-    // What is wrong there may be what the order that waits would mend.
+/// What one of these fails at may be what the order that waits would mend, and what an order did is told whatever fails after it.
+fn renew_and_collect(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Vec<Event> {
     if let Err(error) = renew(issuer, directives, now) {
         tracing::error!(%error, "the CA's certificates could not be renewed; it is tried again");
     }
-    fleet::refresh(issuer, directives, now)?;
-    let ordered = orders::carry_out(issuer, directives, now)?;
-    let created = issuer.register().take_unannounced()?;
+    if let Err(error) = fleet::refresh(issuer, directives, now) {
+        tracing::error!(%error, "the keys of who is revoked or quarantined could not be looked up; it is tried again");
+    }
+    let ordered = orders::carry_out(issuer, directives, now).unwrap_or_else(|error| {
+        tracing::error!(%error, "what commands ask could not be looked for; it is tried again");
+        Vec::new()
+    });
+    let created = issuer.register().take_unannounced().unwrap_or_else(|error| {
+        tracing::error!(%error, "new tokens could not be looked for; it is tried again");
+        Vec::new()
+    });
     let told = created.into_iter().map(|token| {
         let summary =
             format!("Token {} for {} made, {} uses, until {}", token.id, token.workload, token.uses, token.expires_us);
         Event::new(now, Severity::Notice, summary, &Body::from(token))
     });
-    Ok(ordered.into_iter().chain(told).collect())
+    ordered.into_iter().chain(told).collect()
 }

@@ -242,6 +242,30 @@ async fn a_compromise_that_cannot_be_announced_changes_nothing_and_can_be_ordere
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_to_be_noted_or_told_is_not_lost_when_the_register_fails_for_a_while() {
+    let dir = tempdir().unwrap();
+    let app = start(dir.path()).await;
+    let web = Agent::enrolled(&app, "shop/web", "c1").await;
+    let (mut connection, _) = web.session(app.agents).await;
+    let (issuer, db) = (&app.core.issuer, rusqlite::Connection::open(dir.path().join("data/ca.db")).unwrap());
+    db.busy_timeout(agent::LIMIT).unwrap();
+    db.execute_batch("ALTER TABLE confirmed RENAME TO away").unwrap();
+    connection.send(&Frame::DirectiveApplied(1)).await;
+    until("it is here", || app.core.fleet.confirmed().iter().any(|(_, version)| *version == 1)).await;
+    // Time for a round that fails.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    db.execute_batch("ALTER TABLE away RENAME TO confirmed").unwrap();
+    let holder = || issuer.register().holders(Duration::ZERO, Timestamp::now()).unwrap().remove(0);
+    until("it is noted", || holder().confirmed == 1).await;
+
+    db.execute_batch("ALTER TABLE token RENAME TO away").unwrap();
+    let csr = Der(agent::csr(&KeyPair::generate().unwrap()));
+    issuer.register().order(&orders::Order::SignMember { csr }, Timestamp::now()).unwrap();
+    wait_for(&app, "ca.issued", "sidewarden/collector").await;
+    app.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_cannot_pass_for_another_instance() {
     let dir = tempdir().unwrap();
     let app = start(dir.path()).await;

@@ -167,9 +167,10 @@ pub fn carry_out(issuer: &Issuer, directives: &Directives, now: Timestamp) -> Re
             Ok((chain, event)) => (Reply::Issued { pem: chain.iter().map(pem).collect() }, Some(event)),
             Err(error) => (refused(error), None),
         },
-        Order::ForgetMember { serial } => match issuer.register().forget_member(&serial, now)? {
-            true => (Reply::Done, None),
-            false => (refused(format!("nothing waits for an issuing CA {serial}: see `ca member list`")), None),
+        Order::ForgetMember { serial } => match issuer.register().forget_member(&serial, now) {
+            Ok(true) => (Reply::Done, None),
+            Ok(false) => (refused(format!("nothing waits for an issuing CA {serial}: see `ca member list`")), None),
+            Err(error) => (refused(error), None),
         },
         Order::Issue { csr, name, names, life_secs, although_agents } => {
             let life = Duration::from_secs(life_secs);

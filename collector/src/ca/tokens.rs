@@ -216,10 +216,14 @@ impl Register {
     /// Tokens made since this was last asked, to be told as events. Each is told once.
     pub fn take_unannounced(&self) -> Result<Vec<TokenCreated>, CaError> {
         let tokens = self.select("WHERE announced = 0 ORDER BY created LIMIT 100", [])?;
-        for token in &tokens {
-            let done = self.db.execute("UPDATE token SET announced = 1 WHERE id = ?1", [&token.id]);
-            done.map_err(|e| self.fault(e))?;
-        }
+        let note = || {
+            let tx = self.db.unchecked_transaction()?;
+            for token in &tokens {
+                tx.execute("UPDATE token SET announced = 1 WHERE id = ?1", [&token.id])?;
+            }
+            tx.commit()
+        };
+        note().map_err(|e| self.fault(e))?;
         let told = |t: TokenInfo| TokenCreated { id: t.id, workload: t.pattern, uses: t.uses, expires_us: t.expires };
         Ok(tokens.into_iter().map(told).collect())
     }
