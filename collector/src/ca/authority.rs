@@ -69,6 +69,7 @@ impl Authority {
         let known = generation::read_list(dir)?;
         let first = known.is_none();
         let entries = known.unwrap_or_else(|| vec![Entry::first(now)]);
+        generation::check_list(dir, &entries)?;
         let one = |entry: &Entry| match first {
             true => generation::make(dir, entry, &terms.domain, &terms.vault, now),
             false => generation::open(dir, entry, &terms.domain, &terms.vault, now),
@@ -76,6 +77,7 @@ impl Authority {
         let generations: Vec<Generation> = entries.iter().map(one).collect::<Result<_, _>>()?;
         generation::write_list(dir, &entries)?;
         write_bundle(dir, &generations)?;
+        remove_unlisted(dir, &entries);
         let own = make_own(&terms, active(&generations), now)?;
         let (dir, own) = (dir.to_owned(), watch::Sender::new(own));
         let generations = RwLock::new(Arc::new(generations));
@@ -213,7 +215,7 @@ impl Authority {
         generation::write_list(&self.dir, &entries)?;
         self.put(opened);
         self.own.send_replace(own);
-        before.iter().filter(|old| entries.iter().all(|e| e.number != old.number)).for_each(|gone| self.remove(gone));
+        remove_unlisted(&self.dir, &entries);
         Ok(())
     }
 
@@ -288,22 +290,11 @@ impl Authority {
     ) -> Result<(), CaError> {
         let _changing = self.lock();
         let before = self.entries();
-        let entry = member::put(&self.dir, &before, key, chain, &self.terms.domain, &self.terms.vault, now)?;
-        self.reopen(&[entry], now)?;
+        let entries = [member::put(&self.dir, &before, key, chain, &self.terms.domain, &self.terms.vault, now)?];
+        self.reopen(&entries, now)?;
         self.renew_own(now)?;
-        before.iter().for_each(|gone| self.remove(gone));
+        remove_unlisted(&self.dir, &entries);
         Ok(())
-    }
-
-    /// Retired keys are of no more use to us, and of much to a thief.
-    fn remove(&self, gone: &Entry) {
-        let at = generation::dir_of(&self.dir, gone);
-        let dirs = if gone.number == 1 { vec![at.join("root"), at.join("issuing")] } else { vec![at] };
-        for dir in dirs {
-            if let Err(error) = std::fs::remove_dir_all(&dir) {
-                tracing::error!(dir = %dir.display(), %error, "the keys of a retired root could not be removed");
-            }
-        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, ()> {
@@ -339,6 +330,13 @@ impl Authority {
 fn active(generations: &[Generation]) -> &Generation {
     let found = generations.iter().find(|generation| generation.entry.stage == Stage::Active);
     found.expect("every list of generations has an active one")
+}
+
+/// What goes on without it: the next start tries again.
+fn remove_unlisted(dir: &Path, listed: &[Entry]) {
+    if let Err(error) = generation::remove_unlisted(dir, listed) {
+        tracing::error!(%error, "the keys of a retired root could not be removed");
+    }
 }
 
 fn write_bundle(dir: &Path, generations: &[Generation]) -> Result<(), CaError> {

@@ -122,6 +122,40 @@ pub fn write_list(dir: &Path, entries: &[Entry]) -> Result<(), CaError> {
     files::write_secret(&dir.join("generations.json"), &bytes)
 }
 
+/// Removes the keys of generations that `listed`, the list on disk, does not name: they are of no more use to us, and of much to a
+/// thief. Also those that a crash has left.
+pub fn remove_unlisted(dir: &Path, listed: &[Entry]) -> Result<(), CaError> {
+    for path in unlisted(dir, listed)? {
+        std::fs::remove_dir_all(&path).map_err(files::access(&path))?;
+    }
+    Ok(())
+}
+
+/// Whether `found` is all that there is: a list that was lost may have named another one that issues.
+pub fn check_list(dir: &Path, found: &[Entry]) -> Result<(), CaError> {
+    let path = dir.join("generations.json");
+    if path.exists() || !dir.exists() || unlisted(dir, found)?.is_empty() {
+        return Ok(());
+    }
+    let fault = "it is missing, and there are keys of later roots beside it: restore it from a backup".to_owned();
+    Err(CaError::Pair { path, fault })
+}
+
+fn unlisted(dir: &Path, listed: &[Entry]) -> Result<Vec<PathBuf>, CaError> {
+    let is_listed = |number| listed.iter().any(|entry| entry.number == number);
+    let number_of = |name: &str| match name {
+        "root" | "issuing" => Some(1),
+        name => name.strip_prefix('g')?.parse().ok().filter(|number: &u32| format!("g{number}") == name),
+    };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(files::access(dir))? {
+        let path = entry.map_err(files::access(dir))?.path();
+        let number = path.file_name().and_then(|name| name.to_str()).and_then(number_of);
+        found.extend(number.filter(|number| !is_listed(*number)).map(|_| path));
+    }
+    Ok(found)
+}
+
 /// Opens the files of `entry`, or makes those that are missing and can be made.
 pub fn open(
     dir: &Path,

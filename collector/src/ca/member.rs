@@ -80,8 +80,9 @@ pub fn install(
     check_no_root(ca_dir)?;
     let key = vault.read(&waiting(ca_dir))?;
     let before = generation::read_list(ca_dir)?.unwrap_or_default();
-    put(ca_dir, &before, &key, chain, domain, vault, now)?;
-    std::fs::remove_dir_all(waiting(ca_dir)).map_err(files::access(&waiting(ca_dir)))
+    let entry = put(ca_dir, &before, &key, chain, domain, vault, now)?;
+    std::fs::remove_dir_all(waiting(ca_dir)).map_err(files::access(&waiting(ca_dir)))?;
+    generation::remove_unlisted(ca_dir, &[entry])
 }
 
 /// Puts a new issuing CA on disk in place of those `before`; its entry. In use with the next start, or when it is opened.
@@ -727,6 +728,10 @@ mod tests {
         assert!(request(first.path(), &vault).unwrap_err().to_string().contains("a root of its own"));
         assert!(leader.sign_member(b"no request", now).is_err());
         take(&chain).unwrap();
-        assert!(request(second.path(), &vault).is_ok(), "a member renews its issuing CA the same way");
+        assert!(second.path().join("issuing").exists());
+        let wanted = csr_der(&request(second.path(), &vault).unwrap());
+        take(&leader.sign_member(&wanted, now).unwrap()).unwrap();
+        assert!(!second.path().join("issuing").exists(), "a member renews its issuing CA the same way");
+        Authority::open(second.path(), terms(), now).unwrap();
     }
 }

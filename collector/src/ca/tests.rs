@@ -106,6 +106,37 @@ fn a_crash_while_the_ca_is_made_leaves_nothing_in_the_way() {
 }
 
 #[test]
+fn keys_that_the_list_does_not_name_are_gone_after_a_start_and_without_a_list_nothing_is() {
+    let (dir, now) = made();
+    let is_there = |name: &str| dir.path().join(name).exists();
+    let leave = |name: &str| {
+        std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        std::fs::write(dir.path().join(name).join("key.pem"), "a key").unwrap();
+    };
+    ["g7/issuing", "member", "g07", "gone"].into_iter().for_each(leave);
+    let list = std::fs::read(dir.path().join("generations.json")).unwrap();
+    std::fs::remove_file(dir.path().join("generations.json")).unwrap();
+    let lost = open_at(dir.path(), now).unwrap_err().to_string();
+    assert!(lost.contains("generations.json") && is_there("g7"), "it may have named this one: {lost}");
+    std::fs::write(dir.path().join("generations.json"), list).unwrap();
+    let (authority, _) = open_at(dir.path(), now).unwrap();
+    assert!(!is_there("g7"));
+    assert!(["root", "issuing", "member", "g07", "gone"].into_iter().all(is_there), "none of which is of a generation");
+    for step in [rotate::Step::Prepare, rotate::Step::Activate] {
+        self::step(&authority, step, now);
+        open_at(dir.path(), now).unwrap();
+        assert!(["root", "issuing", "g2"].into_iter().all(is_there), "{step:?}");
+    }
+    self::step(&authority, rotate::Step::Retire, now);
+    assert!(!is_there("root") && !is_there("issuing"));
+    // The process ended before they were removed.
+    ["root", "issuing"].into_iter().for_each(leave);
+    let pin = authority.pin();
+    assert_eq!(open_at(dir.path(), now).unwrap().0.pin(), pin);
+    assert!(!is_there("root") && !is_there("issuing") && is_there("g2"));
+}
+
+#[test]
 fn a_wrong_clock_and_a_wrong_domain_are_named_as_such() {
     let (dir, now) = made();
     for wrong in [now.minus(3 * DAY), now.plus(4000 * DAY)] {
