@@ -191,8 +191,9 @@ fn judge_leader(config: &Config, authority: &Authority, directives: &Directives)
         (None, true) => anyhow::bail!(
             "this collector has no root of its own: set ca.leader to the collector that has, or nobody hears of revocations here"
         ),
-        (Some(_), true) if directives.now().directive.version > 0 => {
-            authority.follow(&directives.now().directive.bundle);
+        (Some(_), true) if directives.is_there() => authority.follow(&directives.now().directive.bundle),
+        (Some(leader), true) => {
+            tracing::warn!(%leader, "nobody is let in until the collector that is followed was reached")
         }
         _ => {}
     }

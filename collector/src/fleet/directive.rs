@@ -1,6 +1,7 @@
 //! The directive in force: made here, its version only growing, kept on disk, signed with our present certificate.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sidewarden_proto::directive::{Directive, DirectiveFault, ForeignRoots, Renew, Signed, Target};
@@ -90,6 +91,8 @@ pub struct Directives {
     in_force: watch::Sender<Arc<InForce>>,
     /// Directives are made by another collector, and handed out here as that one signed them.
     follows: bool,
+    /// What was kept of them is of before the root under which we issue now: it is held against what comes, and followed no more.
+    left_behind: AtomicBool,
     /// Whether that one is within reach; not known at first.
     reached: Mutex<Option<bool>>,
     /// Signs as well, for agents that do not go by our own CA.
@@ -118,7 +121,7 @@ impl Directives {
     }
 
     /// Opens the directive that was taken from another collector last. Before there was one, there is an empty one of
-    /// version 0, which no agent takes over another.
+    /// version 0, which no agent takes over another. `roots` are those under which we issue.
     pub fn open_following(
         path: &Path,
         domain: &TrustDomain,
@@ -126,6 +129,7 @@ impl Directives {
         own: &Credential,
         now: Timestamp,
     ) -> Result<Directives, DirectivesError> {
+        let ours = roots.bundle.clone();
         let (directive, signed) = match read_signed(path)? {
             Some(signed) => (signed.as_kept()?, signed),
             None => {
@@ -134,13 +138,15 @@ impl Directives {
                 (none, signed)
             }
         };
-        Ok(Directives::with(path, InForce { directive, signed }, true))
+        let left_behind = !ours.iter().all(|root| directive.bundle.contains(root));
+        let opened = Directives::with(path, InForce { directive, signed }, true);
+        Ok(Directives { left_behind: left_behind.into(), ..opened })
     }
 
     fn with(path: &Path, in_force: InForce, follows: bool) -> Directives {
         let in_force = watch::Sender::new(Arc::new(in_force));
         let (path, change, reached, also) = (path.to_owned(), Mutex::default(), Mutex::default(), Mutex::default());
-        Directives { path, change, in_force, follows, reached, also }
+        Directives { path, change, in_force, follows, left_behind: false.into(), reached, also }
     }
 
     /// Takes a directive of the collector that we follow, if it is newer; whether it was.
@@ -166,6 +172,7 @@ impl Directives {
         write(&self.path, &directive)?;
         let newer = directive.version > have.directive.version;
         self.in_force.send_replace(Arc::new(InForce { directive, signed }));
+        self.left_behind.store(false, Ordering::Relaxed);
         Ok(newer)
     }
 
@@ -174,9 +181,9 @@ impl Directives {
         self.follows
     }
 
-    /// Whether there is one. Without any, nobody can be let in: who is revoked is not known.
+    /// Whether there is one that is followed. Without any, nobody can be let in: who is revoked is not known.
     pub fn is_there(&self) -> bool {
-        !self.follows || self.now().directive.version > 0
+        !self.follows || self.now().directive.version > 0 && !self.left_behind.load(Ordering::Relaxed)
     }
 
     /// Whether an agent that has none yet would take it from us now: its signer must not have run out.

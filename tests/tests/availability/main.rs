@@ -383,6 +383,30 @@ async fn a_leader_that_was_set_back_is_not_followed_and_both_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_a_compromise_left_behind_comes_back_with_an_issuing_ca_of_the_new_root() {
+    let world = World::start().await;
+    let behind = second(&world).await;
+    let (dir, free) = (world.dir.path().join("second"), SocketAddr::from(([127, 0, 0, 1], 0)));
+    behind.stop().await;
+    let core = &world.collector().core;
+    for step in [Step::Compromise, Step::Retire] {
+        let reply = ask(core, &Order::Rotate { step, force: true }).await;
+        assert!(matches!(reply, Reply::Rotated { .. }), "{reply:?}");
+    }
+    join(core, &dir).await;
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 9));
+    let alone = collector::start(follower(&dir, nowhere, free), Timestamp::now).await.unwrap();
+    assert!(alone.core.directives.now().directive.version > 0, "it keeps what it had");
+    assert!(!alone.core.directives.is_there(), "and lets nobody in by it");
+    alone.stop().await;
+    let again = collector::start(follower(&dir, world.agents, free), Timestamp::now).await.unwrap();
+    follows(&world, &again).await;
+    assert!(again.core.directives.is_there());
+    assert_eq!(again.core.issuer.authority().bundle(), core.issuer.authority().bundle());
+    again.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_takes_the_agents_of_the_other_collector_and_that_collector_with_it() {
     let mut world = World::start().await;
     let second = second(&world).await;
