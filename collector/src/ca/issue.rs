@@ -24,6 +24,8 @@ use std::sync::Arc;
 
 /// Largest certificate request looked at.
 const MAX_CSR: usize = 8 << 10;
+/// The certificates of one instance follow each other no faster, but for those by a token.
+pub const RENEW_EVERY: Duration = Duration::from_secs(5);
 
 /// A certificate, and what is to be told about it.
 #[derive(Clone, Debug)]
@@ -322,6 +324,9 @@ impl Issuer {
         now: Timestamp,
     ) -> Result<Grant, Refused> {
         self.check_name(&agent.workload)?;
+        if reason.token.is_none() {
+            check_pace(register, &agent, now)?;
+        }
         let instance = Some(agent.instance.as_str());
         let chain = self.authority.sign(&agent.workload, instance, &[], key, self.life, now)?;
         let peer = tls::peer_of(&chain, Usage::Client).map_err(|e| refuse("internal", e.to_string(), true))?;
@@ -381,6 +386,18 @@ fn judge_token(token: &TokenInfo, now: Timestamp) -> Result<(), Refused> {
             Err(refuse("token_expired", format!("the token ended {}: {again}", token.expires), false))
         }
         TokenState::Revoked => Err(refuse("token_unknown", format!("the token was revoked: {again}"), false)),
+    }
+}
+
+/// Whatever connections it asks over. What was issued by a clock that was ahead keeps nobody waiting until then.
+fn check_pace(register: &Register, agent: &AgentId, now: Timestamp) -> Result<(), Refused> {
+    let sql =
+        "SELECT EXISTS (SELECT 1 FROM issued WHERE workload = ?1 AND instance = ?2 AND way IN ('grace', 'renewal')
+               AND issued > ?3 AND issued <= ?4)";
+    let values = params![agent.workload.as_str(), agent.instance.as_str(), now.minus(RENEW_EVERY).0, now.0];
+    match register.db.query_row(sql, values, |row| row.get(0)).map_err(|e| register.fault(e))? {
+        true => Err(refuse("bad_request", format!("one certificate request every {} s", RENEW_EVERY.as_secs()), true)),
+        false => Ok(()),
     }
 }
 

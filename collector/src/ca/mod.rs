@@ -31,7 +31,7 @@ pub use certificates::LEEWAY;
 pub use dates::{dates_of, tell};
 pub use files::{make_dir, write_secret};
 pub use guests::NoRoom;
-pub use issue::{Grant, Issuer, KeyState};
+pub use issue::{Grant, Issuer, KeyState, RENEW_EVERY};
 pub use look_up::{Holder, MAX_KEYS};
 pub use tokens::{Pattern, Register, TokenInfo, TokenState, is_reserved};
 pub use vault::Vault;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rcgen::KeyPair;
 use sidewarden_proto::directive::{Directive, Revocation, Target};
 use sidewarden_proto::enrol::Der;
-use sidewarden_proto::identity::{PeerName, TrustDomain, Usage};
+use sidewarden_proto::identity::{AgentId, PeerName, TrustDomain, Usage};
 use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
@@ -303,6 +303,36 @@ fn a_certificate_that_is_revoked_or_whose_issuer_is_makes_no_next_one_within_the
         let answer = issuer.enrol(&renewal, &directive, &|_| None, now.plus(2 * DAY));
         assert_eq!(answer.map(drop).map_err(|refused| refused.reason), expected, "{what:?}");
     }
+}
+
+#[test]
+fn the_certificates_of_an_instance_follow_each_other_no_faster_over_however_many_connections() {
+    let (dir, now) = made();
+    let ((issuer, token), key) = (issuer(dir.path(), now), KeyPair::generate().unwrap());
+    let json = serde_json::json!({"version": 1, "trust_domain": domain(), "issued_us": now, "bundle": []});
+    let directive: Directive = serde_json::from_value(json).unwrap();
+    let first = issuer.enrol(&ask(&token, &key), &directive, &|_| None, now).unwrap();
+    let chain: Vec<_> = first.issued.chain.iter().map(|der| der.0.clone().into()).collect();
+    let (peer, csr) = (tls::peer_of(&chain, Usage::Client).unwrap(), ask(&token, &key).csr.0);
+    let renew = |secs| issuer.renew(&first.agent, &peer, &csr, &directive, now.plus(Duration::from_secs(secs)));
+    let request = sidewarden_proto::enrol::Request { previous: first.issued.chain.clone(), ..ask(&token, &key) };
+    let by_grace = |secs| {
+        let at = now.plus(2 * DAY).plus(Duration::from_secs(secs));
+        issuer.enrol(&request, &directive, &|_| None, at)
+    };
+    let allowed = |answer: Result<Grant, sidewarden_proto::enrol::Refused>| match answer {
+        Ok(_) => true,
+        Err(refused) => {
+            assert!(refused.retry && refused.detail.contains("every 5 s"), "{refused:?}");
+            false
+        }
+    };
+    for (secs, wanted) in [(0, true), (0, false), (4, false), (5, true), (9, false), (10, true)] {
+        assert_eq!((allowed(renew(secs)), allowed(by_grace(secs))), (wanted, wanted), "{secs}");
+    }
+    let other = AgentId { instance: "c2".parse().unwrap(), ..first.agent.clone() };
+    assert!(issuer.renew(&other, &peer, &csr, &directive, now.plus(Duration::from_secs(10))).is_ok());
+    assert!(allowed(renew(15)), "what a clock issued that was two days ahead keeps nobody waiting");
 }
 
 #[test]

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::Shared;
-use crate::ca::{CaError, KeyState, is_reserved};
+use crate::ca::{CaError, KeyState, RENEW_EVERY, is_reserved};
 use crate::commit::{Fault, Progress};
 use crate::fleet::{self, Coming, InForce, Place};
 use crate::identity::Front;
@@ -32,8 +32,6 @@ const READ: usize = 8 << 10;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last frame may take to get out before the connection is closed.
 const LINGER: Duration = Duration::from_secs(1);
-/// Certificate requests of one session may follow each other no faster.
-const RENEW_EVERY: Duration = Duration::from_secs(5);
 
 /// Somebody who has shown a certificate that verifies.
 #[derive(Debug)]
