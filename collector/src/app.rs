@@ -36,6 +36,8 @@ use crate::trust::Applied;
 const TICK: Duration = Duration::from_secs(10);
 /// How often due renewals and new tokens are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How often certificates that ended long ago are looked for.
+const FORGET: Duration = Duration::from_secs(3600);
 /// How far the clock may be behind the log without a word.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
@@ -115,6 +117,7 @@ pub async fn start(config: Config, clock: fn() -> Timestamp) -> anyhow::Result<A
     let agents = open_ingest(&core).await.inspect_err(|_| core.shutdown.cancel())?;
     core.tasks.spawn(tick(core.clone()));
     core.tasks.spawn(keep_house(core.clone()));
+    core.tasks.spawn(forget(core.clone()));
     if let Some(folder) = &core.config.evidence.folder {
         core.tasks.spawn(evidence::folder::keep(core.clone(), evidence::folder::Folder::new(folder)));
     }
@@ -300,6 +303,28 @@ async fn tick(core: Core) {
         tokio::select! {
             _ = beat.tick() => if core.commits.tick((core.clock)()).await.is_err() { return },
             () = core.shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Keeps the register from growing with each renewal for ever.
+async fn forget(core: Core) {
+    let mut beat = tokio::time::interval(FORGET);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            _ = beat.tick() => {}
+            () = core.shutdown.cancelled() => return,
+        }
+        let (issuer, now) = (core.issuer.clone(), (core.clock)());
+        match tokio::task::spawn_blocking(move || issuer.forget_ended(now)).await {
+            Ok(Ok(count)) => tracing::debug!(count, "certificates that ended long ago were forgotten"),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "certificates that ended long ago stay in the register; it is tried again")
+            }
+            Err(error) => {
+                tracing::error!(%error, "certificates that ended long ago stay in the register; it is tried again")
+            }
         }
     }
 }

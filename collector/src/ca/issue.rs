@@ -83,6 +83,9 @@ pub(super) const SUPERSEDED: &str = "(i.superseded OR EXISTS (SELECT 1 FROM issu
     WHERE n.workload = i.workload AND n.instance = i.instance AND n.spki <> i.spki AND n.seen = 1 AND n.id > i.id
     AND NOT n.superseded AND (n.way <> 'elsewhere' OR n.not_before >= i.not_before)))";
 
+/// Nobody may come back with a certificate that ended this much longer ago than the grace.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
+
 /// Why and to whom: what goes into the register beside the certificate.
 struct Reason<'a> {
     way: &'static str,
@@ -311,6 +314,21 @@ impl Issuer {
             return Ok(());
         }
         Err(refuse("bad_request", format!("{workload} is no name that agents of this trust domain have"), false))
+    }
+
+    /// Forgets certificates that ended long ago and whose keys are judged by newer ones of their instance; how many. An instance
+    /// keeps its newest: by a clock that is ahead alone it may have ended. What an older one that has not ended is out of use by
+    /// stays as well.
+    pub fn forget_ended(&self, now: Timestamp) -> Result<usize, CaError> {
+        let sql = format!(
+            "DELETE FROM issued WHERE id IN (SELECT i.id FROM issued i WHERE i.not_after < ?1
+                 AND ({SUPERSEDED} OR EXISTS (SELECT 1 FROM issued k WHERE k.workload = i.workload
+                      AND k.instance = i.instance AND k.spki = i.spki AND k.id > i.id))
+                 AND NOT EXISTS (SELECT 1 FROM issued o WHERE o.workload = i.workload AND o.instance = i.instance
+                      AND o.id < i.id AND o.not_after >= ?1))"
+        );
+        let register = self.register();
+        register.db.execute(&sql, [now.minus(self.grace + FORGOTTEN_AFTER).0]).map_err(|e| register.fault(e))
     }
 
     /// Signs, and records it and the token's use in one transaction.

@@ -336,6 +336,42 @@ fn the_certificates_of_an_instance_follow_each_other_no_faster_over_however_many
 }
 
 #[test]
+fn of_what_has_long_ended_the_register_keeps_what_a_key_that_may_come_back_is_judged_by() {
+    let (dir, now) = made();
+    let (issuer, _) = issuer(dir.path(), now);
+    // Number, instance, key, days until its end (the grace is seven), whether it was seen, whether it stays.
+    let rows = [
+        (1, "a", 1, -20, true, false),
+        (2, "a", 2, -19, true, false),
+        (3, "a", 3, 1, true, true),
+        // Nothing has followed: by a clock that is ahead alone it may have ended.
+        (4, "alone", 4, -900, true, true),
+        (5, "within the grace", 5, -7, true, true),
+        (6, "within the grace", 6, 1, true, true),
+        (7, "renewed by its key", 7, -20, true, false),
+        (8, "renewed by its key", 7, -10, false, true),
+        (9, "next was never seen", 8, -20, true, true),
+        (10, "next was never seen", 9, -10, false, true),
+        // This one is out of use because of the next.
+        (11, "older one holds", 10, 1, true, true),
+        (12, "older one holds", 11, -20, true, true),
+        (13, "older one holds", 12, 1, true, true),
+    ];
+    for (id, instance, key, days, seen, _) in rows {
+        let sql = "INSERT INTO issued (id, serial, spki, workload, instance, not_before, not_after, issued, way, seen)
+                   VALUES (?1, ?1, ?2, 'spiffe://x.example/shop/web', ?3, 0, ?4, 0, 'renewal', ?5)";
+        let ends = now.0 + days * i64::try_from(DAY.as_micros()).unwrap();
+        issuer.register().db.execute(sql, rusqlite::params![id, [key as u8; 32], instance, ends, seen]).unwrap();
+    }
+    assert_eq!(issuer.forget_ended(now).unwrap(), rows.iter().filter(|row| !row.5).count());
+    for (id, instance, _, _, _, stays) in rows {
+        let count = "SELECT count(*) FROM issued WHERE id = ?1";
+        let count: i64 = issuer.register().db.query_row(count, [id], |row| row.get(0)).unwrap();
+        assert_eq!(count == 1, stays, "{id}, {instance}");
+    }
+}
+
+#[test]
 fn our_own_certificate_that_was_made_by_a_clock_ahead_is_made_anew_when_the_clock_is_right() {
     let (dir, now) = made();
     let (authority, _) = open_at(dir.path(), now.plus(DAY)).unwrap();
