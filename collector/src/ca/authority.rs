@@ -4,7 +4,7 @@
 //! at each start and kept in memory only.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use rcgen::{KeyPair, PublicKeyData};
@@ -63,6 +63,44 @@ pub struct Dates {
     pub not_after: Timestamp,
 }
 
+/// A step of a rotation that can be taken. Until it is, or is let go, nothing else changes.
+#[derive(Debug)]
+pub struct Ready<'a> {
+    authority: &'a Authority,
+    _changing: MutexGuard<'a, ()>,
+    entries: Vec<Entry>,
+    opened: Vec<Generation>,
+    own: Credential,
+}
+
+impl Ready<'_> {
+    /// The collector's own credential after the step.
+    pub fn own(&self) -> &Credential {
+        &self.own
+    }
+
+    /// Every root that is trusted after it.
+    pub fn bundle(&self) -> Vec<Der> {
+        self.opened.iter().map(|generation| Der(generation.root.cert.to_vec())).collect()
+    }
+
+    /// The public keys of roots whose certificates are to be renewed then.
+    pub fn tainted(&self) -> Vec<Sha256> {
+        tainted(&self.opened)
+    }
+
+    /// Takes it: on disk first, then in use.
+    pub fn take(self) -> Result<(), CaError> {
+        let Ready { authority, _changing, entries, opened, own } = self;
+        write_bundle(&authority.dir, &opened)?;
+        generation::write_list(&authority.dir, &entries)?;
+        authority.put(opened);
+        authority.own.send_replace(own);
+        remove_unlisted(&authority.dir, &entries);
+        Ok(())
+    }
+}
+
 impl Authority {
     /// Opens the CA in `dir`, or makes it; whether it was made.
     pub fn open(dir: &Path, terms: Terms, now: Timestamp) -> Result<(Authority, bool), CaError> {
@@ -115,7 +153,7 @@ impl Authority {
 
     /// The public keys of roots whose certificates are to be renewed now.
     pub fn tainted(&self) -> Vec<Sha256> {
-        generation::tainted(&self.generations())
+        tainted(&self.generations())
     }
 
     /// The public keys of roots that somebody else may have the keys of, and of the issuing CAs under them.
@@ -190,17 +228,12 @@ impl Authority {
         Ok(true)
     }
 
-    /// Takes a step of a rotation: announced first, then on disk, then in use. `announce` is given the generations after it and
-    /// our certificate of then; where it fails nothing has changed. Whether the step may be taken now is for the caller to ask.
-    pub fn step<E: From<CaError>>(
-        &self,
-        step: Step,
-        now: Timestamp,
-        announce: impl FnOnce(&[Generation], &Credential) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let _changing = self.lock();
+    /// Makes ready what a step of a rotation needs; nothing changes by it. Whether the step may be taken now is for the caller to
+    /// ask.
+    pub fn ready(&self, step: Step, now: Timestamp) -> Result<Ready<'_>, CaError> {
+        let changing = self.lock();
         let before = self.entries();
-        let entries = rotate::after(&before, step, now).map_err(CaError::from)?;
+        let entries = rotate::after(&before, step, now)?;
         let is_new = |entry: &&Entry| before.iter().all(|old| old.number != entry.number);
         for entry in entries.iter().filter(is_new) {
             generation::make(&self.dir, entry, &self.terms.domain, &self.terms.vault, now)?;
@@ -208,15 +241,7 @@ impl Authority {
         // Opened before they count: a list that names what cannot be opened would keep the next start from succeeding.
         let opened = self.open_all(&entries, now)?;
         let own = make_own(&self.terms, active(&opened), now)?;
-        // A root that issues and that nobody has heard of would lock everybody out; one that was announced and does not issue
-        // yet costs nothing: the next start announces what stands in the list.
-        announce(&opened, &own)?;
-        write_bundle(&self.dir, &opened)?;
-        generation::write_list(&self.dir, &entries)?;
-        self.put(opened);
-        self.own.send_replace(own);
-        remove_unlisted(&self.dir, &entries);
-        Ok(())
+        Ok(Ready { authority: self, _changing: changing, entries, opened, own })
     }
 
     /// Signs a leaf for `workload` with the key in `spki` (DER): the chain, leaf first, root last.
@@ -297,7 +322,7 @@ impl Authority {
         Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, ()> {
+    fn lock(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -330,6 +355,10 @@ impl Authority {
 fn active(generations: &[Generation]) -> &Generation {
     let found = generations.iter().find(|generation| generation.entry.stage == Stage::Active);
     found.expect("every list of generations has an active one")
+}
+
+fn tainted(generations: &[Generation]) -> Vec<Sha256> {
+    generations.iter().filter(|one| one.entry.stage == Stage::Tainted).map(|one| one.root.spki).collect()
 }
 
 /// What goes on without it: the next start tries again.

@@ -16,7 +16,6 @@ use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
-use sidewarden_proto::enrol::Der;
 use sidewarden_proto::identity::{Sha256, TrustDomain};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
@@ -74,16 +73,6 @@ pub struct Generation {
     pub root: Root,
     /// What issues under it.
     pub issuing: Ca,
-}
-
-/// The roots of `generations`, as bundles name them.
-pub fn bundle(generations: &[Generation]) -> Vec<Der> {
-    generations.iter().map(|generation| Der(generation.root.cert.to_vec())).collect()
-}
-
-/// The public keys of roots whose certificates are to be renewed now.
-pub fn tainted(generations: &[Generation]) -> Vec<Sha256> {
-    generations.iter().filter(|one| one.entry.stage == Stage::Tainted).map(|one| one.root.spki).collect()
 }
 
 /// Where the files of `entry` are.

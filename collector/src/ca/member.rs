@@ -459,7 +459,7 @@ mod tests {
         assert_eq!(instance_of(&unnamed, &leader.issuers()), None);
         let decoy = [&issued[..1], &leader.sign(&workload, None, &[], &key, DAY, now).unwrap()[1..]].concat();
         assert_eq!(instance_of(&decoy, &member.issuers()), None, "the issuer shown is not the one that signed");
-        assert!(member.step(super::super::rotate::Step::Prepare, now, |_, _| Ok::<_, CaError>(())).is_err());
+        assert!(member.ready(super::super::rotate::Step::Prepare, now).is_err());
         let none =
             sidewarden_proto::directive::Signed::sign(&directive(&[leader.root()]), &member.own().borrow()).unwrap();
         assert!(matches!(none.open(&leader.trust(), now), Err(DirectiveFault::Follower)), "it makes no directives");

@@ -18,7 +18,6 @@ use sidewarden_proto::identity::{Peer, PeerName, Sha256, SpiffeId, Usage};
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls;
 
-use super::generation;
 use super::holders::{Outside, outside_missing};
 use super::issue::read_request;
 use super::member::{self, Member};
@@ -256,12 +255,13 @@ fn take(issuer: &Issuer, directives: &Directives, step: Step, now: Timestamp) ->
             now,
         )?;
     }
-    authority.step(step, now, |generations, own| {
-        let roots = roots_of(issuer, generation::bundle(generations), generation::tainted(generations), now)?;
-        // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.
-        let by = if step == Step::Compromise { &before } else { own };
-        Ok::<_, anyhow::Error>(directives.set_roots(roots, by, now)?)
-    })?;
+    let ready = authority.ready(step, now)?;
+    let roots = roots_of(issuer, ready.bundle(), ready.tainted(), now)?;
+    // Agents have not heard of the new root when it issues at once: they only believe what the old one vouches for.
+    let own = if step == Step::Compromise { before } else { ready.own().clone() };
+    // A root that issues and that nobody can be told of would lock everybody out; and who is told to renew must get a
+    // certificate of the new one at once.
+    directives.set_roots(roots, &own, now, || ready.take())?;
     tracing::warn!(step = step.word(), pin = %authority.pin(), "a step of the CA's rotation was taken");
     Ok(())
 }

@@ -37,7 +37,7 @@ fn made() -> (TempDir, Timestamp) {
 }
 
 fn step(authority: &Authority, step: rotate::Step, now: Timestamp) {
-    authority.step(step, now, |_, _| Ok::<_, CaError>(())).unwrap();
+    authority.ready(step, now).unwrap().take().unwrap();
 }
 
 fn mode(path: &Path) -> u32 {

@@ -247,16 +247,24 @@ impl Directives {
         self.change(own, now, |old| Ok::<_, DirectivesError>(Directive { foreign, ..old })).map(drop)
     }
 
-    /// Replaces what is said of the roots. Where nothing changes, it is signed anew.
+    /// Replaces what is said of the roots. Where nothing changes, it is signed anew. `take` makes it so: it is called once the
+    /// directive is signed and on disk, before anybody is told, and nobody is if it fails. What is on disk then is put right by
+    /// the next change or start.
     ///
     /// `own` must be a credential that agents trust before they have read it.
-    pub fn set_roots(&self, roots: Roots, own: &Credential, now: Timestamp) -> Result<(), DirectivesError> {
+    pub fn set_roots(
+        &self,
+        roots: Roots,
+        own: &Credential,
+        now: Timestamp,
+        take: impl FnOnce() -> Result<(), CaError>,
+    ) -> Result<(), DirectivesError> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         let (Roots { bundle, renew }, old) = (roots, self.now().directive.clone());
         if old.bundle == bundle && old.renew.roots == renew.roots {
-            return self.put(old, own);
+            return self.put_when(old, own, take);
         }
-        self.put(Directive { version: old.version + 1, issued_us: now, bundle, renew, ..old }, own)
+        self.put_when(Directive { version: old.version + 1, issued_us: now, bundle, renew, ..old }, own, take)
     }
 
     /// Signs it anew with our new certificate: agents verify it against the signer's dates.
@@ -289,6 +297,15 @@ impl Directives {
     }
 
     fn put(&self, directive: Directive, own: &Credential) -> Result<(), DirectivesError> {
+        self.put_when(directive, own, || Ok(()))
+    }
+
+    fn put_when(
+        &self,
+        directive: Directive,
+        own: &Credential,
+        take: impl FnOnce() -> Result<(), CaError>,
+    ) -> Result<(), DirectivesError> {
         if self.follows {
             return Err(DirectivesError::Follows);
         }
@@ -297,6 +314,7 @@ impl Directives {
             signed = signed.also_by(also)?;
         }
         write(&self.path, &directive)?;
+        take()?;
         self.in_force.send_replace(Arc::new(InForce { directive, signed }));
         Ok(())
     }
@@ -388,12 +406,16 @@ mod tests {
         again.signed.open(&authority.trust(), now).unwrap();
         let renew = Renew { roots: vec![authority.pin()], within_secs: 5 };
         for (roots, version) in [(roots(), 2), (Roots { renew: renew.clone(), ..roots() }, 3)] {
-            directives.set_roots(roots, &own, now).unwrap();
+            directives.set_roots(roots, &own, now, || Ok(())).unwrap();
             assert_eq!((directives.now().directive.version, &directives.now().directive.revoked), (version, &revoked));
         }
         let roots = Roots { renew, ..roots() };
         let kept = Directives::open(&path, &domain, roots, &own, now).unwrap().now();
         assert_eq!(kept.directive.version, 3);
+        // What cannot be taken is told to nobody, and the next start goes on from there.
+        let none = || Err(CaError::Request("no room".into()));
+        assert!(directives.set_roots(Roots::default(), &own, now, none).is_err());
+        assert_eq!((directives.now().directive.version, open().now().directive.version), (3, 5));
     }
 
     #[test]
@@ -447,7 +469,7 @@ mod tests {
         let none =
             |_| -> Result<Directive, DirectivesError> { panic!("nothing is changed, so nothing is asked or kept") };
         assert!(matches!(follows.change(&own, now, none), Err(DirectivesError::Follows)));
-        assert!(matches!(follows.set_roots(Roots::default(), &own, now), Err(DirectivesError::Follows)));
+        assert!(matches!(follows.set_roots(Roots::default(), &own, now, || Ok(())), Err(DirectivesError::Follows)));
         let stranger = Authority::open(
             &dir.path().join("other"),
             Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() },
