@@ -347,6 +347,12 @@ async fn who_is_denied_is_told_and_thrown_out_at_once() {
     let mut again = web.quic(app.agents).await;
     again.send(&Frame::Hello(web.hello())).await;
     assert_eq!(again.refusal().await, "revoked");
+    wait_for(&app, "ingest.refused", "revoked").await;
+    let told = app.core.index.query_now(&all("ingest.refused")).unwrap().events;
+    assert!(
+        told.iter().all(|event| event.severity == Severity::Warning),
+        "nobody is woken for what was done on purpose"
+    );
     app.stop().await;
 }
 

@@ -402,6 +402,7 @@ fn member_command(config: &Config, command: MemberCommand) -> anyhow::Result<()>
         }
         MemberCommand::List => {
             let members = Register::open(&config.data_dir.join("ca.db"))?.issuing_cas(Timestamp::now())?;
+            let is_none = members.is_empty();
             let rows = members.into_iter().map(|member| {
                 let state = if member.gone { "gone" } else { "follows" }.to_owned();
                 let (key, root, until) =
@@ -409,6 +410,9 @@ fn member_command(config: &Config, command: MemberCommand) -> anyhow::Result<()>
                 vec![member.serial, state, key, root, until, member.confirmed.to_string()]
             });
             print!("{}", table::table(&["SERIAL", "STATE", "KEY", "ROOT", "UNTIL", "DIRECTIVE"], rows));
+            if is_none {
+                eprintln!("No other collector has an issuing CA of this one: `ca member request` there begins it.");
+            }
             Ok(())
         }
         MemberCommand::Forget { serial } => match ask(config, &Order::ForgetMember { serial })? {

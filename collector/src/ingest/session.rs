@@ -100,13 +100,7 @@ impl End {
 
     /// What is worth an event of its own: bytes or histories that no honest agent sends.
     fn is_hostile(&self) -> bool {
-        matches!(
-            self,
-            End::NotTaken(Fault::Malformed(_) | Fault::ChainBroken { .. })
-                | End::Frame(_)
-                | End::Session(_)
-                | End::Denied(_)
-        )
+        matches!(self, End::NotTaken(Fault::Malformed(_) | Fault::ChainBroken { .. }) | End::Frame(_) | End::Session(_))
     }
 }
 
@@ -400,6 +394,10 @@ where
     if end.is_hostile() {
         let reason = end.refuse().map_or_else(|| "malformed".to_owned(), |refuse| refuse.reason);
         shared.refusals.ingest_critical(come.source, &reason, format!("{agent}: {end}"));
+    }
+    // As bad as when it comes back: an operator has done this, and knows.
+    if matches!(end, End::Denied(_)) {
+        shared.refusals.ingest(come.source, "revoked", format!("{agent}: {end}"));
     }
     // One that was replaced is still connected, on the connection that took over.
     if !matches!(end, End::Replaced) {
