@@ -28,12 +28,13 @@ use sidewarden_proto::secret::Secret;
 use sidewarden_proto::time::Timestamp;
 use sidewarden_proto::tls::{self, TlsError, Trust};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{JoinError, JoinHandle, spawn_blocking};
+use tokio::task::JoinError;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::enrol::{self, EnrolError};
 use super::foreign::{self, ForeignFiles};
+use super::keeping::{Adopting, KEEP_WITHIN, Proven, keep_directives};
 use super::store::{Checked, Given, Issued, Store, StoreError};
 use super::{Current, Identity, Terms};
 use crate::dial::Resolver;
@@ -46,8 +47,6 @@ const LONGEST_SPREAD: Duration = Duration::from_secs(3600);
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// The same for the clock, which may be set.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(5);
-/// The disk gets this long for what is to be kept.
-const KEEP_WITHIN: Duration = Duration::from_secs(5);
 /// How often files are looked at.
 const LOOK_AT_FILES: Duration = Duration::from_secs(1);
 /// With less than this part of its life left, a certificate that could not be renewed is worth an alarm.
@@ -233,13 +232,6 @@ pub struct Keeper {
     failing: bool,
 }
 
-/// A directive, with what it was proven by and when.
-struct Proven {
-    signed: Signed,
-    roots: Vec<CertificateDer<'static>>,
-    at: Timestamp,
-}
-
 /// A renewal over the session.
 struct Pending {
     key: KeyPair,
@@ -263,29 +255,6 @@ impl Pending {
             permit.send(self.request.take()?);
         }
         (&mut self.answered).await.ok()
-    }
-}
-
-/// An identity that was issued and is not in use yet.
-struct Adopting {
-    issued: Issued,
-    checked: Checked,
-    directive: Option<Signed>,
-    /// The token that it was issued for.
-    token: Option<PathBuf>,
-    saving: Option<JoinHandle<Result<(), StoreError>>>,
-}
-
-impl Adopting {
-    /// Writes it to disk; may be cancelled and called again.
-    async fn keep(&mut self, store: &Store) -> Result<(), KeeperError> {
-        let saving = self.saving.get_or_insert_with(|| {
-            let (store, issued) = (store.clone(), self.issued.clone());
-            spawn_blocking(move || store.save(&issued))
-        });
-        let saved = timeout(KEEP_WITHIN, saving).await.map_err(|_| KeeperError::NotYetKept)?;
-        self.saving = None;
-        Ok(saved??)
     }
 }
 
@@ -833,7 +802,7 @@ impl Keeper {
         let checked = issued.check()?;
         let identity = Identity::build(checked.clone(), self.directive.clone(), &self.parts.terms)?;
         judge_clock(&identity, Timestamp::now())?;
-        self.adopting = Some(Adopting { issued, checked, directive: answer.directive, token, saving: None });
+        self.adopting = Some(Adopting::new(issued, checked, answer.directive, token));
         self.finish_adopting().await
     }
 
@@ -972,30 +941,6 @@ impl Keeper {
 
     fn emit(&self, severity: Severity, summary: String, body: impl Into<sidewarden_proto::event::Body>) {
         (self.parts.emit)(Event::new(Timestamp::now(), severity, summary, &body.into()));
-    }
-}
-
-/// Writes the newest directive to disk, and again when there is a newer one, until nobody has any.
-async fn keep_directives(store: Store, mut newest: watch::Receiver<Option<Arc<Proven>>>) {
-    loop {
-        let proven = newest.borrow_and_update().clone();
-        if let Some(proven) = proven {
-            keep_directive(store.clone(), proven).await;
-        }
-        if newest.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-async fn keep_directive(store: Store, proven: Arc<Proven>) {
-    let save = move || store.save_directive(&proven.signed, &proven.roots, proven.at);
-    match spawn_blocking(save).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::error!(%error, "the directive cannot be kept: after a restart the old one is in force");
-        }
-        Err(error) => tracing::error!(%error, "keeping the directive ended by a panic"),
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod enrol;
 pub mod foreign;
 pub mod keeper;
+mod keeping;
 #[cfg(test)]
 mod spire;
 mod store;
