@@ -156,9 +156,12 @@ async fn a_workload_of_our_own_domain_goes_when_its_root_leaves_the_bundle_of_an
 
 #[tokio::test]
 async fn a_list_that_runs_out_ends_what_it_let_in() {
-    let ends = Timestamp::now().plus(Duration::from_secs(3));
-    let pair = Pair::new(|theirs| Some((vec![theirs.list_until(&[], 1, ends)], true))).await;
-    let mut client = pair.talk().await;
+    let (_pair, mut client, until) = in_time(async |until| {
+        let pair = Pair::new(|theirs| Some((vec![theirs.list_until(&[], 1, until)], true))).await;
+        let mut client = call(&pair.web).await;
+        echoes(&mut client).await.then_some((pair, client, until))
+    })
+    .await;
     assert!(is_cut(&mut client).await, "no list speaks for it any more");
-    assert!(Timestamp::now() >= ends);
+    assert!(Timestamp::now() >= until);
 }
