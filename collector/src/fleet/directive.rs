@@ -382,13 +382,21 @@ mod tests {
     use sidewarden_proto::directive::Revocation;
     use std::time::Duration;
 
+    const OWN_LIFE: Duration = Duration::from_secs(86400);
+
+    fn domain() -> TrustDomain {
+        "x.example".parse().unwrap()
+    }
+
+    fn open_ca(dir: &Path, name: &str, now: Timestamp) -> Authority {
+        let terms = Terms { domain: domain(), names: vec![], own_life: OWN_LIFE, vault: Vault::default() };
+        Authority::open(&dir.join(name), terms, now).unwrap().0
+    }
+
     #[test]
     fn the_version_only_grows_and_survives_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let (domain, now): (TrustDomain, _) = ("x.example".parse().unwrap(), Timestamp::now());
-        let own_life = Duration::from_secs(86400);
-        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
-        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
+        let (dir, domain, now) = (tempfile::tempdir().unwrap(), domain(), Timestamp::now());
+        let authority = open_ca(dir.path(), "ca", now);
         let own = authority.own().borrow().clone();
         let path = dir.path().join("directive.json");
         let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
@@ -420,11 +428,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_signed_is_not_written_by_a_start_either() {
-        let (dir, now) = (tempfile::tempdir().unwrap(), Timestamp::now());
-        let domain: TrustDomain = "x.example".parse().unwrap();
-        let own_life = Duration::from_secs(86400);
-        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
-        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
+        let (dir, domain, now) = (tempfile::tempdir().unwrap(), domain(), Timestamp::now());
+        let authority = open_ca(dir.path(), "ca", now);
         let own = authority.own().borrow().clone();
         let path = dir.path().join("directive.json");
         let open = |bundle| Directives::open(&path, &domain, Roots { bundle, ..Roots::default() }, &own, now);
@@ -436,11 +441,8 @@ mod tests {
 
     #[test]
     fn one_that_follows_hands_out_what_it_is_given_makes_none_and_never_goes_back() {
-        let (dir, now) = (tempfile::tempdir().unwrap(), Timestamp::now());
-        let domain: TrustDomain = "x.example".parse().unwrap();
-        let own_life = Duration::from_secs(86400);
-        let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
-        let (authority, _) = Authority::open(&dir.path().join("ca"), terms, now).unwrap();
+        let (dir, domain, now) = (tempfile::tempdir().unwrap(), domain(), Timestamp::now());
+        let authority = open_ca(dir.path(), "ca", now);
         let (own, trust) = (authority.own().borrow().clone(), authority.trust());
         let path = dir.path().join("follows.json");
         let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
@@ -465,17 +467,12 @@ mod tests {
         let other = follows.adopt(Signed::sign(&other, &own).unwrap(), &trust, now);
         assert!(matches!(other, Err(DirectivesError::Differs(4))), "the same number, and nobody is revoked any more");
         assert!(follows.is_there() && follows.is_fresh(&trust, now));
-        assert!(!follows.is_fresh(&trust, now.plus(2 * own_life)), "nobody takes it from us any more");
+        assert!(!follows.is_fresh(&trust, now.plus(2 * OWN_LIFE)), "nobody takes it from us any more");
         let none =
             |_| -> Result<Directive, DirectivesError> { panic!("nothing is changed, so nothing is asked or kept") };
         assert!(matches!(follows.change(&own, now, none), Err(DirectivesError::Follows)));
         assert!(matches!(follows.set_roots(Roots::default(), &own, now, || Ok(())), Err(DirectivesError::Follows)));
-        let stranger = Authority::open(
-            &dir.path().join("other"),
-            Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() },
-            now,
-        );
-        let stranger = stranger.unwrap().0.own().borrow().clone();
+        let stranger = open_ca(dir.path(), "other", now).own().borrow().clone();
         let forged = Signed::sign(&first(&domain, 9, roots(), now), &stranger).unwrap();
         assert!(follows.adopt(forged, &trust, now).is_err());
         let again = open().now();
@@ -485,15 +482,10 @@ mod tests {
 
     #[test]
     fn a_directive_by_a_key_that_is_revoked_is_not_followed() {
-        let dir = tempfile::tempdir().unwrap();
-        let (domain, now): (TrustDomain, _) = ("x.example".parse().unwrap(), Timestamp::now());
-        let own_life = Duration::from_secs(86400);
-        let open = || {
-            let terms = Terms { domain: domain.clone(), names: vec![], own_life, vault: Vault::default() };
-            Authority::open(&dir.path().join("ca"), terms, now).unwrap().0
-        };
+        let (dir, domain, now) = (tempfile::tempdir().unwrap(), domain(), Timestamp::now());
+        let stolen = open_ca(dir.path(), "ca", now).own().borrow().clone();
         // The next start makes another key.
-        let (stolen, authority) = (open().own().borrow().clone(), open());
+        let authority = open_ca(dir.path(), "ca", now);
         let (own, trust) = (authority.own().borrow().clone(), authority.trust());
         let roots = || Roots { bundle: authority.bundle(), ..Roots::default() };
         let path = dir.path().join("follows.json");
