@@ -5,6 +5,7 @@ mod netns;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -42,7 +43,11 @@ impl Settings {
     }
 
     fn agent(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sidewarden-agent"));
+        self.command(env!("CARGO_BIN_EXE_sidewarden-agent").as_ref(), words)
+    }
+
+    fn command(&self, program: &Path, words: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command.args(words).arg("--config").arg(self.0.path().join("agent.toml"));
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
         command
@@ -349,13 +354,16 @@ fn where_rules_cannot_be_installed_it_is_said_why() {
     let mut without_nft = settings.agent(&[]);
     without_nft.env("PATH", "/nowhere");
     refused(without_nft, "apt-get install nftables");
-    let mut without_power = settings.agent(&[]);
-    without_power.uid(65534).gid(65534);
+    // Where the tests were built may be open to nobody else.
+    let program = settings.0.path().join("sidewarden-agent");
+    std::fs::copy(env!("CARGO_BIN_EXE_sidewarden-agent"), &program).unwrap();
     std::os::unix::fs::chown(settings.0.path(), Some(65534), None).unwrap();
+    let mut without_power = settings.command(&program, &[]);
+    without_power.uid(65534).gid(65534);
     refused(without_power, "CAP_NET_ADMIN");
 
     // In a container this would install them around the tests themselves.
-    if std::path::Path::new("/proc/sys/net/core/netdev_budget").exists() {
+    if Path::new("/proc/sys/net/core/netdev_budget").exists() {
         let on_host = settings.agent(&["intercept", "install"]).output().unwrap();
         let told = String::from_utf8(on_host.stderr).unwrap();
         assert!(on_host.status.code() == Some(1) && told.contains("the host's own network namespace"), "{told}");
